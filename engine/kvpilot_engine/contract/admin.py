@@ -1,0 +1,54 @@
+"""Bodies of the admin API: ``GET /admin/config`` and ``PATCH /admin/config``, in camelCase JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from kvpilot_engine.contract.config import KVCacheConfig
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
+
+
+class ConfigPatch(_Body):
+    """A change of hot fields. An ``epoch`` below the engine's own is refused with 409.
+
+    Sending the same generation and values twice is the same as sending them once.
+    """
+
+    epoch: int = Field(ge=0, description="Fencing number of the writer; never goes back.")
+    generation: int = Field(ge=0, description="Name of the configuration that results.")
+    values: dict[str, Any] = Field(description="Fields to replace, camelCase or snake_case.")
+
+
+class ApplyReport(_Body):
+    """What a change did, read back from the running engine."""
+
+    generation: int
+    epoch: int
+    changed: list[str] = Field(description="Fields whose value differs from before, camelCase.")
+    blocks_kept: int = Field(description="Cached pages still held, hot pool and host tier, in blocks.")
+    blocks_lost: int = Field(description="Blocks that the change dropped at once.")
+    converging: bool = Field(description="True while a lowered quota is not reached yet.")
+
+
+class AdminConfig(_Body):
+    """The live configuration of one engine."""
+
+    contract_version: int
+    version: str
+    instance: str = Field(description="Random identity of this run of the core process.")
+    model: str
+    generation: int
+    epoch: int
+    config: KVCacheConfig
+    converging: bool
+    ceilings: dict[str, int] = Field(
+        description="Largest value each knob can take without a restart, camelCase."
+    )
+    knobs: list[str] = Field(description="Knobs that can be changed hot, camelCase.")
+    not_yet_effective: list[str] = Field(description="Given fields without effect, with the reason.")

@@ -1,0 +1,229 @@
+"""KVCacheConfig: every setting of the engine, in one validated, immutable value.
+
+Python spells the fields in snake_case, the resource and the admin API in camelCase; both are this model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_camel
+
+PAGE_TOKENS = 16
+"""Tokens in a page: the unit of hashing and of the hot pool."""
+
+BLOCK_TOKENS = 128
+"""Tokens in a block (8 pages, all layers): the unit of the slow tiers."""
+
+
+class CacheStrategy(StrEnum):
+    """Which page leaves the hot pool first."""
+
+    LRU = "lru"
+    LFU = "lfu"
+    FIFO = "fifo"
+    ADAPTIVE = "adaptive"
+
+
+class ConfigWarning(UserWarning):
+    """A setting that is accepted but doubtful, or that has no effect in this version."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """One remark on an accepted configuration: the field (snake_case), and what to know about its value."""
+
+    field: str
+    message: str
+
+
+def _enum_by_value(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _dtype_name(value: Any) -> Any:
+    """Accept ``torch.float16`` as well as ``"float16"`` without importing torch."""
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+Strategy = Annotated[CacheStrategy, BeforeValidator(_enum_by_value)]
+DType = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(_dtype_name)]
+
+
+class KVCacheConfig(BaseModel):
+    """Settings of a KV-cache engine. Immutable; derive another with :meth:`updated`.
+
+    Raises:
+        pydantic.ValidationError: for an unknown field or a value out of bounds; each error names both.
+
+    Warns:
+        ConfigWarning: once per construction, listing every doubtful value and every field without effect yet.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, validate_default=True
+    )
+
+    # Shape of the model: read from it; an explicit value that differs is an error at load.
+    num_heads: int | None = Field(None, ge=1, description="Attention heads; taken from the model.")
+    head_dim: int | None = Field(None, ge=1, description="Width of a head; taken from the model.")
+
+    # The cache.
+    max_tokens: int = Field(4096, ge=128, description="Quota of the hot cache, tokens.")
+    block_size: Literal[128] = Field(128, description="Tokens in a block of the slow tiers.")
+    cache_strategy: Strategy = Field(CacheStrategy.ADAPTIVE, description="Eviction policy of the hot pool.")
+    max_memory_mb: int | None = Field(None, ge=100, description="Budget of all cache memory, MiB.")
+    host_memory_mb: int = Field(
+        256, ge=0, le=1_048_576, description="Host tier below the pool, MiB; 0 is off."
+    )
+    use_compression: bool = Field(True, description="Encode blocks that leave the hot pool.")
+    compression_ratio: float = Field(
+        0.3, gt=0.0, le=1.0, multiple_of=0.01, description="Fraction kept of 16-bit bytes; lower is tighter."
+    )
+    use_quantization: bool = Field(False, description="Quantise the hot pool itself (quality-bearing).")
+    quantization_bits: Literal[4, 8, 16] = Field(8, description="Bits of a quantised hot pool.")
+    enable_gc: bool = Field(True, description="Collect cached pages ahead of need.")
+    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="Memory ratio that starts a collection.")
+    enable_prefetch: bool = Field(True, description="Fetch blocks ahead from slower tiers.")
+    prefetch_size: int = Field(4, ge=0, le=1024, description="Blocks fetched ahead per request.")
+    enable_persistence: bool = Field(False, description="Keep blocks on disk across restarts.")
+    persistence_path: str | None = Field(None, description="Directory of the disk tier.")
+    enable_warmup: bool = Field(False, description="Load the most used prefixes at start.")
+    warmup_samples: int = Field(100, ge=0, description="Prefixes loaded by the warm-up.")
+    multi_tenant: bool = Field(False, description="Serve several tenants from one pool.")
+    tenant_isolation: bool = Field(True, description="Never share cached pages between tenants.")
+
+    # Work at once.
+    num_workers: int = Field(4, ge=1, le=128, description="Requests that hold blocks or tier loads at once.")
+    batch_size: int = Field(1, ge=1, le=256, description="Sequences in one step.")
+    max_step_tokens: int = Field(512, ge=16, le=16384, description="Prefill and decode tokens in one step.")
+    max_queue: int = Field(256, ge=1, le=100_000, description="Requests that may wait; HTTP sheds beyond it.")
+    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Longest life of a request, s.")
+
+    # Cold: need a restart.
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    dtype: DType = Field("float16", description="Type of weights, activations and raw pages.")
+    deterministic: bool = Field(
+        False, description="Bit-equal logits for hit or miss (CPU, float32, about half as fast)."
+    )
+    pin_memory: bool = Field(True, description="Page-lock host buffers (CUDA only).")
+    non_blocking: bool = Field(True, description="Overlap copies with compute (CUDA only).")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.deterministic and (self.dtype != "float32" or self.device == "cuda"):
+            raise ValueError(
+                f"deterministic needs dtype float32 on the CPU, got dtype={self.dtype}, device={self.device}"
+            )
+        return self
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Say once what is doubtful about the explicitly given values."""
+        if context is QUIET:
+            return
+        if notes := self.notices():
+            warnings.warn("; ".join(f"{n.field}: {n.message}" for n in notes), ConfigWarning, stacklevel=4)
+
+    def notices(self) -> list[Notice]:
+        """Everything a user should know about the values that were given explicitly."""
+        return [*self._doubtful(), *self.not_yet_effective()]
+
+    def _doubtful(self) -> list[Notice]:
+        given = self.model_fields_set
+        checks = (
+            (
+                "max_tokens",
+                self.max_tokens < 512,
+                f"{self.max_tokens} holds few prompts; 512 or more is usual",
+            ),
+            (
+                "max_tokens",
+                self.max_tokens > 65536,
+                f"{self.max_tokens} is very large; 65536 or less is usual",
+            ),
+            (
+                "compression_ratio",
+                not 0.1 <= self.compression_ratio <= 0.9,
+                f"{self.compression_ratio} is outside the useful range 0.1 to 0.9",
+            ),
+            (
+                "prefetch_size",
+                self.prefetch_size > 64,
+                f"{self.prefetch_size} blocks ahead; 64 or less is usual",
+            ),
+        )
+        return [Notice(field, text) for field, doubtful, text in checks if doubtful and field in given]
+
+    def not_yet_effective(self) -> list[Notice]:
+        """Explicitly given values that this version accepts and does not act on."""
+        given = self.model_fields_set
+        inert = (
+            ("cache_strategy", self.cache_strategy is CacheStrategy.ADAPTIVE, "adaptive runs as lru"),
+            ("use_quantization", self.use_quantization, "the hot pool stays in dtype"),
+            ("quantization_bits", self.quantization_bits != 8, "the hot pool stays in dtype"),
+            ("enable_gc", not self.enable_gc, "pages are evicted on demand only"),
+            ("gc_threshold", self.gc_threshold != 0.8, "pages are evicted on demand only"),
+            ("enable_persistence", self.enable_persistence, "there is no disk tier yet"),
+            ("persistence_path", self.persistence_path is not None, "there is no disk tier yet"),
+            ("enable_warmup", self.enable_warmup, "the cache starts cold"),
+            ("warmup_samples", self.warmup_samples != 100, "the cache starts cold"),
+            ("multi_tenant", self.multi_tenant, "all requests share one tenant"),
+            ("tenant_isolation", not self.tenant_isolation, "all requests share one tenant"),
+        )
+        return [
+            Notice(field, f"has no effect yet: {text}")
+            for field, idle, text in inert
+            if idle and field in given
+        ]
+
+    def updated(self, values: dict[str, Any]) -> KVCacheConfig:
+        """This configuration with ``values`` (either spelling) replaced, validated as a whole.
+
+        Raises:
+            pydantic.ValidationError: naming the field and the value.
+        """
+        names = {to_camel(name): name for name in type(self).model_fields}
+        changed = {names.get(key, key): value for key, value in values.items()}
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self).model_validate({**given, **changed}, context=QUIET)
+
+    def difference(self, other: KVCacheConfig) -> dict[str, Any]:
+        """Fields (snake_case) of ``other`` that differ from this configuration."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {name: theirs[name] for name in theirs if theirs[name] != mine[name]}
+
+
+#: Validation context that suppresses the warning: for values that a user has already been told about.
+QUIET = object()
+
+COLD_FIELDS = frozenset(
+    {
+        "num_heads", "head_dim", "block_size", "device", "dtype", "deterministic",
+        "pin_memory", "non_blocking", "use_quantization", "quantization_bits",
+        "multi_tenant", "tenant_isolation", "enable_persistence", "persistence_path",
+        "enable_warmup", "warmup_samples",
+    }
+)  # fmt: skip
+"""Fields that take effect at the next start of the engine only."""
+
+
+def config_errors(error: ValidationError) -> list[str]:
+    """One line per error of a configuration or resource: field, value, and what is allowed."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown field")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: required")
+        elif item["loc"]:
+            lines.append(f"{where}: {item['msg']}, got {item['input']!r}")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+    return lines
