@@ -1,0 +1,20 @@
+"""``kvpilot serve``: one engine, without an operator."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+
+    @app.command(
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+        help="Run one engine with an OpenAI-compatible API, e.g. `kvpilot serve --port 8000`.",
+    )
+    def serve(context: typer.Context) -> None:
+        # The engine is a program of its own: the operator's half never imports torch.
+        os.execv(sys.executable, [sys.executable, "-m", "kvpilot_engine", *context.args])

@@ -1,0 +1,1 @@
+"""The resource's model, pure: what a user writes, what it resolves to, and what its status says."""

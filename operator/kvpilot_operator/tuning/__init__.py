@@ -1,0 +1,1 @@
+"""The pure tuning core: no client, no clock, no I/O."""
