@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, Literal
 
 Signal = Literal["request", "firstToken"]
-_EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 def _added(a: Mapping[Any, float], b: Mapping[Any, float]) -> Mapping[Any, float]:
@@ -37,10 +35,10 @@ class Counts:
 
     pod_seconds: float = 0.0
     arrivals: float = 0.0
-    outcomes: Mapping[str, float] = _EMPTY
+    outcomes: Mapping[str, float] = field(default_factory=dict)
     request_within: Mapping[float, float] = field(default_factory=dict)
     first_token_within: Mapping[float, float] = field(default_factory=dict)
-    stage_seconds: Mapping[str, float] = _EMPTY
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
     query_tokens: float = 0.0
     hit_tokens: float = 0.0
     host_hit_tokens: float = 0.0

@@ -1,0 +1,120 @@
+"""Series become samples, and what is not whole becomes no sample."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kvpilot_engine.contract import metrics as names
+from kvpilot_operator.adapters.series import (
+    COUNTERS,
+    GAUGES,
+    IncompleteSeriesError,
+    SeriesKey,
+    sample_from,
+    series_key,
+)
+
+
+def key(name: str, **labels: str) -> SeriesKey:
+    return series_key(labels, name)
+
+
+def increases() -> dict[SeriesKey, float]:
+    values = {key(name): 0.0 for name in COUNTERS if not name.endswith("_bucket")}
+    for i, edge in enumerate(names.EDGES_S):
+        values[key(f"{names.REQUEST_SECONDS}_bucket", le=f"{edge:g}")] = float(i)
+        values[key(f"{names.FIRST_TOKEN_SECONDS}_bucket", le=str(edge))] = float(2 * i)
+    return values
+
+
+def gauges() -> dict[SeriesKey, float]:
+    return {key(name): 1.0 for name in GAUGES}
+
+
+def sample(**changed: dict[SeriesKey, float]) -> object:
+    return sample_from(
+        {"short": changed.get("short", increases())},
+        changed.get("gauges", gauges()),
+        {"short": 9.0},
+        0.5,
+        9.0,
+    )
+
+
+def test_labels_of_identity_do_not_distinguish_series() -> None:
+    one = series_key({"__name__": "x_total", "pod": "a", "pod_uid": "1", "tier": "pool", "instance": "i"})
+    assert one == series_key({"__name__": "x_total", "pod": "b", "pod_uid": "2", "tier": "pool"})
+    assert one == ("x_total", (("tier", "pool"),))
+
+
+def test_counts_come_from_their_series() -> None:
+    short = increases() | {
+        key(names.ARRIVALS_TOTAL): 30.0,
+        key(names.REQUESTS_TOTAL, outcome="ok"): 20.0,
+        key(names.REQUESTS_TOTAL, outcome="shed"): 2.0,
+        key(names.REQUESTS_TOTAL, outcome="cancelled"): 3.0,
+        key(names.HIT_TOKENS_TOTAL, tier="pool"): 100.0,
+        key(names.HIT_TOKENS_TOTAL, tier="host"): 60.0,
+        key(names.PREFETCH_BLOCKS_TOTAL, result="used"): 7.0,
+        key(names.PREFETCH_BLOCKS_TOTAL, result="wasted"): 2.0,
+        key(names.CODEC_SECONDS_TOTAL, op="decode"): 0.25,
+        key(f"{names.STAGE_SECONDS}_sum", stage="prefill"): 4.0,
+    }
+    counts = sample_from({"short": short}, gauges(), {"short": 10.0}, 0.5, 10.0).windows["short"]
+    assert (counts.arrivals, counts.judged, counts.completed, counts.pod_seconds) == (30, 22, 20, 10)
+    assert (counts.hit_tokens, counts.host_hit_tokens) == (160, 60)
+    assert (counts.prefetch_used, counts.prefetch_wasted, counts.decode_seconds) == (7, 2, 0.25)
+    assert counts.stage_seconds["prefill"] == 4.0
+
+
+@pytest.mark.parametrize("edge", names.EDGES_S)
+def test_every_published_edge_is_there_whatever_its_spelling(edge: float) -> None:
+    counts = sample_from({"short": increases()}, gauges(), {}, 0, 0).windows["short"]
+    index = names.EDGES_S.index(edge)
+    assert counts.request_within[edge] == index
+    assert counts.first_token_within[edge] == 2 * index
+
+
+def test_memory_is_the_fullest_kind_and_bytes_are_all_tiers() -> None:
+    values = gauges() | {
+        key(names.MEMORY_RATIO, kind="host"): 0.4,
+        key(names.MEMORY_RATIO, kind="device"): 1.2,
+        key(names.CACHE_BYTES, tier="pool"): 10.0,
+        key(names.CACHE_BYTES, tier="host"): 5.0,
+        key(names.CONFIG_GENERATION): 17.0,
+    }
+    got = sample_from({}, values, {}, 0, 0).gauges
+    assert (got.memory_ratio, got.cached_bytes, got.generation) == (1.2, 16.0, 17)
+
+
+def test_a_window_without_series_is_absent_and_not_zero() -> None:
+    got = sample_from({"short": increases(), "long": {}}, gauges(), {"short": 5.0}, 0.5, 5.0)
+    assert set(got.windows) == {"short"}
+
+
+@pytest.mark.parametrize("name", [n for n in COUNTERS if not n.endswith("_bucket")])
+def test_a_missing_counter_is_no_sample(name: str) -> None:
+    values = increases()
+    del values[key(name)]
+    with pytest.raises(IncompleteSeriesError, match=f"window short: no series of {name}$"):
+        sample(short=values)
+
+
+def test_a_missing_edge_is_no_sample() -> None:
+    values = increases()
+    del values[key(f"{names.REQUEST_SECONDS}_bucket", le="0.5")]
+    with pytest.raises(IncompleteSeriesError, match=r"kvpilot_request_seconds_bucket lacks the edges 0\.5 s"):
+        sample(short=values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_sample(value: float) -> None:
+    with pytest.raises(IncompleteSeriesError, match=f"last values: kvpilot_memory_ratio.* is {value}"):
+        sample(gauges=gauges() | {key(names.MEMORY_RATIO): value})
+
+
+def test_a_missing_gauge_is_no_sample() -> None:
+    with pytest.raises(IncompleteSeriesError, match="no series of kvpilot_memory_ratio"):
+        sample(gauges={k: v for k, v in gauges().items() if k[0] != names.MEMORY_RATIO})
