@@ -1,4 +1,4 @@
-"""The three things the loop needs from the outside. Adapters implement them; nothing is decided behind them."""
+"""The three things the loop needs from outside. Adapters implement them; nothing is decided there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Key(NamedTuple):
 class Replica:
     """One running or pending engine as the cluster knows it.
 
-    ``admin_url`` is its admin API (``http://host:port``), "" while it has no address; ``admin_token`` opens it.
+    ``admin_url`` is its admin API (``http://host:port``), "" without an address; ``admin_token`` opens it.
     """
 
     uid: str
@@ -62,7 +62,7 @@ class Snapshot:
     overrides: tuple[str, ...] = ()
 
 
-class Conflict(Exception):
+class Conflict(Exception):  # noqa: N818 - the API server's own word for it
     """The resource changed since it was read; look again."""
 
 
@@ -121,7 +121,7 @@ class Metrics(Protocol):
 
 
 class EngineError(Exception):
-    """An engine could not be asked or refused: one sentence. ``code``: unreachable | refused | stale_epoch."""
+    """An engine could not be asked, or refused. ``code``: unreachable | refused | stale_epoch."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)

@@ -1,0 +1,81 @@
+# Every target installs what it needs into .venv first (no system package without INSTALL=1 or CI=true).
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(VENV)/uv/bin/uv
+STAMP := $(VENV)/.installed
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+
+.PHONY: help
+help: ## Show this help
+	@echo "kvpilot: make targets"
+	@grep -hE '^[a-z][a-z-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# uv itself lives beside the environment that it manages.
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvpilot needs Python 3.11 or later; set PYTHON=..."; exit 2; }
+	@echo "installing uv"
+	@$(PYTHON) -m venv $(VENV)/uv && $(VENV)/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+$(STAMP): pyproject.toml uv.lock | $(UV)
+	@echo "installing the locked dependencies into $(VENV) (several GiB the first time)"
+	@$(UV) sync --quiet --locked --extra dev --python $$($(PYTHON) -c 'import sys; print(sys.executable)')
+	@touch $@
+
+.PHONY: install
+install: $(STAMP) ## Install everything into .venv
+
+.PHONY: demo
+demo: $(STAMP) ## Breach, diagnosis, cure: a whole tuning decision on this machine, about four minutes
+	@$(BIN)/kvpilot up examples/quickstart.yaml --load chat --check $(ARGS)
+
+.PHONY: test
+test: lint test-unit test-slow test-e2e ## Everything: lint, all tests, the real control plane included
+
+.PHONY: test-unit
+test-unit: $(STAMP) ## The fast tests, under a minute
+	@$(BIN)/pytest -q -m "not e2e and not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(STAMP) ## The tests that take longer
+	@$(BIN)/pytest -q -m "slow and not e2e" $(ARGS)
+
+.PHONY: test-e2e
+test-e2e: $(STAMP) ## The tests on a real control plane (started for them, and stopped)
+	@$(BIN)/python -m scripts.e2e $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy (strict), import-linter
+	@$(BIN)/ruff format --check --quiet . && $(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+.PHONY: verify
+verify: $(STAMP) ## Regenerate definitions and reference pages; fails when one of them had drifted
+	@$(BIN)/python -m kvpilot_operator.crd --check
+
+.PHONY: generate
+generate: $(STAMP) ## Write definitions and reference pages anew
+	@$(BIN)/python -m kvpilot_operator.crd
+
+.PHONY: bench
+bench: $(STAMP) ## The benchmarks; results go to bench/results
+	@$(BIN)/python -m bench $(ARGS)
+
+.PHONY: images
+images: $(STAMP) ## Build both images without a Docker engine (the engine's is several GiB)
+	@$(BIN)/python -m scripts.images all
+
+.PHONY: manifests
+manifests: $(STAMP) ## Render dist/install.yaml from the chart
+	@$(BIN)/python -m scripts.manifests
+
+.PHONY: cluster-up
+cluster-up: $(STAMP) ## A real control plane: kind where Docker runs, else built from source (minutes, once)
+	@$(BIN)/python -m scripts.cluster up
+
+.PHONY: cluster-down
+cluster-down: $(STAMP) ## Stop it and leave nothing behind
+	@$(BIN)/python -m scripts.cluster down
