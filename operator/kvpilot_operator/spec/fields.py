@@ -1,0 +1,63 @@
+"""Kinds of values that several models of the resource share."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from kvpilot_engine.contract import CATALOGUE
+from kvpilot_engine.contract.metrics import EDGES_S
+
+EDGES_MS: tuple[int, ...] = tuple(round(edge * 1000) for edge in EDGES_S)
+"""Edges of the latency histograms, ms: what a latency objective may be."""
+
+KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
+
+PERCENT_PATTERN = r"^(100(\.0{1,2})?|[0-9]{1,2}(\.[0-9]{1,2})?)%$"
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+NAME_LIMIT = 63
+
+
+class Part(BaseModel):
+    """A part of the resource: immutable, camelCase, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
+
+
+def _edge(value: int) -> int:
+    if value not in EDGES_MS:
+        allowed = ", ".join(map(str, EDGES_MS))
+        raise ValueError(f"must be one of the published edges {allowed} ms")
+    return value
+
+
+def _percent(value: str) -> str:
+    if not re.match(PERCENT_PATTERN, value):
+        raise ValueError('must be a percentage from "0%" to "100%", written as a string')
+    return value
+
+
+def _knob(value: str) -> str:
+    if value not in KNOBS:
+        raise ValueError(f"must be one of the knobs {', '.join(KNOBS)}")
+    return value
+
+
+def _no_yaml_boolean(value: Any) -> Any:
+    if value is False:
+        raise ValueError('must be "Off", "Recommend" or "Auto"; YAML reads a bare Off as false, so quote it')
+    return value
+
+
+EdgeMs = Annotated[int, AfterValidator(_edge), Field(json_schema_extra={"enum": list(EDGES_MS)})]
+Percent = Annotated[str, AfterValidator(_percent), Field(json_schema_extra={"pattern": PERCENT_PATTERN})]
+KnobName = Annotated[str, AfterValidator(_knob), Field(json_schema_extra={"enum": list(KNOBS)})]
+Quoted = BeforeValidator(_no_yaml_boolean)
+
+
+def ratio_of(percent: str) -> float:
+    """``"70%"`` -> 0.7."""
+    return round(float(percent.removesuffix("%")) / 100, 6)

@@ -1,0 +1,101 @@
+"""From YAML or a plain object to the models, with errors that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kvpilot_engine.contract.config import QUIET
+from kvpilot_operator.spec.errors import ManifestError, manifest_errors
+from kvpilot_operator.spec.models import API_VERSION, KVCacheDeployment, KVCacheOverride
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_manifest(source: str | Path) -> KVCacheDeployment:
+    """Read one KVCacheDeployment from YAML text or from a file.
+
+    Raises:
+        ManifestError: one line per fault, each naming field, value and what is allowed.
+    """
+    return parse_manifest(load_document(source), str(source) if isinstance(source, Path) else "")
+
+
+def load_document(source: str | Path) -> dict[str, Any]:
+    """The one YAML document in text or in a file, as it stands.
+
+    Raises:
+        ManifestError: no such file, not YAML, or not exactly one document.
+    """
+    name = str(source) if isinstance(source, Path) else ""
+    text = _read(source) if isinstance(source, Path) else source
+    try:
+        documents = [item for item in yaml.load_all(text, Loader=_StrictLoader) if item is not None]
+    except yaml.YAMLError as error:
+        raise ManifestError([_syntax(error)], name) from None
+    if len(documents) != 1:
+        count = "no document" if not documents else f"{len(documents)} documents"
+        raise ManifestError([f"{count}; exactly one KVCacheDeployment is expected"], name)
+    if not isinstance(documents[0], dict):
+        raise ManifestError([f"a mapping is expected, got {type(documents[0]).__name__}"], name)
+    return documents[0]
+
+
+def parse_manifest(document: Mapping[str, Any], source: str = "") -> KVCacheDeployment:
+    """Validate a KVCacheDeployment; the engine's configuration gives no warnings here.
+
+    Raises:
+        ManifestError: see :func:`load_manifest`.
+    """
+    return _parse(document, KVCacheDeployment, source)
+
+
+def parse_override(document: Mapping[str, Any], source: str = "") -> KVCacheOverride:
+    """Validate a KVCacheOverride.
+
+    Raises:
+        ManifestError: see :func:`load_manifest`.
+    """
+    return _parse(document, KVCacheOverride, source)
+
+
+def _parse(document: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
+    for field, expected in (("apiVersion", API_VERSION), ("kind", kind.__name__)):
+        if document.get(field) != expected:
+            raise ManifestError([f"{field}: must be {expected}, got {document.get(field)!r}"], source)
+    try:
+        return kind.model_validate(dict(document), context=QUIET)
+    except ValidationError as error:
+        raise ManifestError(manifest_errors(error, kind), source) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ManifestError([f"cannot be read: {reason}"], str(path)) from None
+
+
+def _syntax(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return f"not valid YAML: {where}{getattr(error, 'problem', None) or error}"

@@ -1,0 +1,351 @@
+"""The resource as a user writes it: KVCacheDeployment and KVCacheOverride.
+
+The definitions in ``crds/`` and the reference pages are generated from these models; local mode validates
+with them directly. Fields whose work comes later are absent until they work.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from kvpilot_engine.contract import KVCacheConfig, knob
+from kvpilot_operator.spec.fields import NAME_LIMIT, NAME_PATTERN, EdgeMs, KnobName, Part, Percent, Quoted
+
+GROUP = "kvpilot.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+DEFAULT_IMAGE = f"ghcr.io/kvpilot/engine:{version('kvpilot')}"
+
+
+class Latency(Part):
+    """Latency limits. p50Ms 100 asks that half of all judged requests finish within 100 ms."""
+
+    signal: Literal["request", "firstToken"] = Field(
+        "request", description="What is measured: the whole answer, or the time to its first token."
+    )
+    p50_ms: EdgeMs | None = Field(None, description="Limit for half of the requests, ms.")
+    p95_ms: EdgeMs | None = Field(None, description="Limit for 95% of the requests, ms.")
+    p99_ms: EdgeMs | None = Field(None, description="Limit for 99% of the requests, ms.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        given = [edge for edge in (self.p50_ms, self.p95_ms, self.p99_ms) if edge is not None]
+        if given != sorted(given):
+            raise ValueError(f"p50Ms <= p95Ms <= p99Ms is required, got {given} ms")
+        return self
+
+
+class Throughput(Part):
+    """Completed requests/s of the whole deployment, judged only while that many are offered."""
+
+    target: int = Field(ge=0, le=1_000_000, description="Requests/s to reach while offered; 0 judges none.")
+    floor: int | None = Field(
+        None, ge=0, le=1_000_000, description="Requests/s below which it is severe. Default: half of target."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.floor is not None and self.floor > self.target:
+            raise ValueError(f"floor <= target is required, got floor={self.floor}, target={self.target}")
+        return self
+
+
+class Objectives(Part):
+    """Limits that override the profile's; what is absent comes from the profile."""
+
+    latency: Latency | None = Field(None, description="Latency limits at published edges.")
+    throughput: Throughput | None = Field(None, description="Completed requests/s.")
+    hit_rate: Percent | None = Field(
+        None, description='Least share of prompt tokens served from the cache, e.g. "70%".'
+    )
+    memory: Percent | None = Field(None, description='Largest share of the memory limit in use, e.g. "80%".')
+    errors: Percent | None = Field(
+        None, description='Largest share of requests failed, timed out or shed, e.g. "1%".'
+    )
+
+
+class Model(Part):
+    """What the engine serves. Immutable: a new model is a new object."""
+
+    source: str = Field(
+        "builtin/tiny-llama",
+        min_length=1,
+        max_length=512,
+        description="builtin/tiny-llama, a directory in the claim, or a model's name.",
+    )
+    revision: str = Field("", max_length=128, description="Revision of the source; empty is its default.")
+    claim_name: str = Field(
+        "", max_length=253, description="PersistentVolumeClaim that holds the model, mounted at /models."
+    )
+
+
+def _camel_case_only(value: Any) -> Any:
+    """The engine's Python API takes both spellings; the resource has one."""
+    if isinstance(value, dict):
+        spelling = {name: info.alias for name, info in KVCacheConfig.model_fields.items()}
+        for key in value:
+            if spelling.get(key, key) != key:
+                raise ValueError(f"unknown field {key}; did you mean {spelling[key]}?")
+    return value
+
+
+EngineConfig = Annotated[KVCacheConfig, BeforeValidator(_camel_case_only)]
+
+
+class Engine(Part):
+    """The engine and its base configuration."""
+
+    image: str = Field(DEFAULT_IMAGE, min_length=1, description="Image of the engine.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="When to pull it; absent leaves it to Kubernetes."
+    )
+    model: Model = Field(default_factory=Model, description="What the engine serves; immutable.")
+    config: EngineConfig = Field(
+        default_factory=KVCacheConfig,
+        description="Base values; the tuner overlays them and never edits them.",
+    )
+
+
+class KnobRange(Part):
+    """Bounds of the tuner for one knob."""
+
+    name: KnobName = Field(description="The knob.")
+    minimum: float | None = Field(None, alias="min", description="Least value the tuner may choose.")
+    maximum: float | None = Field(None, alias="max", description="Largest value the tuner may choose.")
+    tune: bool = Field(True, description="False keeps the tuner's hands off it.")
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        bounds = (self.minimum, self.maximum)
+        if knob(self.name).kind in {"flag", "choice"} and bounds != (None, None):
+            raise ValueError(f"{self.name} has no order, so min and max are not allowed")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"min <= max is required, got min={self.minimum:g}, max={self.maximum:g}")
+        lowest, highest = field_bounds(knob(self.name).name)
+        for label, value in zip(("min", "max"), bounds, strict=True):
+            if value is not None and not lowest <= value <= highest:
+                raise ValueError(f"{label} of {self.name} must be {lowest:g} to {highest:g}, got {value:g}")
+        return self
+
+
+def field_bounds(name: str) -> tuple[float, float]:
+    """Inclusive bounds of a KVCacheConfig field (snake_case), as the engine itself accepts them."""
+    lowest, highest = float("-inf"), float("inf")
+    for rule in KVCacheConfig.model_fields[name].metadata:
+        lowest = max(lowest, getattr(rule, "ge", None) or getattr(rule, "gt", None) or lowest)
+        highest = min(highest, getattr(rule, "le", None) or getattr(rule, "lt", None) or highest)
+    return lowest, highest
+
+
+class Budgets(Part):
+    """Limits on what tuning may cost."""
+
+    reversals_per_knob_6h: int = Field(
+        2,
+        alias="reversalsPerKnob6h",
+        ge=0,
+        le=16,
+        description="Changes of one knob that may be taken back within six hours before it is left alone.",
+    )
+
+
+class Tuning(Part):
+    """What kvpilot may do by itself."""
+
+    mode: Annotated[Literal["Off", "Recommend", "Auto"], Quoted] = Field(
+        "Auto", description='"Off" measures only, Recommend says what it would do, Auto does it. Quote "Off".'
+    )
+    pace: Literal["Fast", "Standard"] = Field(
+        "Standard", description="Fast shortens every window, for demos and tests."
+    )
+    knobs: tuple[KnobRange, ...] = Field(
+        (),
+        max_length=32,
+        description="Bounds by knob; absent ones have the catalogue's.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    disabled_rules: tuple[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")], ...] = Field(
+        (),
+        max_length=32,
+        description="Names of rules that are left out.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    single_replica: Literal["Recommend", "BeforeAfter"] = Field(
+        "Recommend",
+        description="With one replica there is no control: recommend, or judge before and after (unproven).",
+    )
+    budgets: Budgets = Field(default_factory=Budgets, description="Limits on what tuning may cost.")
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        names = [item.name for item in self.knobs]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"knobs: {', '.join(repeated)} given more than once")
+        return self
+
+
+class Scaling(Part):
+    """Bounds of the number of replicas that kvpilot chooses."""
+
+    minimum: int = Field(alias="min", ge=1, le=1000, description="Least number of replicas.")
+    maximum: int = Field(alias="max", ge=1, le=1000, description="Largest number of replicas.")
+    direction: Literal["Both", "OutOnly", "InOnly"] = Field(
+        "Both", description="Which way kvpilot may scale by itself."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.minimum > self.maximum:
+            raise ValueError(f"min <= max is required, got min={self.minimum}, max={self.maximum}")
+        return self
+
+
+class Rollout(Part):
+    """How pods are replaced and how long a leaving one may finish its requests."""
+
+    max_surge: int = Field(0, ge=0, le=1000, description="Extra pods during a rollout; 0 needs no spare GPU.")
+    max_unavailable: int = Field(1, ge=0, le=1000, description="Pods that may be missing during a rollout.")
+    drain_seconds: int = Field(
+        120, ge=0, le=3600, description="Longest time a leaving pod finishes its requests, s."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.max_surge == 0 and self.max_unavailable == 0:
+            raise ValueError("maxSurge and maxUnavailable must not both be 0: no rollout could ever move")
+        return self
+
+
+class MetricsSource(Part):
+    """Where measurements come from."""
+
+    source_ref: str = Field(
+        "default",
+        pattern=NAME_PATTERN,
+        max_length=NAME_LIMIT,
+        description="Name of a source that the operator's owner configured.",
+    )
+
+
+class Template(BaseModel):
+    """Overrides of the pod template. Lists of containers, env, volumes, ports merge by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    spec: dict[str, Any] = Field(default_factory=dict)
+
+
+class DeploymentSpec(Part):
+    """What a user asks for."""
+
+    profile: Literal["development", "production", "highPerformance"] = Field(
+        "production", description="Objectives for everything that `objectives` leaves out."
+    )
+    objectives: Objectives = Field(
+        default_factory=Objectives, description="Overrides of the profile's objectives."
+    )
+    engine: Engine = Field(default_factory=Engine, description="The engine and its base configuration.")
+    tuning: Tuning = Field(default_factory=Tuning, description="What kvpilot may do by itself.")
+    scaling: Scaling | None = Field(None, description="kvpilot chooses the number of replicas.")
+    replicas: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="A person or another autoscaler chooses the number, also through /scale.",
+    )
+    template: Template = Field(
+        default_factory=Template,
+        description="Overrides of the pod template: containers, env, volumes and ports merge by name, "
+        "volumeMounts by mountPath, all else replaces.",
+    )
+    rollout: Rollout = Field(default_factory=Rollout, description="How pods are replaced.")
+    metrics: MetricsSource = Field(default_factory=MetricsSource, description="Where measurements come from.")
+
+    @model_validator(mode="after")
+    def _one_actuator(self) -> Self:
+        if (self.scaling is None) == (self.replicas is None):
+            raise ValueError("exactly one of scaling and replicas is required")
+        return self
+
+
+class Metadata(BaseModel):
+    """Name and namespace of an object; what else Kubernetes keeps there passes through."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", alias_generator=Part.model_config["alias_generator"]
+    )
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=NAME_LIMIT)
+    namespace: str = "default"
+    uid: str = ""
+    generation: int = 0
+
+
+class KVCacheDeployment(Part):
+    """Engines that serve one model, and the objectives they are kept inside."""
+
+    api_version: Literal["kvpilot.io/v1alpha1"]
+    kind: Literal["KVCacheDeployment"]
+    metadata: Metadata
+    spec: DeploymentSpec
+    status: dict[str, Any] = Field(default_factory=dict)
+
+
+class Pause(Part):
+    """No tuning and no scaling by kvpilot while it is in force."""
+
+
+class Boost(Part):
+    """At least this many replicas while it is in force, within spec.scaling.max."""
+
+    min_replicas: int = Field(ge=1, le=1000, description="Least number of replicas.")
+
+
+class OverrideSpec(Part):
+    """What a person or an alert asks for now."""
+
+    target: str = Field(
+        pattern=NAME_PATTERN, max_length=NAME_LIMIT, description="Name of the KVCacheDeployment."
+    )
+    pause: Pause | None = Field(None, description="No tuning and no scaling while it is in force.")
+    boost: Boost | None = Field(None, description="Raise the least number of replicas.")
+    expires_at: AwareDatetime = Field(description="When it stops being in force.")
+    by: str = Field("", max_length=253, description="Who asks.")
+    reason: str = Field("", max_length=1024, description="Why.")
+
+    @model_validator(mode="after")
+    def _one_request(self) -> Self:
+        if (self.pause is None) == (self.boost is None):
+            raise ValueError("exactly one of pause and boost is required")
+        return self
+
+
+class OverrideMetadata(BaseModel):
+    """Name or generateName of an override."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", alias_generator=Part.model_config["alias_generator"]
+    )
+
+    name: str = ""
+    generate_name: str = ""
+    namespace: str = "default"
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if not (self.name or self.generate_name):
+            raise ValueError("name or generateName is required")
+        return self
+
+
+class KVCacheOverride(Part):
+    """An expiring request to a KVCacheDeployment. The RBAC on this kind is the authorisation."""
+
+    api_version: Literal["kvpilot.io/v1alpha1"]
+    kind: Literal["KVCacheOverride"]
+    metadata: OverrideMetadata
+    spec: OverrideSpec
