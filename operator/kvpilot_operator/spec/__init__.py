@@ -1,7 +1,7 @@
 """The resource's model, pure: what a user writes, what it resolves to, and what its status says."""
 
 from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.load import load_document, load_manifest, parse_manifest, parse_override
+from kvpilot_operator.spec.load import load_document, load_manifest
 from kvpilot_operator.spec.models import (
     API_VERSION,
     GROUP,
@@ -21,6 +21,4 @@ __all__ = [
     "ManifestError",
     "load_document",
     "load_manifest",
-    "parse_manifest",
-    "parse_override",
 ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.spec.errors import ManifestError, manifest_errors
-from kvpilot_operator.spec.models import API_VERSION, KVCacheDeployment, KVCacheOverride
-
-Kind = TypeVar("Kind", bound=BaseModel)
+from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.spec.models import KVCacheDeployment
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -36,7 +32,7 @@ def load_manifest(source: str | Path) -> KVCacheDeployment:
     Raises:
         ManifestError: one line per fault, each naming field, value and what is allowed.
     """
-    return parse_manifest(load_document(source), str(source) if isinstance(source, Path) else "")
+    return KVCacheDeployment.parse(load_document(source), str(source) if isinstance(source, Path) else "")
 
 
 def load_document(source: str | Path) -> dict[str, Any]:
@@ -57,34 +53,6 @@ def load_document(source: str | Path) -> dict[str, Any]:
     if not isinstance(documents[0], dict):
         raise ManifestError([f"a mapping is expected, got {type(documents[0]).__name__}"], name)
     return documents[0]
-
-
-def parse_manifest(document: Mapping[str, Any], source: str = "") -> KVCacheDeployment:
-    """Validate a KVCacheDeployment; the engine's configuration gives no warnings here.
-
-    Raises:
-        ManifestError: see :func:`load_manifest`.
-    """
-    return _parse(document, KVCacheDeployment, source)
-
-
-def parse_override(document: Mapping[str, Any], source: str = "") -> KVCacheOverride:
-    """Validate a KVCacheOverride.
-
-    Raises:
-        ManifestError: see :func:`load_manifest`.
-    """
-    return _parse(document, KVCacheOverride, source)
-
-
-def _parse(document: Mapping[str, Any], kind: type[Kind], source: str) -> Kind:
-    for field, expected in (("apiVersion", API_VERSION), ("kind", kind.__name__)):
-        if document.get(field) != expected:
-            raise ManifestError([f"{field}: must be {expected}, got {document.get(field)!r}"], source)
-    try:
-        return kind.model_validate(dict(document), context=QUIET)
-    except ValidationError as error:
-        raise ManifestError(manifest_errors(error, kind), source) from None
 
 
 def _read(path: Path) -> str:

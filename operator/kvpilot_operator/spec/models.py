@@ -6,12 +6,23 @@ with them directly. Fields whose work comes later are absent until they work.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from kvpilot_engine.contract import KVCacheConfig, knob
+from kvpilot_engine.contract.config import QUIET
+from kvpilot_operator.spec.errors import ManifestError, manifest_errors
 from kvpilot_operator.spec.fields import NAME_LIMIT, NAME_PATTERN, EdgeMs, KnobName, Part, Percent, Quoted
 
 GROUP = "kvpilot.io"
@@ -285,7 +296,26 @@ class Metadata(BaseModel):
     generation: int = 0
 
 
-class KVCacheDeployment(Part):
+class Resource(Part):
+    """An object of the API server, or of a file."""
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], source: str = "") -> Self:
+        """Validate an object as it stands; the engine's configuration gives no warnings here.
+
+        Raises:
+            ManifestError: one line per fault, each naming field, value and what is allowed.
+        """
+        for field, expected in (("apiVersion", API_VERSION), ("kind", cls.__name__)):
+            if document.get(field) != expected:
+                raise ManifestError([f"{field}: must be {expected}, got {document.get(field)!r}"], source)
+        try:
+            return cls.model_validate(dict(document), context=QUIET)
+        except ValidationError as error:
+            raise ManifestError(manifest_errors(error, cls), source) from None
+
+
+class KVCacheDeployment(Resource):
     """Engines that serve one model, and the objectives they are kept inside."""
 
     api_version: Literal["kvpilot.io/v1alpha1"]
@@ -342,7 +372,7 @@ class OverrideMetadata(BaseModel):
         return self
 
 
-class KVCacheOverride(Part):
+class KVCacheOverride(Resource):
     """An expiring request to a KVCacheDeployment. The RBAC on this kind is the authorisation."""
 
     api_version: Literal["kvpilot.io/v1alpha1"]

@@ -1,0 +1,142 @@
+"""What a spec means: profile and overrides merged, percentages parsed, bounds complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kvpilot_engine.contract import CATALOGUE, KVCacheConfig, Notice
+from kvpilot_engine.contract.config import QUIET
+from kvpilot_operator.spec import models
+from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.spec.fields import ratio_of
+from kvpilot_operator.tuning.pace import PACES
+from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling
+
+ATTAINMENT: Mapping[str, float] = MappingProxyType({"p50": 0.5, "p95": 0.95, "p99": 0.99})
+"""Share of the judged requests that must be within the edge of each latency objective."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Objectives of a profile: latency edges in ms, requests/s, ratios."""
+
+    latency_ms: Mapping[str, int]
+    throughput: int
+    floor: int
+    hit_rate: float
+    memory: float
+    errors: float
+
+
+PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "development": Profile({"p50": 200}, 20, 10, 0.5, 0.9, 0.05),
+        "production": Profile({"p50": 100, "p95": 500, "p99": 1000}, 100, 50, 0.7, 0.8, 0.01),
+        "highPerformance": Profile({"p50": 50, "p95": 200, "p99": 1000}, 200, 100, 0.8, 0.7, 0.01),
+    }
+)
+
+
+def policy_of(spec: models.DeploymentSpec, pace_scale: float = 1.0) -> Policy:
+    """Everything that ``decide`` must obey. ``pace_scale`` multiplies every duration but the scrape interval.
+
+    Raises:
+        ManifestError: the objectives contradict each other once the profile's are filled in.
+    """
+    tuning = spec.tuning
+    return Policy(
+        objectives=objectives_of(spec),
+        mode=tuning.mode,
+        pace=PACES[tuning.pace].scaled(pace_scale),
+        bounds=_bounds(tuning.knobs),
+        scaling=_scaling(spec.scaling),
+        disabled_rules=frozenset(tuning.disabled_rules),
+        single_replica=tuning.single_replica,
+        reversals_per_knob_6h=tuning.budgets.reversals_per_knob_6h,
+        defaults=KVCacheConfig().model_dump(by_alias=True, mode="json"),
+    )
+
+
+def base_config(spec: models.DeploymentSpec) -> KVCacheConfig:
+    """The user's base values, with exactly the given fields set. Gives no warnings."""
+    config = spec.engine.config
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    return KVCacheConfig.model_validate(given, context=QUIET)
+
+
+def not_yet_effective(spec: models.DeploymentSpec) -> list[Notice]:
+    """Given values that this version accepts and does not act on; field names in camelCase."""
+    names = {name: info.alias or name for name, info in KVCacheConfig.model_fields.items()}
+    return [Notice(names[n.field], n.message) for n in spec.engine.config.not_yet_effective()]
+
+
+def objectives_of(spec: models.DeploymentSpec) -> Objectives:
+    """The profile's objectives with the user's over them; latency in s, percentages as ratios.
+
+    Raises:
+        ManifestError: the latency limits are out of order.
+    """
+    profile, given = PROFILES[spec.profile], spec.objectives
+    latency = given.latency or models.Latency()
+    edges = {
+        name: value if (value := getattr(latency, f"{name}_ms")) is not None else profile.latency_ms.get(name)
+        for name in ATTAINMENT
+    }
+    limits = {name: value for name, value in edges.items() if value is not None}
+    if list(limits.values()) != sorted(limits.values()):
+        told = ", ".join(f"{name}Ms={value}" for name, value in limits.items())
+        raise ManifestError(
+            [
+                f"spec.objectives.latency: p50Ms <= p95Ms <= p99Ms is required, got {told} "
+                f"(what is not given comes from profile {spec.profile})"
+            ]
+        )
+    target, floor = _throughput(profile, given.throughput)
+    return Objectives(
+        signal=latency.signal,
+        latency={name: (value / 1000, ATTAINMENT[name]) for name, value in limits.items()},
+        throughput=target,
+        floor=floor,
+        hit_rate=_ratio(given.hit_rate, profile.hit_rate),
+        memory=_ratio(given.memory, profile.memory),
+        errors=_ratio(given.errors, profile.errors),
+    )
+
+
+def _ratio(given: str | None, default: float) -> float:
+    return default if given is None else ratio_of(given)
+
+
+def _throughput(profile: Profile, given: models.Throughput | None) -> tuple[float, float]:
+    if given is None:
+        return profile.throughput, profile.floor
+    return given.target, given.target / 2 if given.floor is None else given.floor
+
+
+def _bounds(given: tuple[models.KnobRange, ...]) -> dict[str, KnobBounds]:
+    """The catalogue's bounds, a user's own over them: those may be wider, within the field's.
+
+    Raises:
+        ManifestError: one given bound lies beyond the other one, which comes from the catalogue.
+    """
+    mine = {item.name: item for item in given}
+    bounds = {}
+    for entry in CATALOGUE:
+        name = entry.resource_name
+        item = mine.get(name)
+        low, high = entry.minimum, entry.maximum
+        if item is not None:
+            low = low if item.minimum is None else item.minimum
+            high = high if item.maximum is None else item.maximum
+        if low is not None and high is not None and low > high:
+            raise ManifestError(
+                [f"spec.tuning.knobs: {name} would be tuned from {low:g} to {high:g}; give both min and max"]
+            )
+        bounds[name] = KnobBounds(name, low, high, item is None or item.tune)
+    return bounds
+
+
+def _scaling(given: models.Scaling | None) -> Scaling | None:
+    return None if given is None else Scaling(given.minimum, given.maximum, given.direction)
