@@ -32,7 +32,8 @@ class Engine:
     def described(self) -> dict[str, Any]:
         live = AdminConfig(
             contract_version=self.contract, version="0.1.0", instance="i1", model="m",
-            generation=self.generation, epoch=self.epoch, config=self.config, converging=False, ceilings={"maxTokens": 8192},
+            generation=self.generation, epoch=self.epoch, config=self.config, converging=False,
+            ceilings={"maxTokens": 8192},
             knobs=["numWorkers"], not_yet_effective=[],
         )  # fmt: skip
         return live.model_dump(mode="json", by_alias=True)
