@@ -1,0 +1,1 @@
+"""What make calls: the test cluster, the container images, generated files."""

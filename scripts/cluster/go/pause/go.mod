@@ -1,0 +1,3 @@
+module kvpilot.io/cluster/pause
+
+go 1.26.0
