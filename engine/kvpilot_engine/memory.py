@@ -17,7 +17,7 @@ def anonymous_bytes(pid: int | None = None) -> int:
     """Anonymous memory of a process plus its share of shared memory, bytes; by default of this process.
 
     Shared memory counts by proportional share, so that a sum over processes holds it once. The kernel walks
-    the page table for the answer: about 1 ms for each GiB in small pages.
+    the page table for the answer: milliseconds for each GiB, so ask a few times a second at most.
     """
     process = _PROC / ("self" if pid is None else str(pid))
     try:
@@ -69,7 +69,7 @@ def cgroup_limits(membership: str, root: Path) -> list[int]:
             mount, name = root / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, of which only the root is mounted: each level may be absent.
+        # In a container the path may be the host's, of which only the root is mounted: levels may be absent.
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
             text = _read(mount / level / name)

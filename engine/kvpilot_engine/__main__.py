@@ -1,0 +1,126 @@
+"""``python -m kvpilot_engine``: serve one model over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvpilot_engine.contract import ConfigWarning, KVCacheConfig, config_errors
+
+TOKEN_VARIABLE = "KVPILOT_ADMIN_TOKEN"
+
+
+class ConfigFile(BaseModel):
+    """The file of ``--config``: what an engine starts with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generation: int = Field(0, ge=0)
+    epoch: int = Field(0, ge=0)
+    config: KVCacheConfig = KVCacheConfig()
+
+
+class _FileError(Exception):
+    """The file cannot be used; one line each."""
+
+
+def read_config(path: Path) -> ConfigFile:
+    """The configuration in a YAML or JSON file; a warning of its fields is shown as a line on stderr.
+
+    Raises:
+        _FileError: with one line for each fault.
+    """
+    try:
+        content: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise _FileError(f"--config: cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise _FileError(
+            f"--config: {path} is neither YAML nor JSON: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(content, dict):
+        raise _FileError(f"--config: {path} must hold a mapping of generation, epoch and config")
+    if isinstance(content.get("config"), str):  # a ConfigMap's value
+        content = {**content, "config": json.loads(content["config"])}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConfigWarning)
+        try:
+            parsed = ConfigFile.model_validate(content)
+        except ValidationError as error:
+            raise _FileError("\n".join(f"--config: {line}" for line in config_errors(error))) from None
+    for warning in caught:
+        typer.echo(f"kvpilot-engine: warning: {warning.message}", err=True)
+    return parsed
+
+
+def token_source(file: Path | None) -> Any:
+    """Where the admin token comes from; a file is read again on each request, so that it can be renewed."""
+    if file is None:
+        from_environment = os.environ.get(TOKEN_VARIABLE)
+        return lambda: from_environment
+
+    def from_file() -> str | None:
+        try:
+            return file.read_text().strip() or None
+        except OSError:
+            return None
+
+    return from_file
+
+
+def main(  # noqa: PLR0917
+    model: Annotated[str, typer.Option(help="builtin/tiny-llama, or a directory.")] = "builtin/tiny-llama",
+    revision: Annotated[str, typer.Option(help="Revision of the weights.")] = "",
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON: generation, epoch, config.")] = None,
+    host: Annotated[str, typer.Option(help="Address of the main port.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI API, probes, metrics.")] = 8000,
+    admin_host: Annotated[str | None, typer.Option(help="Address of the admin port; --host's.")] = None,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Admin API.")] = 8001,
+    admin_token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the bearer token; else {TOKEN_VARIABLE}.")
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=1.0, help="Signal to exit, at most, s.")] = 30.0,
+    drain_lag_seconds: Annotated[
+        float, typer.Option(min=0.0, help="New connections are taken this long after the signal, s.")
+    ] = 2.0,
+    access_log: Annotated[bool, typer.Option(help="One line for each request.")] = False,
+) -> None:
+    """Serve one model: OpenAI's API on one port, the admin API on another."""
+    from kvpilot_engine.server.lifecycle import Options, serve  # noqa: PLC0415  (--help stays quick)
+
+    try:
+        start = read_config(config) if config is not None else ConfigFile()
+    except _FileError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"kvpilot-engine: error: {line}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(
+        serve(
+            Options(
+                model=model,
+                revision=revision,
+                config=start.config,
+                generation=start.generation,
+                epoch=start.epoch,
+                host=host,
+                port=port,
+                admin_host=admin_host or host,
+                admin_port=admin_port,
+                drain_seconds=drain_seconds,
+                drain_lag_seconds=min(drain_lag_seconds, drain_seconds / 2),
+                admin_token=token_source(admin_token_file),
+                access_log=access_log,
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,364 @@
+"""The front's end of the core's socket, for asyncio: requests, configuration changes, samples."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+import msgspec
+
+from kvpilot_engine import protocol
+from kvpilot_engine.core import CoreProcess, CoreStart
+from kvpilot_engine.errors import ChangeRefusedError, CoreUnavailableError, RequestCancelledError, StartError
+from kvpilot_engine.wire import FrameReader, frame
+
+START_TIMEOUT_S = 300.0
+"""Longest time from the spawn of a core to its ``Ready``."""
+
+GRACE_S = 5.0
+"""How much longer than its own limit the front waits for an answer of the core."""
+
+A = TypeVar("A", protocol.Applied, protocol.Described, protocol.Sampled)
+
+
+class Core(Protocol):
+    """A started core: a process, or a thread of this one."""
+
+    socket: Any
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    def end(self, timeout_s: float) -> str:
+        """Wait for the end; how it ended, in words."""
+
+
+class Generation:
+    """One request in the core. An async iterator of its messages; leaving it early needs :meth:`aclose`.
+
+    :meth:`tokens` is the quicker form: everything that has arrived, in one go.
+
+    Attributes:
+        ids: all new tokens so far.
+        finished: the last message, once it is there.
+        first_token_at: clock of the front at the first token; None before it.
+        gaps_s: seconds between the arrivals of consecutive tokens.
+    """
+
+    __slots__ = (
+        "_abort",
+        "_failure",
+        "_taken",
+        "_waiter",
+        "_wants_tokens",
+        "finished",
+        "first_token_at",
+        "gaps_s",
+        "id",
+        "ids",
+        "last_token_at",
+    )
+
+    def __init__(self, request_id: str, abort: Callable[[Generation], None]) -> None:
+        self.id = request_id
+        self.ids: list[int] = []
+        self.finished: protocol.Finished | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = 0.0
+        self.gaps_s: list[float] = []
+        self._abort = abort
+        self._failure: Exception | None = None
+        self._taken = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._wants_tokens = False
+
+    def arrived(self, ids: list[int], now: float) -> None:
+        """Take new tokens from the socket."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+        else:
+            self.gaps_s.append(now - self.last_token_at)
+        if len(ids) > 1:  # tokens of one message arrived together
+            self.gaps_s.extend([0.0] * (len(ids) - 1))
+        self.last_token_at = now
+        self.ids += ids
+        if self._wants_tokens:
+            self._wake()
+
+    def ended(self, finished: protocol.Finished) -> None:
+        """Take the last message from the socket."""
+        self.finished = finished
+        self._wake()
+
+    def fail(self, failure: Exception) -> None:
+        """End the request on the front's side: whoever waits gets ``failure``."""
+        if self.finished is None and self._failure is None:
+            self._failure = failure
+            self._wake()
+
+    def cancel(self) -> None:
+        """The client left: the core frees what the request holds; a waiter gets RequestCancelledError."""
+        self.expire(RequestCancelledError("the client closed the request"))
+
+    def expire(self, failure: Exception) -> None:
+        """End the request in the core as well, with ``failure`` for whoever waits."""
+        if self.finished is None and self._failure is None:
+            self._abort(self)
+            self.fail(failure)
+
+    def stop(self) -> None:
+        """End it in the core, but go on to wait for ``finished``: for a stop string."""
+        if self.finished is None and self._failure is None:
+            self._abort(self)
+
+    async def tokens(self) -> list[int]:
+        """New tokens since the last call, waiting for at least one; empty once it has finished.
+
+        Raises:
+            CoreUnavailableError, RequestCancelledError: when it ended without ``finished``.
+        """
+        self._wants_tokens = True
+        while self._taken == len(self.ids) and self.finished is None and self._failure is None:
+            await self._wait()
+        if self._failure is not None:
+            raise self._failure
+        new = self.ids[self._taken :]
+        self._taken = len(self.ids)
+        return new
+
+    async def result(self) -> protocol.Finished:
+        """The last message; the tokens are in ``ids``.
+
+        Raises:
+            CoreUnavailableError, RequestCancelledError: when it ended without ``finished``.
+        """
+        self._wants_tokens = False
+        while self.finished is None and self._failure is None:
+            await self._wait()
+        if self._failure is not None:
+            raise self._failure
+        assert self.finished is not None
+        return self.finished
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> protocol.Tokens | protocol.Finished:
+        if self._taken < 0:
+            raise StopAsyncIteration
+        if new := await self.tokens():
+            return protocol.Tokens(self.id, new)
+        assert self.finished is not None
+        self._taken = -1
+        return self.finished
+
+    async def aclose(self) -> None:
+        """Leave: the core frees what the request holds."""
+        self.cancel()
+
+
+class _Wire(asyncio.Protocol):
+    """Bytes in, messages out."""
+
+    def __init__(self, client: CoreClient) -> None:
+        self._client = client
+        self._reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
+        for message in self._reader.feed(data):
+            self._client.dispatch(message, now)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.lost()
+
+
+class CoreClient:
+    """Requests to one core, over its socket. All calls from the event loop that started it.
+
+    Attributes:
+        described: the core's answer at start.
+        lost_event: set once the core is gone, for whatever reason.
+    """
+
+    described: protocol.Described
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.lost_event = asyncio.Event()
+        self.loss: str | None = None
+        self._closing = False
+        self._numbers = itertools.count(1)
+        self._open: dict[str, Generation] = {}
+        self._answers: dict[str, asyncio.Future[Any]] = {}
+        self._ready: asyncio.Future[protocol.Described] = asyncio.get_running_loop().create_future()
+        self._transport: asyncio.WriteTransport | None = None
+        self._failed: str | None = None
+
+    @classmethod
+    async def start(cls, start: CoreStart, core: Callable[[CoreStart], Core] = CoreProcess) -> CoreClient:
+        """Spawn a core and wait until its model is loaded.
+
+        Raises:
+            StartError: with the core's own reason.
+        """
+        client = cls(core(start))
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_unix_connection(lambda: _Wire(client), sock=client.core.socket)
+        client._transport = transport
+        try:
+            client.described = await asyncio.wait_for(asyncio.shield(client._ready), START_TIMEOUT_S)
+        except TimeoutError:
+            await client.close(0.0)
+            raise StartError(f"the core process was not ready within {START_TIMEOUT_S:.0f} s") from None
+        except BaseException:
+            await client.close(0.0)
+            raise
+        return client
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that the core has and that have not ended."""
+        return len(self._open)
+
+    def expire_all(self, failure: Exception) -> None:
+        """End every open request with ``failure``."""
+        for generation in list(self._open.values()):
+            generation.expire(failure)
+
+    def next_id(self) -> str:
+        """A request id that this client has not used."""
+        return str(next(self._numbers))
+
+    def generate(self, request: protocol.Generate) -> Generation:
+        """Send a request to the core.
+
+        Raises:
+            CoreUnavailableError: when there is no core any more.
+        """
+        self._require()
+        generation = Generation(request.id, self._abort)
+        self._open[request.id] = generation
+        self._send(request)
+        return generation
+
+    async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> protocol.Applied:
+        """Change the configuration, hot.
+
+        Raises:
+            ChangeRefusedError: and nothing has changed.
+            CoreUnavailableError: when there is no core any more.
+        """
+        return await self._ask(protocol.Apply(self.next_id(), epoch, generation, values), protocol.Applied)
+
+    async def describe(self) -> protocol.Described:
+        """The live configuration."""
+        return await self._ask(protocol.Describe(self.next_id()), protocol.Described)
+
+    async def sample(self) -> protocol.Sampled:
+        """Counters and gauges, now."""
+        return await self._ask(protocol.Sample(self.next_id()), protocol.Sampled)
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        """Let the core finish what is running, at most ``timeout_s``, then end it."""
+        self._closing = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._send(protocol.Stop())
+            try:
+                await asyncio.wait_for(self.lost_event.wait(), timeout_s)
+            except TimeoutError:
+                self._transport.abort()
+        await asyncio.to_thread(self.core.end, 1.0)
+        self._lose("the engine was shut down")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def dispatch(self, message: protocol.FromCore, now: float) -> None:
+        """Hand a message of the core to whoever waits for it."""
+        match message:
+            case protocol.Tokens():
+                if (generation := self._open.get(message.id)) is not None:
+                    generation.arrived(message.ids, now)
+            case protocol.Finished():
+                if (generation := self._open.pop(message.id, None)) is not None:
+                    generation.ended(message)
+            case protocol.Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message.described)
+            case protocol.Failed():
+                self._failed = message.message
+            case _:
+                if (answer := self._answers.pop(message.id, None)) is not None and not answer.done():
+                    answer.set_result(message)
+
+    def lost(self) -> None:
+        """The socket closed: nothing will come any more."""
+        if self._failed is not None:
+            self._lose(self._failed)
+        elif self._closing:
+            self._lose("the engine was shut down")
+        else:
+            self._lose(f"the engine's core process ended unexpectedly ({self.core.end(1.0)})")
+
+    def _lose(self, reason: str) -> None:
+        if self.loss is not None:
+            return
+        self.loss = reason
+        if not self._ready.done():
+            self._ready.set_exception(StartError(reason))
+        for generation in list(self._open.values()):
+            generation.fail(CoreUnavailableError(reason))
+        self._open.clear()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(CoreUnavailableError(reason))
+        self._answers.clear()
+        self.lost_event.set()
+
+    def _require(self) -> None:
+        if self.loss is not None:
+            raise CoreUnavailableError(self.loss)
+
+    def _abort(self, generation: Generation) -> None:
+        if self.loss is None:
+            self._send(protocol.Abort(generation.id))
+
+    def _send(self, message: msgspec.Struct) -> None:
+        assert self._transport is not None
+        self._transport.write(frame(message))
+
+    async def _ask(self, question: Any, kind: type[A]) -> A:
+        self._require()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers[question.id] = answer
+        self._send(question)
+        reply = await answer
+        if isinstance(reply, protocol.Refused):
+            raise ChangeRefusedError(reply.code, reply.message)  # type: ignore[arg-type]  # checked by the core
+        assert isinstance(reply, kind)
+        return reply

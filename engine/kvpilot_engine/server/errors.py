@@ -1,0 +1,165 @@
+"""Every error of the HTTP surface, in the JSON shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kvpilot_engine.contract.metrics import Outcome
+from kvpilot_engine.errors import (
+    ChangeRefusedError,
+    CoreUnavailableError,
+    InvalidRequestError,
+    RequestCancelledError,
+    RequestTimeoutError,
+)
+
+CLIENT_CLOSED = 499
+"""The client left before the answer: seen by nobody but the access log."""
+
+_SHOWN = 80  # characters of a wrong value that an error repeats
+
+
+class ApiError(Exception):
+    """An answer that is not 2xx.
+
+    Attributes:
+        kind: OpenAI's ``type``: invalid_request_error, overloaded_error, ...
+        param: the field at fault, if there is one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def outcome(self) -> Outcome:
+        """How this end is counted."""
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return Outcome.SHED
+        if self.status == HTTPStatus.GATEWAY_TIMEOUT:
+            return Outcome.TIMEOUT
+        if self.status == CLIENT_CLOSED:
+            return Outcome.CANCELLED
+        return Outcome.ERROR if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
+
+    def body(self) -> bytes:
+        """The JSON text."""
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(self.body(), self.status, self.headers, "application/json")
+
+
+def shed(waiting: int, max_queue: int, retry_after_s: int) -> ApiError:
+    """429: the queue is full."""
+    return ApiError(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        f"overloaded: {waiting} requests wait and max_queue is {max_queue}; retry after {retry_after_s} s",
+        kind="overloaded_error",
+        code="overloaded",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """The HTTP form of an exception of the engine; what is not one of ours is a 500."""
+    text = str(error)
+    match error:
+        case ApiError():
+            found = error
+        case InvalidRequestError():
+            found = ApiError(HTTPStatus.BAD_REQUEST, text, param=error.field)
+        case RequestTimeoutError():
+            found = ApiError(HTTPStatus.GATEWAY_TIMEOUT, text, kind="timeout_error", code="timeout")
+        case CoreUnavailableError():
+            found = ApiError(HTTPStatus.SERVICE_UNAVAILABLE, text, kind="server_error", code="unavailable")
+        case RequestCancelledError():
+            found = ApiError(CLIENT_CLOSED, text, kind="cancelled_error", code="cancelled")
+        case ChangeRefusedError(code="invalid"):
+            found = ApiError(HTTPStatus.BAD_REQUEST, text, code="invalid")
+        case ChangeRefusedError():
+            found = ApiError(HTTPStatus.CONFLICT, text, kind="conflict_error", code=error.code)
+        case _:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+            found = ApiError(status, f"the engine failed: {text}", kind="server_error")
+    return found
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """400 for a body that does not fit its model: one clause for each field at fault."""
+    clauses = []
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"])) or "body"
+        if item["type"] == "missing":
+            clauses.append(f"{where}: required")
+        elif item["type"] == "extra_forbidden":
+            clauses.append(f"{where}: unknown parameter")
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            clauses.append(f"{where}: {text[:1].lower()}{text[1:]}, got {_short(item['input'])}")
+    first = error.errors()[0]["loc"]
+    return ApiError(HTTPStatus.BAD_REQUEST, "; ".join(clauses), param=str(first[0]) if first else None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def install(app: FastAPI) -> None:
+    """Give every error of ``app``, the framework's own included, the one shape."""
+
+    async def ours(_: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        detail = error.detail
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail = f"unknown path: {request.method} {request.url.path}"
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            detail = f"method {request.method} is not allowed for {request.url.path}"
+        headers = dict(error.headers) if error.headers else None
+        return ApiError(error.status_code, detail, headers=headers).response()
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(lines)).response()
+
+    handlers: dict[Any, Any] = {HTTPException: framework, RequestValidationError: invalid, Exception: ours}
+    for kind in (
+        ApiError,
+        InvalidRequestError,
+        RequestTimeoutError,
+        RequestCancelledError,
+        CoreUnavailableError,
+        ChangeRefusedError,
+    ):
+        handlers[kind] = ours
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)

@@ -1,0 +1,137 @@
+"""Bodies of the two generating endpoints. What OpenAI defines and we do not do is refused, never ignored."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kvpilot_engine.completion import PRIORITY_BOUND
+from kvpilot_engine.server.errors import ApiError, validation_error
+
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 256
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logprobs": (False,),
+    "top_logprobs": (0,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
+    "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "store": (False,),
+    "service_tier": ("auto", "default"), "parallel_tool_calls": (True, False),
+    "audio": (), "metadata": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
+    "web_search_options": (), "prompt_cache_key": (), "safety_identifier": (),
+}  # fmt: skip
+"""Parameters of OpenAI's API that we do not support, each with the values that ask for nothing."""
+
+
+def _stop(value: Any) -> Any:
+    """One string or a list of them; anything else gets one error, not one for each form."""
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) for s in stops):
+        raise ValueError(f"must be a string or at most {MAX_STOPS} strings")
+    if any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"each stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(stops)
+
+
+def _prompt(value: Any) -> Any:
+    """One prompt: text or token ids; a list that holds exactly one prompt is that prompt."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return value
+    if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str | list):
+        raise ValueError(f"must be one prompt, got a list of {len(value)}; send one request for each")
+    raise ValueError("must be a string or a list of token ids")
+
+
+class StreamOptions(BaseModel):
+    """``stream_options``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Extensions (``extra_body`` of OpenAI's client).
+    priority: int = Field(0, ge=-PRIORITY_BOUND, le=PRIORITY_BOUND, description="Higher is more urgent.")
+    session_id: str | None = Field(None, max_length=256, description="Also as header x-session-id.")
+    exact_only: bool = Field(False, description="Use cached pages of exact fidelity only.")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Request):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: Annotated[str | list[int], BeforeValidator(_prompt)]
+
+
+class Message(BaseModel):
+    """One turn of a chat; the content is text or a list of text parts."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+
+
+class ChatRequest(_Request):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+def parse(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> CompletionRequest | ChatRequest:
+    """The validated body.
+
+    Raises:
+        ApiError: 400, naming the field, its value and what is allowed.
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise validation_error(error) from None
+    for name, value in (request.model_extra or {}).items():
+        _refuse_unless_neutral(name, value)
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST, "stream_options: allowed with stream=true only", param="stream_options"
+        )
+    return request
+
+
+def _refuse_unless_neutral(name: str, value: Any) -> None:
+    if name not in NEUTRAL:
+        raise ApiError(
+            HTTPStatus.BAD_REQUEST, f"{name}: unknown parameter", param=name, code="unknown_parameter"
+        )
+    if value is None or value in NEUTRAL[name]:
+        return
+    allowed = " or ".join(json.dumps(neutral) for neutral in (None, *NEUTRAL[name]))
+    raise ApiError(
+        HTTPStatus.BAD_REQUEST,
+        f"{name}: not supported, must be {allowed}, got {value!r:.80}",
+        param=name,
+        code="unsupported_parameter",
+    )
