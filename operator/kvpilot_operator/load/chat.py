@@ -1,0 +1,135 @@
+"""Multi-turn chats over a few shared system prompts, with open-loop arrivals."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvpilot_operator.load.text import text_of
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Phase, poisson
+
+
+@dataclass(frozen=True)
+class ChatShape:
+    """Sizes of a chat, tokens. User and answer lengths vary evenly by +-``spread`` around their mean.
+
+    Attributes:
+        think_s: least time between two turns of a session.
+    """
+
+    system_prompts: int = 4
+    system_tokens: int = 256
+    turns: int = 4
+    user_tokens: int = 64
+    output_tokens: int = 32
+    spread: float = 0.25
+    think_s: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("system_prompts", "turns", "user_tokens", "output_tokens"):
+            if getattr(self, name) < 1:
+                raise LoadError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.system_tokens < 0:
+            raise LoadError(f"system_tokens: must be at least 0, got {self.system_tokens}")
+
+
+@dataclass
+class _Session:
+    """One conversation: what was said, and when its last turn was sent (s from the start)."""
+
+    id: int
+    messages: list[dict[str, str]] = field(default_factory=list)
+    turns: int = 0
+    last_at: float = 0.0
+    expected: int = 0  # length of the answer that is due
+
+
+class ChatWorkload:
+    """Chats whose requests arrive as a Poisson process of the phase's rate.
+
+    Times, sessions and sizes come from the seed alone. A turn that is due before the last answer came goes
+    out with an invented answer of the same length in its place: a server can slow its answers, not the load.
+    """
+
+    def __init__(self, phases: Sequence[Phase], shape: ChatShape | None = None, seed: int = 1) -> None:
+        if not phases:
+            raise LoadError("phases: at least one is required")
+        self.phases = tuple(phases)
+        self.shape = shape or ChatShape()
+        self.seed = seed
+        self._waiting: list[_Session] = []  # sessions with turns left, the longest waiting first
+        self._sessions = 0
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        shape = self.shape
+        return (
+            f"chat: {shape.system_prompts} shared system prompts of {shape.system_tokens} tokens, "
+            f"{shape.turns} turns, ~{shape.user_tokens} in and ~{shape.output_tokens} out"
+        )
+
+    @property
+    def seconds(self) -> float:
+        """How long it sends."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+        """The schedule; a phase that is sized to the machine takes its rate when it begins."""
+        times, sizes = random.Random(self.seed), random.Random(self.seed + 1)
+        begin = 0.0
+        for phase in self.phases:
+            for offset in poisson(phase.rate_now(calm_latency()), phase.seconds, times):
+                yield self._turn(begin + offset, phase.name, sizes)
+            begin += phase.seconds
+
+    def _turn(self, at: float, phase: str, sizes: random.Random) -> Arrival:
+        session = self._next_session(at)
+        turn, shape = session.turns, self.shape
+        user = text_of(
+            f"user {self.seed} {session.id} {turn}", _varied(shape.user_tokens, shape.spread, sizes)
+        )
+        output = _varied(shape.output_tokens, shape.spread, sizes)
+        session.turns += 1
+        session.last_at = at
+        if session.turns < shape.turns:
+            self._waiting.append(session)
+
+        def ask() -> Ask:
+            if session.messages and session.messages[-1]["role"] == "user":  # its answer is still to come
+                invented = text_of(f"answer {self.seed} {session.id} {turn}", session.expected)
+                session.messages.append({"role": "assistant", "content": invented})
+            session.messages.append({"role": "user", "content": user})
+            session.expected = output
+            body: dict[str, Any] = {
+                "messages": list(session.messages),
+                "max_tokens": output,
+                "temperature": 0,
+                "user": f"session-{session.id}",
+            }
+            return Ask("/v1/chat/completions", body)
+
+        def answered(text: str) -> None:
+            last = session.messages[-1]
+            if last["role"] == "user" and last["content"] is user:
+                session.messages.append({"role": "assistant", "content": text})
+
+        return Arrival(at, phase, ask, answered)
+
+    def _next_session(self, at: float) -> _Session:
+        if self._waiting and at - self._waiting[0].last_at >= self.shape.think_s:
+            return self._waiting.pop(0)
+        session = _Session(self._sessions)
+        self._sessions += 1
+        if self.shape.system_tokens:
+            prompt = text_of(
+                f"system {self.seed} {session.id % self.shape.system_prompts}", self.shape.system_tokens
+            )
+            session.messages.append({"role": "system", "content": prompt})
+        return session
+
+
+def _varied(mean: int, spread: float, rng: random.Random) -> int:
+    return max(1, round(mean * rng.uniform(1 - spread, 1 + spread)))

@@ -1,0 +1,165 @@
+"""What came of the requests: one value per request, and the summary of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+OK = "ok"
+ERROR_KINDS = {
+    "shed": "refused with 429",
+    "refused": "refused with another 4xx",
+    "server": "5xx",
+    "timeout": "no answer in time",
+    "connection": "connection refused or lost",
+    "protocol": "the answer could not be read",
+    "cancelled": "cut off when the load was stopped",
+}
+"""Ways in which a request can fail, with their meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One request.
+
+    Attributes:
+        at: when it was due, s from the start of the load.
+        late: how much later it was really sent, s: the generator's own delay.
+        seconds: from when it was due to the end of the answer, s, so that a delay never hides.
+        kind: ``ok`` or one of ``ERROR_KINDS``.
+        first_token: from when it was due to the first token, s; None unless streamed.
+        prompt_tokens, cached_tokens, output_tokens: as the server counted them.
+    """
+
+    phase: str
+    at: float
+    late: float
+    seconds: float
+    kind: str = OK
+    message: str = ""
+    first_token: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+def percentile(ordered: Sequence[float], share: float) -> float | None:
+    """Nearest-rank percentile of sorted values; None of none."""
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
+
+
+def quantiles(values: Iterable[float]) -> dict[str, float | None]:
+    """p50, p95, p99, mean and max, s."""
+    ordered = sorted(values)
+    mean = sum(ordered) / len(ordered) if ordered else None
+    return {
+        "p50": percentile(ordered, 0.50),
+        "p95": percentile(ordered, 0.95),
+        "p99": percentile(ordered, 0.99),
+        "mean": mean,
+        "max": ordered[-1] if ordered else None,
+    }
+
+
+@dataclass
+class Tally:
+    """Everything sent so far."""
+
+    offered: int = 0
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without an end yet."""
+        return self.offered - len(self.results)
+
+    def calm_latency(self) -> float | None:
+        """Median latency of the answers so far, s."""
+        return percentile(sorted(r.seconds for r in self.results if r.kind == OK), 0.5)
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Everything about a load of ``seconds`` (from its start to the last answer)."""
+        whole = _summary(self.results, seconds)
+        phases = list(dict.fromkeys(result.phase for result in self.results))
+        if len(phases) > 1:
+            whole["phases"] = {
+                name: _summary([r for r in self.results if r.phase == name], None) for name in phases
+            }
+        whole["offered"] = self.offered
+        return whole
+
+
+def _summary(results: Sequence[Result], seconds: float | None) -> dict[str, Any]:
+    good = [r for r in results if r.kind == OK]
+    prompt = sum(r.prompt_tokens for r in good)
+    errors = Counter(r.kind for r in results if r.kind != OK)
+    first = [r.first_token for r in good if r.first_token is not None]
+    span = seconds or (max(r.at for r in results) - min(r.at for r in results) if len(results) > 1 else 0.0)
+    per_second = 1 / span if span > 0 else 0.0
+    return {
+        "seconds": round(span, 3),
+        "offered": len(results),
+        "completed": len(good),
+        "offered_per_s": round(len(results) * per_second, 3),
+        "completed_per_s": round(len(good) * per_second, 3),
+        "latency_s": quantiles(r.seconds for r in good),
+        "first_token_s": quantiles(first) if first else None,
+        "hit_rate": sum(r.cached_tokens for r in good) / prompt if prompt else None,
+        "tokens": {
+            "prompt": prompt,
+            "cached": sum(r.cached_tokens for r in good),
+            "output": sum(r.output_tokens for r in good),
+            "prompt_mean": prompt / len(good) if good else None,
+            "output_mean": sum(r.output_tokens for r in good) / len(good) if good else None,
+        },
+        "output_tokens_per_s": round(sum(r.output_tokens for r in good) * per_second, 1),
+        "errors": dict(errors),
+        "error_examples": {
+            kind: next(r.message for r in results if r.kind == kind) for kind in sorted(errors)
+        },
+        "latest_send_s": max((r.late for r in results), default=0.0),
+    }
+
+
+def lines_of(summary: dict[str, Any]) -> list[str]:
+    """The summary for people, one fact a line."""
+    latency, first, tokens = summary["latency_s"], summary["first_token_s"], summary["tokens"]
+    lines = [
+        f"requests    {summary['offered']} offered ({summary['offered_per_s']:.2f}/s), "
+        f"{summary['completed']} completed ({summary['completed_per_s']:.2f}/s) "
+        f"in {summary['seconds']:.0f} s",
+        f"latency     {_times(latency)}",
+    ]
+    if first:
+        lines.append(f"first token {_times(first)}")
+    if summary["completed"]:
+        rate = summary["hit_rate"]
+        lines += [
+            f"hit rate    {'not reported' if rate is None else f'{rate:.1%}'} of prompt tokens",
+            f"tokens      {tokens['prompt_mean']:.0f} in and {tokens['output_mean']:.0f} out per request, "
+            f"{summary['output_tokens_per_s']:.0f} out/s",
+        ]
+    for kind, count in summary["errors"].items():
+        lines.append(
+            f"errors      {count} {kind} ({ERROR_KINDS[kind]}): {summary['error_examples'][kind][:160]}"
+        )
+    if not summary["errors"]:
+        lines.append("errors      none")
+    if summary["latest_send_s"] > 0.1:
+        lines.append(
+            f"note        the generator itself was up to {summary['latest_send_s']:.2f} s late; "
+            "latencies count from when a request was due"
+        )
+    return lines
+
+
+def _times(values: dict[str, float | None]) -> str:
+    return "  ".join(
+        f"{name} {'-' if value is None else f'{value * 1000:.0f} ms'}"
+        for name, value in values.items()
+        if name != "mean"
+    )

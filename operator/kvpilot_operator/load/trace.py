@@ -1,0 +1,189 @@
+"""Recorded traffic: Mooncake's JSON lines and Azure's CSV, replayed with their own arrival times.
+
+Mooncake (https://github.com/kvcache-ai/Mooncake): ``timestamp`` (ms), ``input_length``, ``output_length``
+and ``hash_ids``, one per block of 512 tokens; equal ids at the same place mean equal text up to there.
+Azure LLM inference trace 2023: ``TIMESTAMP,ContextTokens,GeneratedTokens``; prompts share nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kvpilot_operator.load.text import text_of
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError
+
+TRACE_BLOCK_TOKENS = 512
+"""Tokens behind one hash id of a Mooncake trace."""
+
+_AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One line: ``at`` in s from the first line, lengths in tokens; ``blocks`` are hash ids or empty."""
+
+    at: float
+    input_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()
+
+
+def read_trace(path: Path) -> list[TraceRequest]:
+    """All requests of a trace in order of time; its format is recognised by its first line.
+
+    Raises:
+        LoadError: naming file, line and field.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(
+            f"trace {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise LoadError(f"trace {path}: is empty")
+    number, first = lines[0]
+    if first.lstrip().startswith("{"):
+        requests = [_mooncake(f"trace {path}:{number}", line) for number, line in lines]
+    elif next(csv.reader([first])) == _AZURE_HEADER:
+        requests = [_azure(f"trace {path}:{number}", line) for number, line in lines[1:]]
+    else:
+        raise LoadError(
+            f"trace {path}:{number}: must be a JSON object (Mooncake) or the header "
+            f"{','.join(_AZURE_HEADER)} (Azure), got {first[:60]!r}"
+        )
+    if not requests:
+        raise LoadError(f"trace {path}: holds no request")
+    requests.sort(key=lambda request: request.at)
+    start = requests[0].at
+    return [TraceRequest(r.at - start, r.input_tokens, r.output_tokens, r.blocks) for r in requests]
+
+
+def _mooncake(where: str, line: str) -> TraceRequest:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LoadError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise LoadError(f"{where}: must be a JSON object, got {line[:60]!r}")
+    at = _number(where, "timestamp", row.get("timestamp"), at_least=0)
+    length = int(_number(where, "input_length", row.get("input_length"), at_least=1, whole=True))
+    output = int(_number(where, "output_length", row.get("output_length"), at_least=1, whole=True))
+    blocks = row.get("hash_ids")
+    needed = -(-length // TRACE_BLOCK_TOKENS)
+    if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
+        raise LoadError(f"{where}: hash_ids: must be a list of whole numbers, got {_short(blocks)}")
+    if len(blocks) != needed:
+        raise LoadError(
+            f"{where}: hash_ids: must hold {needed} ids for input_length {length} "
+            f"({TRACE_BLOCK_TOKENS} tokens each), got {len(blocks)}"
+        )
+    return TraceRequest(at / 1000, length, output, tuple(blocks))
+
+
+def _azure(where: str, line: str) -> TraceRequest:
+    row = next(csv.reader([line]))
+    if len(row) != len(_AZURE_HEADER):
+        raise LoadError(f"{where}: must have {len(_AZURE_HEADER)} columns, got {len(row)}: {line[:60]!r}")
+    try:
+        at = datetime.fromisoformat(row[0]).timestamp()
+    except ValueError:
+        raise LoadError(f"{where}: TIMESTAMP: must be a date and time (ISO 8601), got {row[0]!r}") from None
+    lengths = []
+    for name, value in zip(_AZURE_HEADER[1:], row[1:], strict=True):
+        if not value.strip().isdecimal() or int(value) < 1:
+            raise LoadError(f"{where}: {name}: must be a whole number of at least 1, got {value!r}")
+        lengths.append(int(value))
+    return TraceRequest(at, lengths[0], lengths[1])
+
+
+def _number(where: str, name: str, value: Any, *, at_least: float, whole: bool = False) -> float:
+    numeric = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
+    if numeric and value >= at_least:
+        return float(value)
+    kind = "a whole number" if whole else "a number"
+    raise LoadError(f"{where}: {name}: must be {kind} of at least {at_least:g}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else repr(value)[:60]
+
+
+def prompt_of(request: TraceRequest, shrink: int, unique: str) -> str:
+    """A prompt whose equal trace blocks are equal text of ``512 / shrink`` tokens; the last may be shorter.
+
+    Args:
+        unique: names the text of a request without hash ids.
+    """
+    if not request.blocks:
+        return text_of(f"request {unique}", max(1, -(-request.input_tokens // shrink)))
+    size = TRACE_BLOCK_TOKENS // shrink
+    last = request.input_tokens - TRACE_BLOCK_TOKENS * (len(request.blocks) - 1)
+    whole = "".join(text_of(f"block {block}", size) for block in request.blocks[:-1])
+    return whole + text_of(f"block {request.blocks[-1]}", -(-last // shrink))
+
+
+class TraceWorkload:
+    """A trace replayed ``speed`` times as fast, with all lengths divided by ``shrink``.
+
+    Args:
+        shrink: 1, 2, 4, ... 512; 32 makes one trace block one page of 16 tokens.
+        seconds: stop sending after this long; None replays all of it.
+
+    Raises:
+        LoadError: for a value out of bounds.
+    """
+
+    def __init__(
+        self, path: Path, *, speed: float = 1.0, shrink: int = 1, seconds: float | None = None
+    ) -> None:
+        if not speed > 0:
+            raise LoadError(f"speed: must be above 0, got {speed:g}")
+        if shrink < 1 or TRACE_BLOCK_TOKENS % shrink:
+            raise LoadError(f"shrink: must divide {TRACE_BLOCK_TOKENS}, got {shrink}")
+        if seconds is not None and not seconds > 0:
+            raise LoadError(f"duration: must be above 0, got {seconds:g}")
+        self._requests = read_trace(path)
+        self._speed, self._shrink, self._name = speed, shrink, path.name
+        self._seconds = self._requests[-1].at / speed if seconds is None else seconds
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        return f"trace {self._name}: speed {self._speed:g}, lengths divided by {self._shrink}"
+
+    @property
+    def seconds(self) -> float:
+        """How long it sends."""
+        return self._seconds
+
+    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+        """The schedule of the trace."""
+        for index, request in enumerate(self._requests):
+            at = request.at / self._speed
+            if at > self._seconds:
+                return
+            yield Arrival(at, "trace", self._writer(index, request), _ignore)
+
+    def _writer(self, index: int, request: TraceRequest) -> Callable[[], Ask]:
+        def ask() -> Ask:
+            body = {
+                "prompt": prompt_of(request, self._shrink, str(index)),
+                "max_tokens": max(1, -(-request.output_tokens // self._shrink)),
+                "temperature": 0,
+            }
+            return Ask("/v1/completions", body)
+
+        return ask
+
+
+def _ignore(_: str) -> None:
+    """An answer is no part of what a trace asks next."""

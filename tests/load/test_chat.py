@@ -1,0 +1,87 @@
+"""Chats: seeded, shared beginnings, and a schedule on which the server has no influence."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+
+import pytest
+
+from kvpilot_operator.load.chat import ChatShape, ChatWorkload
+from kvpilot_operator.load.workload import Arrival, LoadError, Phase, poisson
+
+
+def arrivals(seed: int = 1, **shape: float) -> list[Arrival]:
+    return list(
+        ChatWorkload([Phase("calm", 60, rate=5)], ChatShape(**shape), seed).arrivals(lambda: None)  # type: ignore[arg-type]
+    )
+
+
+def test_same_seed_same_load() -> None:
+    def asked(seed: int) -> list[tuple[float, object]]:
+        return [(a.at, a.ask().body) for a in arrivals(seed)]
+
+    assert asked(3) == asked(3)
+    assert asked(3) != asked(4)
+
+
+def test_poisson_has_the_rate_and_its_spread() -> None:
+    times = poisson(20, 500, random.Random(5))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert len(times) == pytest.approx(10_000, rel=0.05)
+    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)
+
+
+def test_a_session_goes_on_where_it_stopped() -> None:
+    schedule = arrivals(turns=3, system_prompts=2)
+    bodies = []
+    for arrival in schedule:
+        bodies.append(arrival.ask().body)
+        arrival.answered("said " + bodies[-1]["user"])
+    by_session: dict[str, list[list[dict[str, str]]]] = {}
+    for body in bodies:
+        by_session.setdefault(body["user"], []).append(body["messages"])
+    assert max(len(turns) for turns in by_session.values()) == 3
+    for session, turns in by_session.items():
+        for before, after in itertools.pairwise(turns):
+            assert after[: len(before)] == before
+            assert after[len(before)] == {"role": "assistant", "content": f"said {session}"}
+    prompts = {turns[0][0]["content"] for turns in by_session.values()}
+    assert len(prompts) == 2
+    assert {len(prompt) for prompt in prompts} == {256}
+
+
+def test_an_answer_that_is_still_to_come_is_invented_and_a_late_one_ignored() -> None:
+    schedule = arrivals(turns=2, think_s=0)
+    first = schedule[0].ask().body
+    second = next(a for a in schedule[1:] if a.ask().body["user"] == first["user"])
+    schedule[0].answered("too late")
+    roles = [m["role"] for m in second.ask().body["messages"]]
+    assert roles[:4] == ["system", "user", "assistant", "user"]
+    assert "too late" not in str(second.ask().body)
+
+
+def test_a_phase_is_sized_to_the_machine_when_it_begins() -> None:
+    workload = ChatWorkload([Phase("calm", 50, rate=2), Phase("rise", 50, in_flight=8)], seed=2)
+    latency: list[float | None] = [None]
+    seen: list[Arrival] = []
+    for arrival in workload.arrivals(lambda: latency[0]):
+        seen.append(arrival)
+        latency[0] = 0.5  # 8 in flight at 0.5 s each are 16 requests/s
+    rise = [a for a in seen if a.phase == "rise"]
+    assert len(rise) == pytest.approx(800, rel=0.15)
+    assert min(a.at for a in rise) >= 50
+
+
+@pytest.mark.parametrize(
+    ("rate", "in_flight", "message"),
+    [
+        (None, None, "exactly one of rate and in_flight"),
+        (1, 1, "exactly one of rate and in_flight"),
+        (0, None, "rate must be above 0, got 0"),
+    ],
+)
+def test_a_bad_phase_is_refused(rate: float | None, in_flight: float | None, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        Phase("x", 1, rate=rate, in_flight=in_flight)

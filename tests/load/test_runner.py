@@ -1,0 +1,171 @@
+"""Sending: open loop, and every way to fail has its own count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+from aiohttp import web
+
+from kvpilot_operator.load.client import Client, RequestError
+from kvpilot_operator.load.results import Result, Tally, lines_of, percentile
+from kvpilot_operator.load.runner import LoadRun
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True)
+class Even:
+    """Requests at equal distances."""
+
+    count: int
+    gap: float
+    answers: list[str]
+    title: str = "even"
+
+    @property
+    def seconds(self) -> float:
+        return self.count * self.gap
+
+    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+        for index in range(self.count):
+            ask = Ask("/v1/completions", {"prompt": f"{index}", "max_tokens": 4})
+            yield Arrival(index * self.gap, "even", lambda ask=ask: ask, self.answers.append)
+
+
+@asynccontextmanager
+async def server(handler: Handler) -> AsyncIterator[str]:
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m"}]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/completions", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()
+
+
+async def sent(url: str, workload: Even, *, stream: bool = False, timeout_s: float = 5) -> LoadRun:
+    async with Client(url, stream=stream, timeout_s=timeout_s) as client:
+        await client.find_model()
+        run = LoadRun(client, workload)
+        await run.run()
+    return run
+
+
+async def test_a_slow_server_does_not_slow_the_load() -> None:
+    in_flight, most = 0, 0
+
+    async def slow(_: web.Request) -> web.Response:
+        nonlocal in_flight, most
+        in_flight += 1
+        most = max(most, in_flight)
+        await asyncio.sleep(0.5)
+        in_flight -= 1
+        return web.json_response({"choices": [{"text": "abcd"}], "usage": USAGE})
+
+    async with server(slow) as url:
+        run = await sent(url, Even(20, 0.01, []))
+    assert most == 20
+    summary = run.summary()
+    assert summary["completed"] == 20
+    assert summary["hit_rate"] == 0.8
+    assert summary["tokens"]["output"] == 80  # type: ignore[index]
+
+
+async def test_every_failure_has_its_kind() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        number = int((await request.json())["prompt"])
+        if number == 4:
+            await asyncio.sleep(5)
+        if number == 5:
+            return web.Response(text="<html>")
+        status = {0: 200, 1: 429, 2: 400, 3: 503}[number]
+        if status == 200:
+            return web.json_response({"choices": [{"text": "abcd"}], "usage": USAGE})
+        return web.json_response({"error": {"message": f"told {number}"}}, status=status)
+
+    answers: list[str] = []
+    async with server(handler) as url:
+        run = await sent(url, Even(6, 0, answers), timeout_s=1)
+    summary = run.summary()
+    assert summary["errors"] == {"shed": 1, "refused": 1, "server": 1, "timeout": 1, "protocol": 1}
+    assert summary["error_examples"]["shed"] == "429: told 1"  # type: ignore[index]
+    assert answers == ["abcd"]
+    assert "errors      1 timeout (no answer in time): no answer within 1 s" in lines_of(summary)
+
+
+async def test_a_stream_is_read_to_its_end_and_its_first_token_noted() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        assert (await request.json())["stream_options"] == {"include_usage": True}
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for text in ("", "ab", "cd"):
+            await response.write(b"data: " + json.dumps({"choices": [{"text": text}]}).encode() + b"\n\n")
+            await asyncio.sleep(0.05)
+        await response.write(b"data: " + json.dumps({"choices": [], "usage": USAGE}).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    answers: list[str] = []
+    async with server(handler) as url:
+        run = await sent(url, Even(1, 0, answers), stream=True)
+    result = run.tally.results[0]
+    assert answers == ["abcd"]
+    assert (result.kind, result.cached_tokens, result.output_tokens) == ("ok", 8, 4)
+    assert result.first_token is not None
+    assert 0.04 < result.first_token < result.seconds
+
+
+async def test_stopping_cuts_off_and_counts_what_is_in_flight() -> None:
+    started = asyncio.Event()
+
+    async def never(_: web.Request) -> web.Response:
+        started.set()
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async with server(never) as url, Client(url) as client:
+        run = LoadRun(client, Even(1000, 0.01, []))
+        task = asyncio.create_task(run.run())
+        await asyncio.wait_for(started.wait(), 5)
+        run.stop()
+        await asyncio.wait_for(task, 5)
+    assert run.tally.in_flight == 0
+    assert {r.kind for r in run.tally.results} == {"cancelled"}
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    async with Client("http://127.0.0.1:9") as client:
+        with pytest.raises(RequestError, match=r"cannot reach http://127.0.0.1:9/v1/models"):
+            await client.find_model()
+    with pytest.raises(LoadError, match="URL: must begin with http:// or https://, got 'localhost'"):
+        Client("localhost")
+
+
+def test_percentiles_are_nearest_rank() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert [percentile(values, share) for share in (0.5, 0.95, 0.99)] == [50, 95, 99]
+    assert percentile([], 0.5) is None
+    assert percentile([7.0], 0.99) == 7
+
+
+def test_figures_by_phase() -> None:
+    tally = Tally(2, [Result("calm", 0, 0, 1), Result("rise", 5, 0, 3)])
+    summary = tally.summary(10)
+    assert summary["phases"]["calm"]["latency_s"]["p50"] == 1
+    assert summary["phases"]["rise"]["latency_s"]["p50"] == 3
+    assert summary["offered_per_s"] == 0.2
