@@ -85,7 +85,7 @@ class Model(Part):
         "builtin/tiny-llama",
         min_length=1,
         max_length=512,
-        description="builtin/tiny-llama, a directory in the claim, or a model's name.",
+        description="builtin/tiny-llama, or a directory: of the image, or below /models with a claim.",
     )
     revision: str = Field("", max_length=128, description="Revision of the source; empty is its default.")
     claim_name: str = Field(
@@ -220,7 +220,7 @@ class Rollout(Part):
     max_surge: int = Field(0, ge=0, le=1000, description="Extra pods during a rollout; 0 needs no spare GPU.")
     max_unavailable: int = Field(1, ge=0, le=1000, description="Pods that may be missing during a rollout.")
     drain_seconds: int = Field(
-        120, ge=0, le=3600, description="Longest time a leaving pod finishes its requests, s."
+        120, ge=1, le=3600, description="Longest time a leaving pod finishes its requests, s."
     )
 
     @model_validator(mode="after")
@@ -248,6 +248,14 @@ class Template(BaseModel):
 
     metadata: dict[str, Any] = Field(default_factory=dict)
     spec: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _named_containers(self) -> Self:
+        for kind in ("containers", "initContainers"):
+            items = self.spec.get(kind) or []
+            if not (isinstance(items, list) and all(isinstance(i, dict) and i.get("name") for i in items)):
+                raise ValueError(f"spec.{kind}: must be a list of containers that each have a name")
+        return self
 
 
 class DeploymentSpec(Part):

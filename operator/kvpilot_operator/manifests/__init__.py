@@ -1,0 +1,5 @@
+"""The objects made from a resource, pure: ServiceAccount, Secret, Service, budget, Deployment, ConfigMaps."""
+
+from kvpilot_operator.manifests.objects import config_map, decisions_map, owned_objects, promoted_of
+
+__all__ = ["config_map", "decisions_map", "owned_objects", "promoted_of"]

@@ -1,0 +1,161 @@
+"""The Deployment of a resource's engines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from kvpilot_engine.contract import KVCacheConfig
+from kvpilot_engine.contract.config import COLD_FIELDS
+from kvpilot_operator.manifests import names
+from kvpilot_operator.manifests.merge import merged
+from kvpilot_operator.spec.models import DeploymentSpec, KVCacheDeployment, Model
+from kvpilot_operator.spec.resolve import base_config
+
+PRE_STOP_SECONDS = 5
+"""Time for endpoints and routers to forget a leaving pod before it is told to stop, s."""
+
+EXIT_SECONDS = 15
+"""Time for an engine to end after the last request is gone, s."""
+
+STARTUP_SECONDS = 1800
+"""Longest time an engine may load its model, s."""
+
+_USER = 65532
+
+
+def deployment(resource: KVCacheDeployment, metadata: dict[str, Any], replicas: int | None) -> dict[str, Any]:
+    """The Deployment, for server-side apply.
+
+    ``replicas`` is None once the workload exists: its number has a field manager of its own. Whoever creates
+    it with a number writes that number through /scale too, else dropping the field here resets it to one.
+    """
+    name, spec = resource.metadata.name, resource.spec
+    workload: dict[str, Any] = {
+        "selector": {"matchLabels": names.selector_labels(name)},
+        "revisionHistoryLimit": 3,
+        "progressDeadlineSeconds": STARTUP_SECONDS + 600,
+        "strategy": {
+            "type": "RollingUpdate",
+            "rollingUpdate": {
+                "maxSurge": spec.rollout.max_surge,
+                "maxUnavailable": spec.rollout.max_unavailable,
+            },
+        },
+        "template": pod_template(name, spec),
+    }
+    if replicas is not None:
+        workload["replicas"] = replicas
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": workload}
+
+
+def pod_template(name: str, spec: DeploymentSpec) -> dict[str, Any]:
+    """The pod template: ours, the user's over it, and what nobody overrides (selector labels, digest)."""
+    ours = {"metadata": {"labels": dict(names.labels(name))}, "spec": _pod(name, spec)}
+    template = merged(ours, {"metadata": spec.template.metadata, "spec": spec.template.spec})
+    fixed = {
+        "labels": names.selector_labels(name),
+        "annotations": {names.COLD_HASH: cold_hash(base_config(spec))},
+    }
+    return {**template, "metadata": merged(template["metadata"], fixed)}
+
+
+def cold_hash(config: KVCacheConfig) -> str:
+    """Digest of the fields that an engine takes at its start only; a change of it rolls the pods."""
+    cold = config.model_dump(include=set(COLD_FIELDS), by_alias=True, mode="json")
+    return hashlib.sha256(json.dumps(cold, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _pod(name: str, spec: DeploymentSpec) -> dict[str, Any]:
+    return {
+        "serviceAccountName": name,
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": PRE_STOP_SECONDS + spec.rollout.drain_seconds + EXIT_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_engine(spec)],
+        "volumes": [
+            {"name": "config", "configMap": {"name": names.config_name(name)}},
+            {"name": "admin", "secret": {"secretName": names.admin_name(name)}},
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *_model_volumes(spec.engine.model),
+        ],
+    }
+
+
+def _engine(spec: DeploymentSpec) -> dict[str, Any]:
+    pull = spec.engine.image_pull_policy
+    return {
+        "name": "engine",
+        "image": spec.engine.image,
+        **({"imagePullPolicy": pull} if pull else {}),
+        "args": _arguments(spec),
+        "env": [
+            {"name": "HOME", "value": "/tmp"},
+            {"name": "USER", "value": "kvpilot"},
+        ],
+        "ports": [
+            {"name": "http", "containerPort": names.HTTP_PORT, "protocol": "TCP"},
+            {"name": "admin", "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
+        ],
+        "startupProbe": _probe("/readyz", period=2, failures=STARTUP_SECONDS // 2),
+        "readinessProbe": _probe("/readyz", period=2, failures=2),
+        "livenessProbe": _probe("/healthz", period=10, failures=6),
+        "lifecycle": {"preStop": {"sleep": {"seconds": PRE_STOP_SECONDS}}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "config", "mountPath": names.CONFIG_DIRECTORY, "readOnly": True},
+            {"name": "admin", "mountPath": names.ADMIN_DIRECTORY, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *_model_mounts(spec.engine.model),
+        ],
+    }
+
+
+def _arguments(spec: DeploymentSpec) -> list[str]:
+    model = spec.engine.model
+    source = f"{names.MODELS_DIRECTORY}/{model.source.lstrip('/')}" if model.claim_name else model.source
+    return [
+        *("--model", source),
+        *(("--revision", model.revision) if model.revision else ()),
+        *("--config", f"{names.CONFIG_DIRECTORY}/{names.CONFIG_KEY}"),
+        *("--host", "0.0.0.0"),
+        *("--port", str(names.HTTP_PORT)),
+        *("--admin-port", str(names.ADMIN_PORT)),
+        *("--admin-token-file", f"{names.ADMIN_DIRECTORY}/{names.TOKEN_KEY}"),
+        *("--drain-seconds", str(spec.rollout.drain_seconds)),
+    ]
+
+
+def _model_volumes(model: Model) -> list[dict[str, Any]]:
+    if not model.claim_name:
+        return []
+    claim = {"claimName": model.claim_name, "readOnly": True}
+    return [{"name": "models", "persistentVolumeClaim": claim}]
+
+
+def _model_mounts(model: Model) -> list[dict[str, Any]]:
+    if not model.claim_name:
+        return []
+    return [{"name": "models", "mountPath": names.MODELS_DIRECTORY, "readOnly": True}]
+
+
+def _probe(path: str, period: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": "http"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
+    }
