@@ -1,0 +1,311 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+Single-threaded: every method is called by the thread that steps. Life of a request: ``submit`` queues a
+Sequence; each ``step`` lets the Scheduler choose rows, the ModelRunner compute them over the KVCache, and
+the postprocessing sample, commit whole pages to the cache and send tokens; ``Finished`` is its last message.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence as Rows
+
+import torch
+from pydantic import ValidationError
+from pydantic.alias_generators import to_camel
+
+from kvpilot_engine import memory, protocol
+from kvpilot_engine.contract import KVCacheConfig, config_errors
+from kvpilot_engine.contract import metrics as names
+from kvpilot_engine.contract.config import COLD_FIELDS
+from kvpilot_engine.contract.metrics import Stage
+from kvpilot_engine.determinism import make_deterministic, self_check
+from kvpilot_engine.kvcache import KVCache, KVLayout
+from kvpilot_engine.model_runner import ModelRunner, Work, measure_decode
+from kvpilot_engine.models import LoadedModel, load_model
+from kvpilot_engine.sampling import sample
+from kvpilot_engine.scheduler import Scheduled, Scheduler
+from kvpilot_engine.sequence import Phase, Sequence
+from kvpilot_engine.step_meter import StepMeter
+
+LogitsObserver = Callable[[str, int, torch.Tensor], None]
+"""Called with request id, position of the token being chosen, and its logits [vocabulary]."""
+
+_LOAD_WAIT_S = 0.005
+
+
+class Engine:
+    """Serves one model from one paged cache.
+
+    Args:
+        config: of the cache and the scheduler.
+        model: ``builtin/tiny-llama``, ``builtin/tiny-qwen3`` or a local directory.
+        revision: of the weights; part of the identity of cached pages.
+        clock: monotonic, s.
+        on_logits: observer of every row that is sampled.
+
+    Raises:
+        models.ModelError: when the model cannot be served.
+        determinism.NotDeterministicError: when ``deterministic`` cannot be had on this CPU.
+        ValueError: when the cache cannot be built; one clear line each.
+    """
+
+    def __init__(
+        self,
+        config: KVCacheConfig,
+        model: str = "builtin/tiny-llama",
+        revision: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        on_logits: LogitsObserver | None = None,
+    ) -> None:
+        self.config = config
+        self.generation = 0
+        self.epoch = 0
+        self._clock = clock
+        self._on_logits = on_logits
+        self._instance = uuid.uuid4().hex
+        self._model: LoadedModel = load_model(model, config, revision)
+        if config.deterministic:
+            make_deterministic(self._model.module)
+        self._runner = ModelRunner(self._model, config.deterministic)
+        if config.deterministic:
+            self_check(self._runner)
+        layout = KVLayout(
+            layers=self._model.layers,
+            kv_heads=self._model.kv_heads,
+            head_dim=self._model.head_dim,
+            dtype=self._model.dtype,
+            device=self._model.device,
+        )
+        self.cache = KVCache(layout, config, self._model.root, clock)
+        self._scheduler = Scheduler(self.cache, config)
+        self.meter = StepMeter()
+        for rows, seconds in measure_decode(self._runner).items():
+            self.meter.calibrate(rows, seconds)
+        self._live: dict[str, Sequence] = {}
+        self._outbox: list[protocol.Tokens | protocol.Finished] = []
+        self._arrivals = 0
+        self._output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._outbox or self._live or self.cache.converging)
+
+    @property
+    def context_length(self) -> int:
+        """Largest prompt + answer of the model, tokens."""
+        return self._model.context_length
+
+    def submit(self, request: protocol.Generate) -> None:
+        """Queue a request. A wrong one ends with ``Finished(reason="invalid")`` at the next step."""
+        self._arrivals += 1
+        sequence = Sequence.of(request, self._arrivals, self._clock())
+        if error := self._error(request):
+            self._outbox.append(sequence.finished("invalid", self._clock(), error))
+            return
+        self._live[request.id] = sequence
+        self._scheduler.add(sequence)
+        self.cache.prefetch(sequence.tokens, request.salt, request.exact_only)
+
+    def _error(self, request: protocol.Generate) -> str | None:
+        """What is wrong with a request, in one line."""
+        total = len(request.prompt) + request.max_new_tokens
+        vocabulary = int(self._model.module.config.vocab_size)
+        size = f"prompt of {len(request.prompt)} tokens and max_new_tokens {request.max_new_tokens}"
+        checks = (
+            (not request.prompt, "prompt: is empty; at least one token is needed"),
+            (
+                request.max_new_tokens < 1,
+                f"max_new_tokens: must be at least 1, got {request.max_new_tokens}",
+            ),
+            (request.temperature < 0.0, f"temperature: must be at least 0, got {request.temperature}"),
+            (not 0.0 < request.top_p <= 1.0, f"top_p: must be above 0 and at most 1, got {request.top_p}"),
+            (request.timeout_s <= 0.0, f"timeout_s: must be above 0, got {request.timeout_s}"),
+            (request.id in self._live, f"id: {request.id!r} is already in use"),
+            (
+                any(not 0 <= token < vocabulary for token in request.prompt),
+                f"prompt: token ids must be 0 to {vocabulary - 1}",
+            ),
+            (
+                total > self._model.context_length,
+                f"{size} make {total}; the model's context length is {self._model.context_length}",
+            ),
+            (
+                total > self.cache.max_request_tokens,
+                f"{size} make {total}; the cache holds {self.cache.max_request_tokens} (max_tokens)",
+            ),
+        )
+        return next((message for wrong, message in checks if wrong), None)
+
+    def abort(self, request_id: str) -> None:
+        """End a request as ``cancelled`` and free what it holds; an unknown id is ignored."""
+        if sequence := self._live.get(request_id):
+            self._end(sequence, "cancelled", self._clock(), "the client left")
+
+    def step(self) -> list[protocol.Tokens | protocol.Finished]:
+        """Schedule, run, postprocess. Returns what came out, in order for each request; [] when idle."""
+        began = self._clock()
+        for sequence in self._scheduler.expired(began):
+            message = f"timed out after {sequence.request.timeout_s:g} s"
+            self._end(sequence, "timeout", began, message)
+        self.cache.poll()
+        plan = self._scheduler.schedule(began)
+        if plan:
+            works = [_work(item) for item in plan]
+            self._postprocess(plan, self._runner.run(works, self.cache.k, self.cache.v))
+            prefills = sum(not item.decode for item in plan)
+            self.meter.record(len(plan), prefills, self._clock() - began)
+        elif self._live and not self._outbox:
+            # Only blocks on their way can hold everyone up; do not spin until they land.
+            self.cache.wait(_LOAD_WAIT_S)
+        out, self._outbox = self._outbox, []
+        return out
+
+    def _postprocess(self, plan: Rows[Scheduled], logits: torch.Tensor) -> None:
+        sampled = [item.sequence for item in plan if item.samples]
+        tokens = sample(logits, sampled)
+        now = self._clock()
+        for item in plan:
+            sequence = item.sequence
+            sequence.computed += item.count
+            assert sequence.lease is not None
+            self.cache.commit(sequence.lease, sequence.tokens, sequence.computed)
+        for row, (sequence, token) in enumerate(zip(sampled, tokens, strict=True)):
+            if self._on_logits is not None:
+                self._on_logits(sequence.request.id, len(sequence.tokens), logits[row])
+            self._take(sequence, token, now)
+
+    def _take(self, sequence: Sequence, token: int, now: float) -> None:
+        if token in sequence.request.stop_ids:
+            self._end(sequence, "stop", now)
+            return
+        sequence.tokens.append(token)
+        self._output_tokens += 1
+        self._outbox.append(protocol.Tokens(sequence.request.id, [token]))
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now - sequence.arrived
+            sequence.enter(Stage.DECODE, now)
+        if sequence.output_tokens >= sequence.request.max_new_tokens:
+            self._end(sequence, "length", now)
+
+    def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> None:
+        self._scheduler.remove(sequence)
+        del self._live[sequence.request.id]
+        self._outbox.append(sequence.finished(reason, now, message))
+
+    def apply(self, change: protocol.Apply) -> protocol.Applied | protocol.Refused:
+        """Change hot fields between two steps, whole or not at all."""
+        if change.epoch < self.epoch:
+            return protocol.Refused(
+                change.id, "stale_epoch", f"epoch: {change.epoch} is behind the engine's {self.epoch}"
+            )
+        try:
+            new = self.config.updated(change.values)
+        except ValidationError as error:
+            return protocol.Refused(change.id, "invalid", "; ".join(config_errors(error)))
+        changed = self.config.difference(new)
+        if cold := sorted(COLD_FIELDS & changed.keys()):
+            now = self.config.model_dump(mode="json")
+            lines = (f"{to_camel(f)}: needs a restart, is {now[f]!r}, got {changed[f]!r}" for f in cold)
+            return protocol.Refused(change.id, "cold", "; ".join(lines))
+        try:
+            kept, lost = self.cache.apply(new)
+        except ValueError as error:  # above what was reserved at the start
+            return protocol.Refused(change.id, "cold", str(error))
+        self.config = self._scheduler.config = new
+        self.generation, self.epoch = change.generation, change.epoch
+        return protocol.Applied(
+            id=change.id,
+            generation=self.generation,
+            epoch=self.epoch,
+            changed=sorted(to_camel(name) for name in changed),
+            blocks_kept=kept,
+            blocks_lost=lost,
+            converging=self._converging,
+        )
+
+    @property
+    def _converging(self) -> bool:
+        """Whether a lowered limit is not reached yet: pages, worker slots or rows."""
+        over_slots = len(self._scheduler.admitted) > self.config.num_workers
+        return self.cache.converging or over_slots or self._scheduler.rows > self.config.batch_size
+
+    def describe(self, id: str) -> protocol.Described:
+        """The live configuration, generation and epoch."""
+        return protocol.Described(
+            id=id,
+            instance=self._instance,
+            model=self._model.name,
+            device=self._model.device.type,
+            context_length=self._model.context_length,
+            generation=self.generation,
+            epoch=self.epoch,
+            config=self.config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            converging=self._converging,
+            ceilings=self.cache.ceilings(),
+        )
+
+    def sample(self, id: str) -> protocol.Sampled:
+        """Counters and gauges of the core; those of HTTP are the front's."""
+        meter, scheduler = self.meter, self._scheduler
+        counters = {
+            names.STEPS_TOTAL: float(meter.steps),
+            names.STEP_BUSY_SECONDS_TOTAL: meter.busy_s,
+            names.STEP_ROWS_TOTAL: float(meter.rows_sum),
+            names.PREEMPTIONS_TOTAL: float(scheduler.preemptions),
+            names.OUTPUT_TOKENS_TOTAL: float(self._output_tokens),
+            **self.cache.counters(),
+        }
+        gauges = {
+            names.STEP_MARGINAL_GAIN: meter.marginal_gain(),
+            names.REQUESTS_WAITING: float(len(scheduler.waiting)),
+            names.REQUESTS_RUNNING: float(len(scheduler.admitted)),
+            names.CONFIG_GENERATION: float(self.generation),
+            names.CONFIG_CONVERGING: float(self._converging),
+            **{f"{names.STEP_CURVE_SECONDS}{{rows={rows}}}": s for rows, s in sorted(meter.curve.items())},
+            **self.cache.gauges(),
+        }
+        device_bytes, device_limit = self._device_bytes()
+        return protocol.Sampled(
+            id=id,
+            counters=counters,
+            gauges=gauges,
+            host_bytes=max(0, memory.anonymous_bytes() - self.cache.free_slab_bytes),
+            device_bytes=device_bytes,
+            device_limit_bytes=device_limit,
+        )
+
+    def _device_bytes(self) -> tuple[int, int]:
+        """Device memory outside the cache plus the cache's budget, and the device's size; 0, 0 on a CPU."""
+        if self._model.device.type != "cuda":
+            return 0, 0
+        slab = self.cache.k.nbytes + self.cache.v.nbytes
+        outside = torch.cuda.memory_reserved(self._model.device) - slab
+        total = torch.cuda.get_device_properties(self._model.device).total_memory
+        return outside + self.cache.budgeted_bytes, total
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError, with a sentence, when queues, leases and the cache disagree."""
+        self.cache.check_integrity()
+        scheduler = self._scheduler
+        queued = {*scheduler.waiting, *scheduler.admitted}
+        assert queued == set(self._live.values()), "a live request is in no queue, or a dead one is in one"
+        assert len(queued) == scheduler.live, "a request is queued twice"
+        for sequence in scheduler.waiting:
+            assert sequence.phase is Phase.WAITING, f"{sequence.request.id} waits in phase {sequence.phase}"
+            assert sequence.lease is None, f"{sequence.request.id} waits and holds a lease"
+        for sequence in scheduler.admitted:
+            assert sequence.lease is not None, f"{sequence.request.id} is admitted without a lease"
+
+    def close(self) -> None:
+        """End the cache's background work and free the pool."""
+        self.cache.close()
+
+
+def _work(item: Scheduled) -> Work:
+    sequence = item.sequence
+    assert sequence.lease is not None
+    begin = sequence.computed
+    return Work(sequence.tokens[begin : begin + item.count], begin, sequence.lease.pages, item.samples)

@@ -1,0 +1,193 @@
+"""Runs one step of the model: packs the sequences' new tokens, attends over the pool, returns logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvpilot_engine.attention import Chunk, DecodeGroup, PagedContext, Tile
+from kvpilot_engine.contract import PAGE_TOKENS
+from kvpilot_engine.models import LoadedModel
+
+_SPLIT_TOKENS = 1024
+"""Padding (tokens over the rows of a decode group) that a further group is worth: one more gather and call."""
+
+_MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+_MEASURED_TOKENS = 256
+_MEASURED_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """New tokens of one sequence in a step.
+
+    Attributes:
+        tokens: the new ids, at least one.
+        start: position of the first one.
+        pages: page table of the sequence; covers all positions up to the last new one.
+        sample: whether the logits after the last new token are wanted.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    sample: bool
+
+
+class ModelRunner:
+    """A model on paged attention. Stateless between steps: the pool is given to each call."""
+
+    def __init__(self, model: LoadedModel, deterministic: bool = False) -> None:
+        """Args:
+        model: the model.
+        deterministic: attend in fixed tiles (``determinism.make_deterministic`` does the linears).
+        """
+        self.model = model
+        self._deterministic = deterministic
+        self._device = model.device
+        self._banned: torch.Tensor | None = None
+        if model.allowed_ids is not None:
+            banned = torch.ones(model.module.config.vocab_size, dtype=torch.bool)
+            banned[list(model.allowed_ids)] = False
+            self._banned = banned.to(self._device)
+        if deterministic:
+            span = PAGE_TOKENS
+            causal = torch.full((span, span), float("-inf")).triu(1)
+            columns = model.context_length + span
+            self._tile_mask = torch.cat([torch.zeros(span, columns - span), causal], dim=1)
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work], k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One step.
+
+        Args:
+            works: one per sequence, in any order.
+            k, v: the pool, [layers, slots, kv_heads, head_dim]; the new keys and values are written.
+
+        Returns:
+            float32 logits of the works that sample, in order, [n, vocabulary]; banned ids are -inf.
+        """
+        ids: list[int] = []
+        for work in works:
+            ids.extend(work.tokens)
+        positions = np.concatenate([np.arange(w.start, w.start + len(w.tokens)) for w in works])
+        ends = np.cumsum([len(w.tokens) for w in works])
+        keep = [int(end) - 1 for end, work in zip(ends, works, strict=True) if work.sample]
+        ctx = self._context(works, ends, k, v)
+        output: Any = self.model.module(
+            input_ids=self._tensor(ids).unsqueeze(0),
+            position_ids=self._tensor(positions).unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=self._tensor(keep),
+            ctx=ctx,
+        )
+        logits: torch.Tensor = output.logits[0].float()
+        if self._banned is not None:
+            logits = logits.masked_fill(self._banned, float("-inf"))
+        return logits
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self._device, non_blocking=True)
+
+    def _context(self, works: Sequence[Work], ends: Any, k: torch.Tensor, v: torch.Tensor) -> PagedContext:
+        slots = self._tensor(np.concatenate([_slots(work) for work in works]))
+        ctx = PagedContext(k, v, slots)
+        if self._deterministic:
+            for work, end in zip(works, ends, strict=True):
+                ctx.tiles.extend(self._tiles(work, int(end) - len(work.tokens)))
+            return ctx
+        single = [
+            (int(end) - 1, work) for work, end in zip(works, ends, strict=True) if len(work.tokens) == 1
+        ]
+        ctx.groups.extend(self._group(part) for part in _by_length(single))
+        for work, end in zip(works, ends, strict=True):
+            if len(work.tokens) > 1:
+                ctx.chunks.append(self._chunk(work, int(end)))
+        return ctx
+
+    def _group(self, rows: list[tuple[int, Work]]) -> DecodeGroup:
+        lengths = np.array([work.start + 1 for _, work in rows])
+        width = -(-int(lengths.max()) // PAGE_TOKENS)
+        pages = np.zeros((len(rows), width), dtype=np.int64)
+        for i, (_, work) in enumerate(rows):
+            own = work.pages[:width]
+            pages[i, : len(own)] = own
+        beyond = np.arange(width * PAGE_TOKENS) >= lengths[:, None]
+        mask = torch.zeros(len(rows), 1, 1, width * PAGE_TOKENS, dtype=self.model.dtype, device=self._device)
+        mask.view(len(rows), -1).masked_fill_(torch.from_numpy(beyond).to(self._device), float("-inf"))
+        return DecodeGroup(self._tensor([row for row, _ in rows]), self._tensor(pages).view(-1), mask)
+
+    def _chunk(self, work: Work, end: int) -> Chunk:
+        count = len(work.tokens)
+        length = work.start + count
+        pages = self._tensor(work.pages[: -(-length // PAGE_TOKENS)])
+        if work.start == 0:
+            return Chunk(end - count, end, pages, length, None)
+        mask = torch.full((count, length), float("-inf"), dtype=self.model.dtype, device=self._device)
+        return Chunk(end - count, end, pages, length, mask.triu_(work.start + 1))
+
+    def _tiles(self, work: Work, begin: int) -> list[Tile]:
+        tiles = []
+        position, stop = work.start, work.start + len(work.tokens)
+        while position < stop:
+            page = position // PAGE_TOKENS
+            end = min(stop, (page + 1) * PAGE_TOKENS)
+            mask = self._tile_mask[:, self._tile_mask.shape[1] - (page + 1) * PAGE_TOKENS :]
+            pages = self._tensor(work.pages[: page + 1])
+            first = begin + position - work.start
+            tiles.append(Tile(first, first + end - position, position % PAGE_TOKENS, pages, mask))
+            position = end
+        return tiles
+
+
+def _slots(work: Work) -> Any:
+    """Slot of each new token: 16 times its page, plus its place in the page."""
+    if len(work.tokens) == 1:
+        page, place = divmod(work.start, PAGE_TOKENS)
+        return np.array([work.pages[page] * PAGE_TOKENS + place])
+    positions = np.arange(work.start, work.start + len(work.tokens))
+    return np.asarray(work.pages)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+
+
+def _by_length(rows: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
+    """Rows in groups of similar length: a group is cut where the padding saved pays for another call."""
+    ordered = sorted(rows, key=lambda row: row[1].start, reverse=True)
+    groups: list[list[tuple[int, Work]]] = []
+    for place, row in enumerate(ordered):
+        longest = groups[-1][0][1].start if groups else 0
+        saved = (longest - row[1].start) * (len(ordered) - place)
+        if not groups or (row[1].start * 2 < longest and saved > _SPLIT_TOKENS):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def measure_decode(runner: ModelRunner, budget_s: float = 0.4) -> dict[int, float]:
+    """Seconds of a decode step for 1, 2, 4 ... 32 rows with 256 tokens each, on pages of its own.
+
+    The least of a few runs: what else the machine does makes a step longer, never shorter.
+    """
+    model = runner.model
+    pages, most = _MEASURED_TOKENS // PAGE_TOKENS, _MEASURED_ROWS[-1]
+    shape = (model.layers, most * _MEASURED_TOKENS, model.kv_heads, model.head_dim)
+    k = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    v = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    works = [
+        Work([1], _MEASURED_TOKENS - 1, range(row * pages, (row + 1) * pages), sample=True)
+        for row in range(most)
+    ]
+    curve = {}
+    for rows in _MEASURED_ROWS:
+        runner.run(works[:rows], k, v).tolist()  # the first run pays for allocations
+        times: list[float] = []
+        while len(times) < _MEASURED_RUNS and sum(times) < budget_s / len(_MEASURED_ROWS):
+            began = time.perf_counter()
+            runner.run(works[:rows], k, v).argmax(dim=-1).tolist()
+            times.append(time.perf_counter() - began)
+        curve[rows] = min(times)
+    return curve

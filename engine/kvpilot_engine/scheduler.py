@@ -1,0 +1,212 @@
+"""Who runs in the next step.
+
+waiting --(worker slot)--> loading --(blocks landed)--> ready --(row, pages)--> running --> ended.
+A running sequence that finds no page sends the youngest of the lowest priority back to waiting.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from kvpilot_engine.contract import PAGE_TOKENS, KVCacheConfig
+from kvpilot_engine.contract.metrics import Stage
+from kvpilot_engine.kvcache import KVCache
+from kvpilot_engine.sequence import Phase, Sequence
+
+_BY_URGENCY: Callable[[Sequence], tuple[int, int]] = attrgetter("urgency")
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence's part in the next step.
+
+    Attributes:
+        count: tokens of it that the step computes.
+        decode: it computes the token generated last, nothing else.
+        samples: the step reaches its last token, so that the next one can be chosen.
+    """
+
+    sequence: Sequence
+    count: int
+    decode: bool
+    samples: bool
+
+
+class Scheduler:
+    """Queues, worker slots and rows. The limits are read from ``config`` at every step."""
+
+    def __init__(self, cache: KVCache, config: KVCacheConfig) -> None:
+        self.config = config
+        self.preemptions = 0
+        self.waiting: list[Sequence] = []
+        self.admitted: list[Sequence] = []  # most urgent first; every one holds a lease
+        self._cache = cache
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._step = 0
+
+    @property
+    def live(self) -> int:
+        """Sequences that have not ended."""
+        return len(self.waiting) + len(self.admitted)
+
+    @property
+    def rows(self) -> int:
+        """Rows in use."""
+        return sum(s.phase is Phase.RUNNING for s in self.admitted)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a sequence waits for a slower tier."""
+        return any(s.phase is Phase.LOADING for s in self.admitted)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        insort(self.waiting, sequence, key=_BY_URGENCY)
+        heapq.heappush(self._deadlines, (sequence.deadline, sequence.order, sequence))
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Live sequences past their deadline; each is returned once."""
+        found = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.phase is not Phase.ENDED:
+                found.append(sequence)
+        return found
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out and let go of what it holds."""
+        if sequence.lease is None:
+            self.waiting.remove(sequence)
+        else:
+            self._let_go(sequence)
+
+    def schedule(self, now: float) -> list[Scheduled]:
+        """The next step: decode rows first, then prefill, within ``max_step_tokens``."""
+        self._step += 1
+        self._land_loads(now)
+        self._admit(now)
+        self._give_rows(now)
+        plan = self._decodes(now)
+        budget = self.config.max_step_tokens - len(plan)
+        for sequence in list(self.admitted):
+            if budget <= 0:
+                break
+            if sequence.phase is Phase.RUNNING and not sequence.decoding:
+                left = len(sequence.tokens) - sequence.computed
+                count = min(budget, left)
+                plan.append(Scheduled(sequence, count, decode=False, samples=count == left))
+                budget -= count
+        for item in plan:
+            item.sequence.last_step = self._step
+            item.sequence.enter(Stage.DECODE if item.sequence.output_tokens else Stage.PREFILL, now)
+        return plan
+
+    def _land_loads(self, now: float) -> None:
+        for sequence in self.admitted:
+            if sequence.phase is Phase.LOADING and sequence.lease and not sequence.lease.loading:
+                self._ready(sequence, now)
+
+    def _ready(self, sequence: Sequence, now: float) -> None:
+        sequence.phase = Phase.READY
+        sequence.enter(Stage.BATCH_WAIT, now)
+
+    def _admit(self, now: float) -> None:
+        while self.waiting and len(self.admitted) < self.config.num_workers:
+            sequence = self.waiting[0]
+            if sequence.blocked and self.admitted and not self._pages_for(sequence):
+                return
+            del self.waiting[0]
+            request = sequence.request
+            first = not sequence.leased
+            sequence.leased = True
+            sequence.lease = self._cache.lease(sequence.tokens, request.salt, request.exact_only, count=first)
+            insort(self.admitted, sequence, key=_BY_URGENCY)
+            if sequence.lease.loading:
+                sequence.phase = Phase.LOADING
+                sequence.enter(Stage.TIER_LOAD, now)
+            else:
+                self._ready(sequence, now)
+
+    def _pages_for(self, sequence: Sequence) -> bool:
+        """Whether all its pages are to be had, one to spare for each running row."""
+        needed = -(-(len(sequence.tokens) + 1) // PAGE_TOKENS)
+        return self._cache.pages_available >= needed + self.rows
+
+    def _give_rows(self, now: float) -> None:
+        rows = self.rows
+        for sequence in list(self.admitted):
+            if rows >= self.config.batch_size:
+                return
+            if sequence.phase is not Phase.READY or sequence.lease is None:
+                continue
+            self._cache.relook(sequence.lease)
+            if sequence.lease.loading:
+                sequence.phase = Phase.LOADING
+                sequence.enter(Stage.TIER_LOAD, now)
+                continue
+            while not self._cache.extend(sequence.lease, len(sequence.tokens)):
+                # Nobody who runs is disturbed for a newcomer; with no row in use, another newcomer gives way.
+                if rows:
+                    self._send_back(sequence, now)
+                    return
+                if self._preempt(now, besides=sequence) is None:
+                    return  # alone: blocks on their way hold the pages until they have landed
+            sequence.computed = sequence.lease.cached_tokens
+            if not sequence.output_tokens:
+                sequence.cached_tokens = sequence.computed
+            sequence.phase = Phase.RUNNING
+            sequence.blocked = False
+            rows += 1
+
+    def _decodes(self, now: float) -> list[Scheduled]:
+        """Decode rows with a page for their next token, those that waited longest first."""
+        decoding = [s for s in self.admitted if s.phase is Phase.RUNNING and s.decoding]
+        if len(decoding) > self.config.max_step_tokens:
+            decoding.sort(key=attrgetter("last_step"))
+            del decoding[self.config.max_step_tokens :]
+        grown = [s for s in decoding if s.phase is Phase.RUNNING and self._grow(s, now)]
+        return [Scheduled(s, 1, decode=True, samples=True) for s in grown if s.phase is Phase.RUNNING]
+
+    def _grow(self, sequence: Sequence, now: float) -> bool:
+        """A page for the next token, if need be by preemption, of itself when it is the youngest.
+
+        False when it has none: it was preempted, or, being alone, waits for blocks on their way to land.
+        """
+        lease = sequence.lease
+        assert lease is not None
+        while len(lease.pages) * PAGE_TOKENS < len(sequence.tokens):
+            if self._cache.extend(lease, len(sequence.tokens)):
+                return True
+            if len(self.admitted) == 1 or self._preempt(now) is sequence:
+                return False
+        return True
+
+    def _preempt(self, now: float, besides: Sequence | None = None) -> Sequence | None:
+        """Send the youngest of the lowest priority back to waiting; None when there is nobody."""
+        for victim in reversed(self.admitted):
+            if victim is not besides:
+                self._send_back(victim, now)
+                return victim
+        return None
+
+    def _send_back(self, sequence: Sequence, now: float) -> None:
+        if sequence.phase is Phase.RUNNING:
+            self.preemptions += 1
+            sequence.enter(Stage.PREEMPTED, now)
+        else:
+            sequence.enter(Stage.ADMISSION_WAIT, now)
+        self._let_go(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.computed = 0
+        sequence.blocked = True
+        insort(self.waiting, sequence, key=_BY_URGENCY)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        assert sequence.lease is not None
+        self._cache.release(sequence.lease)
+        sequence.lease = None
+        self.admitted.remove(sequence)
