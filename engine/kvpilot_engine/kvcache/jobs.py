@@ -1,0 +1,152 @@
+"""The two jobs of the loader: decode a block into pages of the pool, encode a block that leaves it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kvpilot_engine.contract import PAGE_TOKENS
+from kvpilot_engine.kvcache.codecs import Codec, Encoded, decode
+from kvpilot_engine.kvcache.fidelity import Fidelity
+from kvpilot_engine.kvcache.host_tier import HostBlock
+from kvpilot_engine.kvcache.lease import Lease
+from kvpilot_engine.kvcache.loader import Job
+from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK, PagePool
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one page of a loaded block goes: its place in the chain, its hashes and its page of the pool."""
+
+    position: int
+    key: bytes
+    parent: bytes
+    page: int
+
+
+@dataclass(eq=False)
+class LoadJob(Job):
+    """Bring the missing pages of one block back. The pages are private to the job until it lands.
+
+    Attributes:
+        key: hash of the last page of the block.
+        ahead: started by a prefetch, and no lease has asked for it yet.
+        waiters: leases that wait for it.
+        seconds: time it took on the loader's thread.
+    """
+
+    key: bytes
+    block: HostBlock
+    places: list[Place]
+    pool: PagePool
+    clock: Callable[[], float]
+    landed: Callable[[LoadJob], None]
+    ahead: bool = False
+    waiters: list[Lease] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        """See Job."""
+        start = self.clock()
+        layout = self.pool.layout
+        values = decode(self.block.encoded, layout)
+        values = values.view(2, layout.layers, -1, PAGE_TOKENS, layout.kv_heads, layout.head_dim)
+        for place in self.places:
+            offset, slot = place.position % PAGES_PER_BLOCK, place.page * PAGE_TOKENS
+            self.pool.k[:, slot : slot + PAGE_TOKENS].copy_(values[0, :, offset])
+            self.pool.v[:, slot : slot + PAGE_TOKENS].copy_(values[1, :, offset])
+        self.seconds = self.clock() - start
+
+    def land(self) -> None:
+        """See Job."""
+        self.landed(self)
+
+
+@dataclass(eq=False)
+class EncodeJob(Job):
+    """Encode the copy of a block whose pages are leaving the pool.
+
+    Attributes:
+        source: the copy, in ``layout.block_shape``.
+        ancestry: the worst fidelity of its pages.
+    """
+
+    key: bytes
+    source: torch.Tensor
+    codec: Codec
+    ancestry: Fidelity
+    clock: Callable[[], float]
+    landed: Callable[[EncodeJob], None]
+    encoded: Encoded | None = None
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        """See Job."""
+        start = self.clock()
+        self.encoded = self.codec.encode(self.source)
+        self.seconds = self.clock() - start
+
+    def land(self) -> None:
+        """See Job."""
+        self.landed(self)
+
+
+class TrimJob(Job):
+    """Return freed heap memory to the system, after the host tier has become smaller."""
+
+    def run(self) -> None:
+        """See Job. Does nothing where the C library has no malloc_trim."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+    def land(self) -> None:
+        """See Job."""
+
+
+class SnapshotBuffers:
+    """A few reusable buffers for blocks on their way to the encoder; their number bounds its queue."""
+
+    _MOST_BLOCKS = 8
+    _MOST_BYTES = 64 << 20
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._most = max(2, min(self._MOST_BLOCKS, self._MOST_BYTES // pool.layout.block_bytes))
+        self._made = 0
+        self._free: list[torch.Tensor] = []
+
+    def copy(self, pages: list[int]) -> torch.Tensor | None:
+        """A copy of 8 pages in ``block_shape``, or None: all buffers are on their way."""
+        buffer = self._buffer()
+        if buffer is None:
+            return None
+        layout = self._pool.layout
+        view = buffer.view(2, layout.layers, PAGES_PER_BLOCK, PAGE_TOKENS, layout.kv_heads, layout.head_dim)
+        for offset, page in enumerate(pages):
+            slot = page * PAGE_TOKENS
+            view[0, :, offset].copy_(self._pool.k[:, slot : slot + PAGE_TOKENS])
+            view[1, :, offset].copy_(self._pool.v[:, slot : slot + PAGE_TOKENS])
+        return buffer
+
+    @property
+    def left(self) -> bool:
+        """True when another copy can be made now."""
+        return bool(self._free) or self._made < self._most
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """The encoder is done with it."""
+        self._free.append(buffer)
+
+    def _buffer(self) -> torch.Tensor | None:
+        if self._free:
+            return self._free.pop()
+        if self._made == self._most:
+            return None
+        self._made += 1
+        layout = self._pool.layout
+        with torch.inference_mode(False):
+            return torch.empty(layout.block_shape, dtype=layout.dtype, device=layout.device)

@@ -1,0 +1,153 @@
+"""Which unpinned page leaves the hot pool first.
+
+A policy only orders entries; what it orders by (uses, born, last) lives in the entries themselves, so that
+a live switch keeps every page and everything known about it. All operations are O(1) or O(log n).
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from kvpilot_engine.contract import CacheStrategy
+from kvpilot_engine.kvcache.prefix_index import Entry
+
+
+class Policy(ABC):
+    """Order of eviction of the pages that no lease holds."""
+
+    @abstractmethod
+    def push(self, entry: Entry) -> None:
+        """A page was released just now."""
+
+    @abstractmethod
+    def put_back(self, entry: Entry) -> None:
+        """A page that ``pop`` had returned may be evicted again, at its old place in the order."""
+
+    @abstractmethod
+    def discard(self, entry: Entry) -> None:
+        """A page of this policy is in use again, or gone."""
+
+    @abstractmethod
+    def pop(self) -> Entry | None:
+        """Take out the next victim."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Entry]: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+
+class LRU(Policy):
+    """Least recently released first."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[Entry, None] = OrderedDict()
+
+    def push(self, entry: Entry) -> None:
+        """See Policy."""
+        self._order[entry] = None
+
+    def put_back(self, entry: Entry) -> None:
+        """See Policy: what was popped was the oldest."""
+        self._order[entry] = None
+        self._order.move_to_end(entry, last=False)
+
+    def discard(self, entry: Entry) -> None:
+        """See Policy."""
+        del self._order[entry]
+
+    def pop(self) -> Entry | None:
+        """See Policy."""
+        return self._order.popitem(last=False)[0] if self._order else None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+class _Heap(Policy):
+    """Smallest key first. Entries taken out leave a stale item behind, dropped when it surfaces."""
+
+    _SLACK = 64
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, int, Entry]] = []
+        self._tickets = 0
+        self._live = 0
+
+    @staticmethod
+    @abstractmethod
+    def key(entry: Entry) -> tuple[int, int]:
+        """What the smallest of is evicted."""
+
+    def push(self, entry: Entry) -> None:
+        """See Policy."""
+        self._tickets += 1
+        self._live += 1
+        entry.ticket = self._tickets
+        heapq.heappush(self._heap, (*self.key(entry), entry.ticket, entry))
+
+    def put_back(self, entry: Entry) -> None:
+        """See Policy: the key has not changed."""
+        self.push(entry)
+
+    def discard(self, entry: Entry) -> None:
+        """See Policy."""
+        entry.ticket = 0
+        self._live -= 1
+        if len(self._heap) > 2 * self._live + self._SLACK:
+            self._heap = [item for item in self._heap if item[3].ticket == item[2]]
+            heapq.heapify(self._heap)
+
+    def pop(self) -> Entry | None:
+        """See Policy."""
+        while self._heap:
+            _, _, ticket, entry = heapq.heappop(self._heap)
+            if entry.ticket == ticket:
+                entry.ticket = 0
+                self._live -= 1
+                return entry
+        return None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for _, _, ticket, entry in self._heap if entry.ticket == ticket)
+
+    def __len__(self) -> int:
+        return self._live
+
+
+class LFU(_Heap):
+    """Fewest uses first, among them the least recently released."""
+
+    @staticmethod
+    def key(entry: Entry) -> tuple[int, int]:
+        """See _Heap."""
+        return entry.uses, entry.last
+
+
+class FIFO(_Heap):
+    """Oldest insertion first, however often it was used since."""
+
+    @staticmethod
+    def key(entry: Entry) -> tuple[int, int]:
+        """See _Heap."""
+        return entry.born, 0
+
+
+_POLICIES: dict[CacheStrategy, type[Policy]] = {
+    CacheStrategy.LRU: LRU,
+    CacheStrategy.LFU: LFU,
+    CacheStrategy.FIFO: FIFO,
+    CacheStrategy.ADAPTIVE: LRU,
+}
+
+
+def make_policy(strategy: CacheStrategy) -> Policy:
+    """The policy of that name; adaptive runs as lru."""
+    return _POLICIES[strategy]()

@@ -1,0 +1,149 @@
+"""The hot pool: one slab of pages, their reference counts and the list of free ones.
+
+The slab is reserved once. On a CPU it is lazily committed memory: a page costs nothing until it is first
+written, and gives its memory back when the quota is lowered. On CUDA it is allocated whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from kvpilot_engine.contract import BLOCK_TOKENS, PAGE_TOKENS, knob
+
+PAGES_PER_BLOCK = BLOCK_TOKENS // PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Shape of the cache of one model."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Elements of K (or V) per token and layer."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: K and V of 16 tokens in all layers."""
+        return 2 * self.layers * PAGE_TOKENS * self.width * self.dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of 8 pages."""
+        return PAGES_PER_BLOCK * self.page_bytes
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """K and V of one block: [2, layers, 128 tokens, kv_heads * head_dim]."""
+        return (2, self.layers, BLOCK_TOKENS, self.width)
+
+
+def reserved_pages(layout: KVLayout, max_tokens: int) -> int:
+    """Pages to reserve, so that the quota can grow hot.
+
+    A CPU reserves for the catalogue's largest quota, since lazily committed memory is free; a device twice
+    the quota that it starts with.
+    """
+    if layout.device.type == "cpu":
+        ceiling = max(max_tokens, int(knob("max_tokens").maximum or 0))
+    else:
+        ceiling = 2 * max_tokens
+    return ceiling // PAGE_TOKENS
+
+
+class PagePool:
+    """Slab, reference counts and free lists. Knows nothing of hashes or policies.
+
+    ``used`` counts every page that is not free. ``limit`` is the quota, at most ``reserved``; it may be below
+    ``used`` while a lowered quota converges.
+    """
+
+    def __init__(self, layout: KVLayout, reserved: int, limit: int) -> None:
+        self.layout = layout
+        self.reserved = reserved
+        self.limit = limit
+        self.used = 0
+        self.refs = [0] * reserved
+        self._fresh = 0  # pages at and above this index were never handed out
+        self._warm: list[int] = []  # free, their memory is committed
+        self._cold: list[int] = []  # free, their memory was given back
+        self._maps: list[mmap.mmap] = []
+        self.k = self._slab()
+        self.v = self._slab()
+
+    def _slab(self) -> torch.Tensor:
+        layout = self.layout
+        shape = (layout.layers, self.reserved * PAGE_TOKENS, layout.kv_heads, layout.head_dim)
+        with torch.inference_mode(False):
+            if layout.device.type != "cpu":
+                # Zeros, not garbage: a NaN in a masked slot would still poison a weighted sum.
+                return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
+            size = self.reserved * self.layout.page_bytes // 2
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            memory = mmap.mmap(-1, size, flags=flags)
+            self._maps.append(memory)
+            return torch.frombuffer(memory, dtype=layout.dtype).view(shape)
+
+    def take(self) -> int:
+        """A free page with one reference. The caller has checked that one is left below ``reserved``."""
+        if self._warm:
+            page = self._warm.pop()
+        elif self._cold:
+            page = self._cold.pop()
+        else:
+            page = self._fresh
+            self._fresh += 1
+        self.used += 1
+        self.refs[page] = 1
+        return page
+
+    def free(self, page: int) -> None:
+        """Return a page without references."""
+        self.used -= 1
+        self._warm.append(page)
+
+    def free_pages(self) -> list[int]:
+        """Every free page, for the integrity check."""
+        return [*self._warm, *self._cold, *range(self._fresh, self.reserved)]
+
+    @property
+    def free_slab_bytes(self) -> int:
+        """Bytes of free pages whose memory is committed; 0 on a device, whose slab is no host memory."""
+        return len(self._warm) * self.layout.page_bytes if self._maps else 0
+
+    @property
+    def excess(self) -> int:
+        """Free pages with committed memory that the quota no longer has room for."""
+        return min(len(self._warm), max(0, self.used + len(self._warm) - self.limit))
+
+    def trim(self, most: int) -> int:
+        """Give the memory of up to ``most`` excess free pages back to the system; returns how many.
+
+        Only where a page of one layer is a whole number of memory pages; elsewhere they stay committed and
+        are counted as such.
+        """
+        span = self.layout.page_bytes // (2 * self.layout.layers)
+        count = min(most, self.excess)
+        if not self._maps or span % mmap.PAGESIZE or not count:
+            return 0
+        pages = sorted(self._warm[-count:])
+        del self._warm[-count:]
+        self._cold.extend(pages)
+        cuts = [0, *(i for i, (a, b) in enumerate(pairwise(pages), 1) if b != a + 1), len(pages)]
+        stride = self.reserved * span
+        for start, end in pairwise(cuts):
+            length = (end - start) * span
+            for memory in self._maps:
+                for layer in range(self.layout.layers):
+                    memory.madvise(mmap.MADV_DONTNEED, layer * stride + pages[start] * span, length)
+        return count
