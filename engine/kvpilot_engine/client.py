@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, TypeVar
 import msgspec
 
 from kvpilot_engine import protocol
+from kvpilot_engine.contract import ApplyReport
 from kvpilot_engine.core import CoreProcess, CoreStart
 from kvpilot_engine.errors import ChangeRefusedError, CoreUnavailableError, RequestCancelledError, StartError
 from kvpilot_engine.wire import FrameReader, frame
@@ -261,14 +262,23 @@ class CoreClient:
         self._send(request)
         return generation
 
-    async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> protocol.Applied:
+    async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> ApplyReport:
         """Change the configuration, hot.
 
         Raises:
             ChangeRefusedError: and nothing has changed.
             CoreUnavailableError: when there is no core any more.
         """
-        return await self._ask(protocol.Apply(self.next_id(), epoch, generation, values), protocol.Applied)
+        change = protocol.Apply(self.next_id(), epoch, generation, values)
+        applied = await self._ask(change, protocol.Applied)
+        return ApplyReport(
+            generation=applied.generation,
+            epoch=applied.epoch,
+            changed=applied.changed,
+            blocks_kept=applied.blocks_kept,
+            blocks_lost=applied.blocks_lost,
+            converging=applied.converging,
+        )
 
     async def describe(self) -> protocol.Described:
         """The live configuration."""
@@ -287,7 +297,7 @@ class CoreClient:
                 await asyncio.wait_for(self.lost_event.wait(), timeout_s)
             except TimeoutError:
                 self._transport.abort()
-        await asyncio.to_thread(self.core.end, 1.0)
+        self.core.end(1.0)  # its socket is closed: this takes milliseconds
         self._lose("the engine was shut down")
 
     async def __aenter__(self) -> Self:

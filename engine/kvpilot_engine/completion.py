@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from kvpilot_engine import protocol
 from kvpilot_engine.errors import (
@@ -17,6 +20,34 @@ DEFAULT_NEW_TOKENS = 16
 
 PRIORITY_BOUND = 1_000_000
 """Largest magnitude of a priority; higher is more urgent."""
+
+
+_SHOWN = 80  # characters of a wrong value that an error repeats
+
+
+def fault_lines(error: ValidationError, unknown: str) -> list[str]:
+    """One clause for each field of a request that is at fault: its name, what is allowed, and what was given.
+
+    Args:
+        error: of the request's model.
+        unknown: what to say of a field that the model does not have.
+    """
+    lines = []
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"])) or "body"
+        if item["type"] == "missing":
+            lines.append(f"{where}: required")
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"{where}: {unknown}")
+        else:
+            text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            lines.append(f"{where}: {text[:1].lower()}{text[1:]}, got {_short(item['input'])}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def check_length(field: str, prompt_tokens: int, limit_field: str, new_tokens: int, context: int) -> None:
@@ -45,8 +76,7 @@ def raise_unless_complete(finished: protocol.Finished) -> None:
     """Turn an unhappy end into the exception that says so.
 
     Raises:
-        EngineError: InvalidRequestError, RequestTimeoutError, RequestCancelledError or RequestFailedError, with
-            the core's own message.
+        EngineError: the kind that fits the reason, with the core's own message.
     """
     match finished.reason:
         case "stop" | "length":

@@ -330,4 +330,6 @@ class CoreThread:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # everything is closed; tearing down torch's modules takes time and complains

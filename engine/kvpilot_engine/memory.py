@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from kvpilot_engine.protocol import Sampled
 
 LIMIT_VARIABLE = "KVPILOT_MEMORY_LIMIT_BYTES"
 """Environment variable that replaces the detected limit: local mode passes the template's limit in it."""
@@ -83,3 +86,35 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in use and their limit, by the design's definition; a device limit of 0 means no device."""
+
+    host_bytes: int
+    host_limit_bytes: int
+    device_bytes: int
+    device_limit_bytes: int
+
+    @property
+    def host_ratio(self) -> float:
+        """Used host memory over its limit."""
+        return self.host_bytes / self.host_limit_bytes
+
+    @property
+    def device_ratio(self) -> float:
+        """Used device memory over its limit; 0 without a device."""
+        return self.device_bytes / self.device_limit_bytes if self.device_limit_bytes else 0.0
+
+    @property
+    def ratio(self) -> float:
+        """The larger of both: the memory objective is judged on it."""
+        return max(self.host_ratio, self.device_ratio)
+
+
+def memory_of(sampled: Sampled, front_bytes: int, limit_bytes: int) -> Memory:
+    """Core and front summed."""
+    return Memory(
+        sampled.host_bytes + front_bytes, limit_bytes, sampled.device_bytes, sampled.device_limit_bytes
+    )

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kvpilot_engine.completion import fault_lines
 from kvpilot_engine.contract.metrics import Outcome
 from kvpilot_engine.errors import (
     ChangeRefusedError,
@@ -24,8 +25,6 @@ from kvpilot_engine.errors import (
 
 CLIENT_CLOSED = 499
 """The client left before the answer: seen by nobody but the access log."""
-
-_SHOWN = 80  # characters of a wrong value that an error repeats
 
 
 class ApiError(Exception):
@@ -111,23 +110,12 @@ def as_api_error(error: Exception) -> ApiError:
 
 def validation_error(error: ValidationError) -> ApiError:
     """400 for a body that does not fit its model: one clause for each field at fault."""
-    clauses = []
-    for item in error.errors():
-        where = ".".join(map(str, item["loc"])) or "body"
-        if item["type"] == "missing":
-            clauses.append(f"{where}: required")
-        elif item["type"] == "extra_forbidden":
-            clauses.append(f"{where}: unknown parameter")
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            clauses.append(f"{where}: {text[:1].lower()}{text[1:]}, got {_short(item['input'])}")
     first = error.errors()[0]["loc"]
-    return ApiError(HTTPStatus.BAD_REQUEST, "; ".join(clauses), param=str(first[0]) if first else None)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return ApiError(
+        HTTPStatus.BAD_REQUEST,
+        "; ".join(fault_lines(error, "unknown parameter")),
+        param=str(first[0]) if first else None,
+    )
 
 
 def install(app: FastAPI) -> None:

@@ -17,7 +17,7 @@ from kvpilot_engine.contract.knobs import CATALOGUE
 from kvpilot_engine.contract.metrics import Outcome
 from kvpilot_engine.errors import CoreUnavailableError, RequestTimeoutError
 from kvpilot_engine.server.errors import shed
-from kvpilot_engine.server.metrics import SAMPLE_AGE_S, FrontMetrics, Memory, memory_of
+from kvpilot_engine.server.metrics import SAMPLE_AGE_S, FrontMetrics
 from kvpilot_engine.tokenizer import Tokenizer
 
 _RATE_WINDOW = 64  # ends of requests behind the estimate of Retry-After
@@ -78,7 +78,7 @@ class Front:
         self.context_length = 0
         self.ends: deque[float] = deque(maxlen=_RATE_WINDOW)
         self.metrics = FrontMetrics(lambda: self._latest)
-        self._latest: tuple[protocol.Sampled, Memory] | None = None
+        self._latest: tuple[protocol.Sampled, memory.Memory] | None = None
         self._sampled_at = -math.inf
         self._sampling: asyncio.Task[None] | None = None
         self._limit_bytes = memory.limit_bytes()
@@ -152,7 +152,7 @@ class Front:
     async def _sample(self) -> None:
         sampled = await self.core().sample()
         front_bytes = await asyncio.to_thread(memory.anonymous_bytes)
-        self._latest = sampled, memory_of(sampled, front_bytes, self._limit_bytes)
+        self._latest = sampled, memory.memory_of(sampled, front_bytes, self._limit_bytes)
         self._sampled_at = time.monotonic()
 
     async def describe(self) -> AdminConfig:
@@ -180,16 +180,9 @@ class Front:
             ChangeRefusedError: and nothing has changed.
         """
         client = self.core()
-        applied = await client.apply(epoch, generation, values)
+        report = await client.apply(epoch, generation, values)
         self._adopt(await client.describe())
-        return ApplyReport(
-            generation=applied.generation,
-            epoch=applied.epoch,
-            changed=applied.changed,
-            blocks_kept=applied.blocks_kept,
-            blocks_lost=applied.blocks_lost,
-            converging=applied.converging,
-        )
+        return report
 
     def _adopt(self, described: protocol.Described) -> None:
         self.config = KVCacheConfig.model_validate(described.config, context=QUIET)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.metrics import Outcome, Stage
+from kvpilot_engine.memory import Memory
 from kvpilot_engine.protocol import Described, Finished, Sampled
 
 SAMPLE_AGE_S = 0.5
@@ -58,38 +59,6 @@ GAUGES = (
     Family(names.CONFIG_GENERATION, "Generation of the configuration in force."),
     Family(names.CONFIG_CONVERGING, "1 while a lowered quota is not reached."),
 )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes in use and their limit, by the design's definition; a device limit of 0 means no device."""
-
-    host_bytes: int
-    host_limit_bytes: int
-    device_bytes: int
-    device_limit_bytes: int
-
-    @property
-    def host_ratio(self) -> float:
-        """Used host memory over its limit."""
-        return self.host_bytes / self.host_limit_bytes
-
-    @property
-    def device_ratio(self) -> float:
-        """Used device memory over its limit; 0 without a device."""
-        return self.device_bytes / self.device_limit_bytes if self.device_limit_bytes else 0.0
-
-    @property
-    def ratio(self) -> float:
-        """The larger of both: the memory objective is judged on it."""
-        return max(self.host_ratio, self.device_ratio)
-
-
-def memory_of(sampled: Sampled, front_bytes: int, limit_bytes: int) -> Memory:
-    """Core and front summed."""
-    return Memory(
-        sampled.host_bytes + front_bytes, limit_bytes, sampled.device_bytes, sampled.device_limit_bytes
-    )
 
 
 def split_key(key: str) -> tuple[str, str | None, str]:
