@@ -1,0 +1,213 @@
+"""Metrics without Prometheus: each engine's own page, read at each interval and kept for the windows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from kvpilot_operator.adapters.series import (
+    COUNTERS,
+    GAUGES,
+    IncompleteSeriesError,
+    SeriesKey,
+    sample_from,
+    series_key,
+)
+from kvpilot_operator.ports import Key
+from kvpilot_operator.tuning.observation import Sample
+
+KEEP_S = 3600.0
+"""How far back a window can reach, s. A scrape of an engine is about 1.5 KB."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine's metrics page."""
+
+    uid: str
+    url: str
+
+
+class PageReader:
+    """Reads the text format; what it has seen of a series' name and labels it does not parse again.
+
+    prometheus_client's parser takes milliseconds of pure Python for a page, each second, beside engines that
+    need the core; names and labels never change between two scrapes, so only values are parsed here.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, SeriesKey | None] = {}
+
+    def read(self, text: str) -> dict[SeriesKey, float]:
+        """Counters and gauges that samples are made of; a line without a number is skipped."""
+        values: dict[SeriesKey, float] = {}
+        for line in text.splitlines():
+            if line.startswith("#"):
+                continue
+            series, _, number = line.rpartition(" ")
+            try:
+                key = self._known[series]
+            except KeyError:
+                key = self._known[series] = _parsed(line)
+            if key is not None:
+                with contextlib.suppress(ValueError):
+                    values[key] = float(number)
+        return values
+
+
+_WANTED = frozenset({*COUNTERS, *GAUGES})
+
+
+def _parsed(line: str) -> SeriesKey | None:
+    """Name and labels of a line; None for a series that nothing is made of, or a line that is none."""
+    if line.partition("{")[0].partition(" ")[0] not in _WANTED:
+        return None
+    try:
+        for family in text_string_to_metric_families(line):
+            for sample in family.samples:
+                return series_key(sample.labels, sample.name)
+    except ValueError:
+        return None
+    return None
+
+
+class History:
+    """What one engine published: cumulative counters by time, resets added up, and the last gauges."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.gauges: dict[SeriesKey, float] = {}
+        self._columns: dict[SeriesKey, int] = {}
+        self._rows: list[array[float]] = []
+        self._raw: list[float] = []
+        self._lost: list[float] = []  # what a counter had reached before each of its resets
+
+    def add(self, at: float, values: Mapping[SeriesKey, float]) -> None:
+        """One scrape at time ``at``, s."""
+        self.gauges = {key: value for key, value in values.items() if key[0] in GAUGES}
+        for key, value in values.items():
+            if key[0] in GAUGES:
+                continue
+            column = self._columns.get(key)
+            if column is None:  # a series that appears later began at 0
+                column = self._columns[key] = len(self._raw)
+                self._raw.append(0.0)
+                self._lost.append(0.0)
+            if value < self._raw[column]:
+                self._lost[column] += self._raw[column]
+            self._raw[column] = value
+        self._rows.append(array("d", map(float.__add__, self._raw, self._lost)))
+        self.times.append(at)
+        if self.times[0] < at - KEEP_S - 60:  # drop in bulk: a list pays for each removal at its front
+            first = bisect_right(self.times, at - KEEP_S)
+            del self.times[:first], self._rows[:first]
+
+    def increase(self, seconds: float) -> tuple[dict[SeriesKey, float], float]:
+        """Increases over the newest ``seconds``, and the time that they really cover, s."""
+        end = self.times[-1]
+        # The scrape closest to the window's beginning, so that it covers ``seconds`` within half an interval.
+        first = bisect_right(self.times, end - seconds)
+        if first and (
+            first == len(self.times)
+            or end - seconds - self.times[first - 1] < self.times[first] - (end - seconds)
+        ):
+            first -= 1
+        then, now = self._rows[first], self._rows[-1]
+        missing = len(now) - len(then)
+        earlier = [*then, *([0.0] * missing)]
+        values = {key: now[column] - earlier[column] for key, column in self._columns.items()}
+        return values, end - self.times[first]
+
+
+class ScrapeMetrics:
+    """The ``Metrics`` port over the engines' own pages.
+
+    Args:
+        targets: the engines of a resource now; one that is gone is forgotten.
+        interval_s: between two scrapes.
+    """
+
+    def __init__(
+        self,
+        targets: Callable[[], Mapping[Key, Sequence[Target]]],
+        interval_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._targets = targets
+        self._interval = interval_s
+        self._clock = clock
+        self._readers: dict[str, PageReader] = {}
+        self._histories: dict[str, History] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Begin to scrape."""
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=max(2.0, self._interval)))
+        self._task = asyncio.create_task(self._scrape_forever())
+
+    async def close(self) -> None:
+        """Stop scraping."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def samples(self, windows: Mapping[Key, Mapping[str, float]]) -> dict[Key, dict[str, Sample]]:
+        """Samples by pod UID from what was scraped so far."""
+        targets = self._targets()
+        found: dict[Key, dict[str, Sample]] = {}
+        for key, lengths in windows.items():
+            found[key] = {}
+            for target in targets.get(key, ()):
+                sample = self._sample(target.uid, lengths)
+                if sample is not None:
+                    found[key][target.uid] = sample
+        return found
+
+    def _sample(self, uid: str, lengths: Mapping[str, float]) -> Sample | None:
+        history = self._histories.get(uid)
+        if history is None or len(history.times) < 2:  # one scrape shows no increase
+            return None
+        windows: dict[str, dict[SeriesKey, float]] = {}
+        covered: dict[str, float] = {}
+        for name, seconds in lengths.items():
+            windows[name], covered[name] = history.increase(seconds)
+        age = self._clock() - history.times[-1]
+        try:
+            return sample_from(windows, history.gauges, covered, age, max(covered.values()))
+        except IncompleteSeriesError:
+            return None
+
+    async def _scrape_forever(self) -> None:
+        due = time.monotonic()
+        while True:
+            targets = [target for group in self._targets().values() for target in group]
+            for uid in self._histories.keys() - {target.uid for target in targets}:
+                del self._histories[uid]
+                self._readers.pop(uid, None)
+            await asyncio.gather(*(self._scrape(target) for target in targets))
+            due = max(due + self._interval, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
+
+    async def _scrape(self, target: Target) -> None:
+        """Read one page; an engine that does not answer keeps its history, whose age tells."""
+        assert self._session is not None
+        try:
+            async with self._session.get(target.url) as response:
+                if response.status != 200:
+                    return
+                text = await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return
+        values = self._readers.setdefault(target.uid, PageReader()).read(text)
+        self._histories.setdefault(target.uid, History()).add(self._clock(), values)
