@@ -1,7 +1,7 @@
 """Builds the container images of the Dockerfile: `python -m scripts.images [operator|engine|all]`.
 
-With Docker where it runs, else daemonless with buildah (as root). An image is named by a hash of all that goes into
-it, and kept as an archive in the cache: what is unchanged is not built again.
+With Docker where it runs, else daemonless with buildah (as root). An image is named by a hash of all that
+goes into it, and kept as an archive in the cache: what is unchanged is not built again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build(target: str, cache: Path, root: Path = REPO) -> Image:
     partial.unlink(missing_ok=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if base:
-        _build_with_buildah(target, image.reference, base, partial, cache, root)
+        _build_with_buildah(target, image.reference, base, partial, root)
     else:
         command = [
             "docker",
@@ -93,9 +93,8 @@ def build(target: str, cache: Path, root: Path = REPO) -> Image:
         run(["docker", "save", "-o", partial, image.reference], timeout_s=900)
     partial.rename(image.archive)
     _drop_older(image.archive, target)
-    say(
-        f"  {target} image: built in {time.monotonic() - begun:.0f} s, {image.archive.stat().st_size >> 20} MiB"
-    )
+    size = image.archive.stat().st_size >> 20
+    say(f"  {target} image: built in {time.monotonic() - begun:.0f} s, {size} MiB")
     return image
 
 
@@ -109,8 +108,8 @@ def buildah(cache: Path) -> list[str]:
     ]
 
 
-def _build_with_buildah(target: str, reference: str, base: Image, out: Path, cache: Path, root: Path) -> None:
-    tool = buildah(cache)
+def _build_with_buildah(target: str, reference: str, base: Image, out: Path, root: Path) -> None:
+    tool = buildah(out.parent.parent)
     known = run([*tool, "images", "--format", "{{.Name}}:{{.Tag}}"], timeout_s=120).split()
     if base.reference not in known:
         run([*tool, "pull", "--quiet", f"docker-archive:{base.archive}"], timeout_s=300)

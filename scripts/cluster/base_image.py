@@ -1,4 +1,4 @@
-"""The two images that need no Dockerfile: a Debian with Python below all others, and the pods' pause container."""
+"""The images that need no Dockerfile: a Debian with Python below all others, and the pods' pause."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ _VERSION_FLAGS = " ".join(
 class Recipe:
     """How the programs of one pinned module are built.
 
-    `copy_module` builds in a writable copy of that module with `stubs` (path -> text) added: needed where a module
-    embeds files that are not part of it.
+    `copy_module` builds in a writable copy of that module with `stubs` (path -> text) added: needed where a
+    module embeds files that are not part of it.
     """
 
     name: str

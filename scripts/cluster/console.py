@@ -14,7 +14,7 @@ class ClusterError(Exception):
     exit_code = 1
 
 
-class NeedsPackages(ClusterError):
+class MissingPackagesError(ClusterError):
     """The machine lacks packages that are not installed without being asked to."""
 
     exit_code = 2

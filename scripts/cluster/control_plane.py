@@ -23,7 +23,7 @@ from scripts.cluster.layout import (
 )
 from scripts.cluster.process import run
 
-# user -> group. The kubelet has a node's rights, as on any cluster, and kube-proxy its own; the rest is trusted.
+# component -> (user, group). The kubelet and kube-proxy have their usual rights; the rest is trusted.
 IDENTITIES = {
     "admin": ("admin", "system:masters"),
     "kube-controller-manager": ("system:kube-controller-manager", "system:masters"),
@@ -123,6 +123,7 @@ def kube_controller_manager(layout: Layout) -> list[str]:
         "--leader-elect=false",
         f"--root-ca-file={layout.pki / 'apiserver.crt'}",
         f"--service-account-private-key-file={layout.pki / 'sa.key'}",
+        f"--flex-volume-plugin-dir={layout.run / 'volume-plugins'}",
         *CLIENT_RATE,
     ]
 
@@ -141,11 +142,16 @@ def coredns(layout: Layout) -> list[str]:
 
 def corefile(kubeconfig_file: Path) -> str:
     """The whole configuration: cluster names, and an answer on 127.0.0.1:8181 when ready."""
-    return (
-        f".:53 {{\n  bind {NODE_IP}\n  errors\n  ready 127.0.0.1:8181\n"
-        f"  kubernetes {CLUSTER_DOMAIN} in-addr.arpa {{\n    kubeconfig {kubeconfig_file} kvpilot\n    pods insecure\n"
-        f"    ttl 1\n  }}\n}}\n"
-    )
+    plugins = [
+        f"bind {NODE_IP}",
+        "errors",
+        "ready 127.0.0.1:8181",
+        f"kubernetes {CLUSTER_DOMAIN} in-addr.arpa {{",
+        f"  kubeconfig {kubeconfig_file} kvpilot",
+        "  ttl 1",
+        "}",
+    ]
+    return ".:53 {\n  " + "\n  ".join(plugins) + "\n}\n"
 
 
 def api_ready(layout: Layout) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 from scripts import images
@@ -15,7 +16,7 @@ from scripts.cluster.build import WITH_DOCKER, build_all
 from scripts.cluster.console import say
 from scripts.cluster.layout import POD_CIDR, SERVICE_CIDR, STATE_FILE, Layout
 from scripts.cluster.process import Processes, run
-from scripts.cluster.state import State, engine_environment, monitoring_part
+from scripts.cluster.state import State, alertmanager_entry, engine_environment, prometheus_entry
 
 NAME = "kvpilot"
 NODE = f"{NAME}-control-plane"
@@ -62,7 +63,7 @@ class KindCluster:
             file = self._layout.run / "kind.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             self._layout.kubeconfigs.mkdir(parents=True, exist_ok=True)
-            file.write_text(kind_config([str(path) for path in environment["mounts"]]))
+            file.write_text(kind_config(environment.mounts))
             create = [
                 "create",
                 "cluster",
@@ -88,8 +89,12 @@ class KindCluster:
                 "engine_host": images.DOCKER_BASE,
             },
             engine=environment,
-            **monitoring_part(self._layout, "127.0.0.1"),
-            **{name: str(programs[name]) for name in ("kubectl", "helm", "promtool", "amtool")},
+            prometheus=prometheus_entry(self._layout, "127.0.0.1"),
+            alertmanager=alertmanager_entry(self._layout, "127.0.0.1"),
+            kubectl=str(programs["kubectl"]),
+            helm=str(programs["helm"]),
+            promtool=str(programs["promtool"]),
+            amtool=str(programs["amtool"]),
         )
         state.write()
         return state
@@ -99,7 +104,6 @@ class KindCluster:
         STATE_FILE.unlink(missing_ok=True)
         self.processes.stop_many(self.processes.names())
         programs = build_all(self._layout.cache, WITH_DOCKER[:1])
-        # The routes go with the bridge's neighbour only when removed by hand.
         if NAME in run([programs["kind"], "get", "clusters"]).split():
             self._route("del", POD_CIDR, SERVICE_CIDR)
             run([programs["kind"], "delete", "cluster", f"--name={NAME}"], timeout_s=180)
@@ -134,10 +138,8 @@ class KindCluster:
         for name, port in (("prometheus", 9090), ("alertmanager", 9093)):
             if not self.processes.running(name):
                 self.processes.start(name, [str(programs[name]), *arguments[name]()])
-            url = f"http://127.0.0.1:{port}/-/ready"
-            self.processes.wait(
-                f"{name} is ready", lambda url=url: control_plane.answers(url), READY_SECONDS, name
-            )
+            ready = partial(control_plane.answers, f"http://127.0.0.1:{port}/-/ready")
+            self.processes.wait(f"{name} is ready", ready, READY_SECONDS, name)
 
 
 _NETWORK = "{{.NetworkSettings.Networks.kind.%s}}"

@@ -6,21 +6,25 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# A second cluster beside the first takes another slot, and another cache directory.
+SLOT = int(os.environ.get("KVPILOT_CLUSTER_SLOT", "0"))
+SUFFIX = f"-{SLOT}" if SLOT else ""
+
 REPO = Path(__file__).resolve().parents[2]
-STATE_FILE = REPO / ".cluster" / "cluster.json"
+STATE_FILE = REPO / ".cluster" / f"cluster{SUFFIX}.json"
 
 # The veth pair between the machine and the cluster's network namespace.
-HOST_LINK, NODE_LINK = "kvpilot-host", "kvpilot-node"
-HOST_IP, NODE_IP, LINK_PREFIX = "10.98.0.1", "10.98.0.2", 30
-POD_CIDR = "10.244.0.0/24"
-SERVICE_CIDR = "10.96.0.0/24"
-API_SERVICE_IP = "10.96.0.1"  # the first of them, always
+HOST_LINK, NODE_LINK = f"kvp-host{SUFFIX}", f"kvp-node{SUFFIX}"
+HOST_IP, NODE_IP, LINK_PREFIX = f"10.98.{SLOT}.1", f"10.98.{SLOT}.2", 30
+POD_CIDR = f"10.244.{SLOT}.0/24"
+SERVICE_CIDR = f"10.96.{SLOT}.0/24"
+API_SERVICE_IP = f"10.96.{SLOT}.1"  # the first of them, always
 CLUSTER_DOMAIN = "cluster.local"
 
 NODE_NAME = "kvpilot-node"
 API_URL = f"https://{NODE_IP}:6443"
 
-CGROUP_NAME = "kvpilot"  # parent of every pod's cgroup, in each hierarchy
+CGROUP_NAME = f"kvpilot{SUFFIX}"  # parent of every pod's cgroup, in each hierarchy
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from scripts import images
@@ -14,7 +15,7 @@ from scripts.cluster.console import ClusterError, say
 from scripts.cluster.layout import HOST_IP, NODE_IP, NODE_NAME, STATE_FILE, Layout
 from scripts.cluster.packages import BUILD_PACKAGES, NODE_PACKAGES, require
 from scripts.cluster.process import Processes, run
-from scripts.cluster.state import State, engine_environment, monitoring_part
+from scripts.cluster.state import State, alertmanager_entry, engine_environment, prometheus_entry
 
 # Tests stop and start these; a stopped one is no reason to start the whole cluster anew.
 OPTIONAL = ("prometheus", "alertmanager")
@@ -128,12 +129,9 @@ class LocalCluster:
             self._launch(name, programs[name], arguments)
         self._await("the node is Ready", lambda: self._node_ready(programs["kubectl"]), "kubelet")
         self._await("Services are reachable", lambda: control_plane.service_ready(layout), "kube-proxy")
-        self._await("DNS answers", lambda: self._dns_ready(), "coredns")
-        self._await(
-            "pods can be created",
-            lambda: self._accounts_ready(programs["kubectl"]),
-            "kube-controller-manager",
-        )
+        self._await("DNS answers", self._dns_ready, "coredns")
+        accounts = partial(self._accounts_ready, programs["kubectl"])
+        self._await("pods can be created", accounts, "kube-controller-manager")
 
     def _launch(self, name: str, program: Path, arguments: list[str]) -> None:
         self.processes.start(name, [*machine.enter(self.processes), str(program), *arguments])
@@ -144,8 +142,8 @@ class LocalCluster:
 
     def _await_monitoring(self) -> None:
         for name, port in (("prometheus", 9090), ("alertmanager", 9093)):
-            url = f"http://{NODE_IP}:{port}/-/ready"
-            self._await(f"{name} is ready", lambda url=url: control_plane.answers(url), name)
+            ready = partial(control_plane.answers, f"http://{NODE_IP}:{port}/-/ready")
+            self._await(f"{name} is ready", ready, name)
 
     def _kubectl(self, kubectl: Path, *arguments: str) -> str:
         try:
@@ -184,8 +182,12 @@ class LocalCluster:
             exec_prefix=tuple(machine.enter_network(self.processes)),
             images={"base": base.reference, "operator": operator.reference, "engine_host": base.reference},
             engine=engine_environment(),
-            **monitoring_part(self._layout, NODE_IP),
-            **{name: str(programs[name]) for name in ("kubectl", "helm", "promtool", "amtool")},
+            prometheus=prometheus_entry(self._layout, NODE_IP),
+            alertmanager=alertmanager_entry(self._layout, NODE_IP),
+            kubectl=str(programs["kubectl"]),
+            helm=str(programs["helm"]),
+            promtool=str(programs["promtool"]),
+            amtool=str(programs["amtool"]),
         )
 
 

@@ -1,4 +1,4 @@
-"""What the cluster borrows from the machine, and gives back: namespaces, a link, cgroups, sysctls, directories."""
+"""What the cluster borrows from the machine and gives back: namespaces, link, cgroups, sysctls."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ KUBELET_SYSCTLS = (
     "kernel/keys/root_maxbytes",
 )
 
-# Directories that kubelet, containerd and CNI plugins use whatever their flags say. Inside the cluster's mount
-# namespace each is covered by an empty one of our own.
+# Directories that kubelet, containerd and CNI plugins use whatever their flags say. Inside the cluster's
+# mount namespace each is covered by an empty one of our own.
 COVERED = ("/var/lib/kubelet", "/var/lib/cni", "/var/log/containers", "/run/containerd")
 
 
@@ -135,7 +135,7 @@ def _cover_directories(layout: Layout, processes: Processes) -> None:
 
 def _refuse_taken_addresses() -> None:
     routes = json.loads(run(["ip", "-json", "route", "show"]))
-    ours = {POD_CIDR, SERVICE_CIDR, f"{HOST_IP}/{LINK_PREFIX}"}
+    ours = {POD_CIDR, SERVICE_CIDR}
     taken = [route["dst"] for route in routes if route["dst"] in ours or route.get("dev") == HOST_LINK]
     if taken:
         raise ClusterError(
@@ -156,7 +156,7 @@ def kill_pods() -> None:
 
 def give_back(layout: Layout, processes: Processes) -> None:
     """End every process of the cluster and restore the machine. Safe to repeat, and after a crash."""
-    _kill_members(processes)
+    _kill_members(layout, processes)
     run(["sh", "-c", f"ip link delete {HOST_LINK} 2>/dev/null || true"])
     _remove_cgroups()
     if layout.host_record.exists():
@@ -171,13 +171,13 @@ def give_back(layout: Layout, processes: Processes) -> None:
     shutil.rmtree(layout.run, ignore_errors=True)
 
 
-def _kill_members(processes: Processes) -> None:
-    """Kill what is in the pods' cgroups or in the cluster's namespaces, until nothing is."""
+def _kill_members(layout: Layout, processes: Processes) -> None:
+    """Kill what is in the pods' cgroups or the cluster's namespaces, and orphaned shims, until none is left."""
     record = processes.record(HOLDER)
     alive = record is not None and born(record.pid) == record.born
     namespaces = {_namespace(record.pid, kind) for kind in ("net", "mnt")} if alive and record else set()
     deadline = time.monotonic() + 20
-    while members := _members(namespaces - {""}):
+    while members := _members(namespaces - {""}) | _shims(layout):
         if time.monotonic() > deadline:
             raise ClusterError(f"processes {sorted(members)} of the cluster did not end 20 s after SIGKILL")
         for pid in members:
@@ -192,6 +192,20 @@ def _members(namespaces: set[str]) -> set[int]:
             pid = int(entry.name)
             if {_namespace(pid, "net"), _namespace(pid, "mnt")} & namespaces:
                 found.add(pid)
+    return {pid for pid in found if born(pid) is not None}
+
+
+def _shims(layout: Layout) -> set[int]:
+    """Supervisors of our containerd's containers; they outlive it, and the namespaces' holder."""
+    socket, found = str(layout.containerd_socket).encode(), set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"containerd-shim" in arguments[0] and socket in arguments:
+                found.add(int(entry.name))
     return {pid for pid in found if born(pid) is not None}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-
 from pathlib import Path
 
 from scripts.cluster.layout import Layout
@@ -12,10 +11,10 @@ PART_OF = "kvpilot"
 
 
 def prometheus_config(kubeconfig: Path, rules: Path) -> str:
-    """Prometheus' configuration as JSON, which is YAML too: pods of kvpilot, found by their labels, each second.
+    """Prometheus' configuration as JSON, which is YAML too: kvpilot's pods, found by their labels.
 
-    Of an engine pod the container port named `http` is scraped, of an operator pod the one named `metrics`. Every
-    sample says namespace, pod, pod_uid, kvpilot_name and component.
+    Of an engine pod the container port named `http` is scraped, of an operator pod the one named `metrics`,
+    each second. Every sample says namespace, pod, pod_uid, kvpilot_name and component.
     """
     pod, label = "__meta_kubernetes_pod", "__meta_kubernetes_pod_label"
     component = f"{label}_app_kubernetes_io_component"

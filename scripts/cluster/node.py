@@ -1,4 +1,4 @@
-"""The real node: containerd, kubelet and kube-proxy on this machine, with roots, states and sockets of their own."""
+"""The real node: containerd, kubelet and kube-proxy on this machine, every path of theirs our own."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ def containerd_config(layout: Layout, pause: str) -> str:
 root = "{layout.containerd_root}"
 state = "{layout.run / "containerd"}"
 disabled_plugins = [
-  "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
+  "io.containerd.snapshotter.v1.aufs",
+  "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.zfs",
+  "io.containerd.internal.v1.tracing",
+  "io.containerd.tracing.processor.v1.otlp",
 ]
 [grpc]
 address = "{layout.containerd_socket}"
@@ -50,7 +54,7 @@ SystemdCgroup = false
 
 
 def cni_config(layout: Layout) -> str:
-    """A bridge with addresses of the pod network. No masquerading: nothing outside the machine is reachable."""
+    """A bridge with the pod network's addresses; not masqueraded, since nothing outside is reachable."""
     bridge = {
         "type": "bridge",
         "bridge": "kvpilot-pods",
@@ -68,7 +72,7 @@ def cni_config(layout: Layout) -> str:
 
 
 def kubelet_config(layout: Layout) -> str:
-    """The kubelet's configuration. It neither evicts pods nor collects images because the disk is full elsewhere."""
+    """The kubelet's configuration: no pod is evicted, no image dropped, for the machine's full disk."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",

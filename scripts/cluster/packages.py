@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 
-from scripts.cluster.console import ClusterError, NeedsPackages, say
+from scripts.cluster.console import ClusterError, MissingPackagesError, say
 from scripts.cluster.process import run
 
 BUILD_PACKAGES = ("buildah", "mmdebstrap", "openssl")
@@ -48,14 +48,14 @@ def require(wanted: Iterable[str]) -> None:
     """Make sure that packages are there.
 
     Raises:
-        NeedsPackages: some are missing and installing was not asked for; names the exact command.
+        MissingPackagesError: some are missing and installing was not asked for; names the exact command.
     """
     lacking = missing(wanted)
     if not lacking:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *lacking]
     if not may_install(os.environ):
-        raise NeedsPackages(
+        raise MissingPackagesError(
             f"missing system packages; install them with\n  sudo {' '.join(command)}\n"
             "or run this again with INSTALL=1"
         )

@@ -1,4 +1,4 @@
-"""Long-lived processes owned by process id: start, stop, wait for, and show the end of the log of one that failed."""
+"""Long-lived processes owned by process id: start, stop, wait for them, and show why one failed."""
 
 from __future__ import annotations
 

@@ -12,12 +12,22 @@ from scripts.cluster.layout import REPO, STATE_FILE, Layout
 
 
 @dataclass(frozen=True)
+class EngineEnvironment:
+    """What an engine pod mounts in place of a real engine image, several GiB large.
+
+    `mounts` are directories of the node, for hostPath volumes, read-only at the same paths, `python` in them.
+    """
+
+    python: str
+    mounts: list[str]
+
+
+@dataclass(frozen=True)
 class State:
     """Contents of `.cluster/cluster.json`. Paths are absolute; URLs are reachable from this machine.
 
-    `exec_prefix` runs a command inside the cluster's network (empty where the machine is inside already), `host_ip` is
-    this machine as pods see it. `engine` is what an engine pod mounts in place of a real engine image: `mounts` read-only
-    at the same paths, on `images["engine_host"]`, started by `python`.
+    `exec_prefix` runs a command inside the cluster's network (empty on kind), `host_ip` is this machine as
+    pods see it. The engine's environment is for pods on `images["engine_host"]`.
     """
 
     provider: str
@@ -26,7 +36,7 @@ class State:
     host_ip: str
     exec_prefix: tuple[str, ...]
     images: Mapping[str, str]
-    engine: Mapping[str, object]
+    engine: EngineEnvironment
     prometheus: Mapping[str, str]
     alertmanager: Mapping[str, str]
     kubectl: str
@@ -42,11 +52,11 @@ class State:
         partial.rename(file)
 
 
-def engine_environment() -> dict[str, object]:
+def engine_environment() -> EngineEnvironment:
     """The interpreter that runs this, and the directories that it needs to be the same elsewhere."""
     python = Path(sys.executable)
     needed = {Path(sys.prefix), Path(sys.base_prefix), python.resolve().parents[1], REPO}
-    return {"python": str(python), "mounts": [str(path) for path in outermost(needed)]}
+    return EngineEnvironment(str(python), [str(path) for path in outermost(needed)])
 
 
 def outermost(paths: Iterable[Path]) -> list[Path]:
@@ -55,13 +65,15 @@ def outermost(paths: Iterable[Path]) -> list[Path]:
     return [path for path in unique if not any(other in path.parents for other in unique)]
 
 
-def monitoring_part(layout: Layout, host: str) -> dict[str, dict[str, str]]:
-    """The two monitoring entries, given the address that both listen on."""
+def prometheus_entry(layout: Layout, host: str) -> dict[str, str]:
+    """Where Prometheus is, given the address that it is reached at."""
     return {
-        "prometheus": {
-            "url": f"http://{host}:9090",
-            "config": str(layout.prometheus_file),
-            "rules_dir": str(layout.rules),
-        },
-        "alertmanager": {"url": f"http://{host}:9093", "config": str(layout.alertmanager_file)},
+        "url": f"http://{host}:9090",
+        "config": str(layout.prometheus_file),
+        "rules_dir": str(layout.rules),
     }
+
+
+def alertmanager_entry(layout: Layout, host: str) -> dict[str, str]:
+    """Where Alertmanager is, given the address that it is reached at."""
+    return {"url": f"http://{host}:9093", "config": str(layout.alertmanager_file)}
