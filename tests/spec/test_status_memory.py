@@ -13,10 +13,12 @@ from kvpilot_operator.tuning.state import (
     Change,
     Hold,
     KnobChange,
+    Measure,
     OverlayEntry,
     Phase,
     ReplicaMark,
     Reversal,
+    Told,
     TuningState,
 )
 
@@ -53,6 +55,7 @@ CHANGES = st.builds(
     objective=NAMES,
     predicted_gain=st.floats(0, 10),
     verdict=st.sampled_from(["", "Promoted", "Aborted(PodRestarted)"]),
+    before=st.lists(st.builds(Measure, NAMES, st.floats(0, 1e6), st.floats(0, 1e6)), max_size=3).map(tuple),
 )
 STATES = st.builds(
     TuningState,
@@ -75,13 +78,16 @@ STATES = st.builds(
     reversals=st.lists(st.builds(Reversal, st.sampled_from(sorted(VALUES)), TIMES), max_size=16).map(tuple),
     scale_down=st.lists(st.builds(ReplicaMark, TIMES, st.integers(0, 99)), max_size=10).map(tuple),
     met_ticks=st.integers(0, 9),
+    told=st.lists(st.builds(Told, NAMES, TIMES), max_size=16).map(tuple),
+    boosted=st.integers(0, 99),
 )
 
 
 def stored(state: TuningState) -> dict[str, object]:
     tuning = tuning_status(state).model_dump(by_alias=True, exclude_none=True, mode="json")
     overlay = [
-        item.model_dump(by_alias=True, exclude_none=True, mode="json") for item in overlay_status(state.overlay)
+        item.model_dump(by_alias=True, exclude_none=True, mode="json")
+        for item in overlay_status(state.overlay)
     ]
     return dict(json.loads(json.dumps({"tuning": tuning, "config": {"overlay": overlay}})))
 

@@ -147,6 +147,9 @@ def _slo_met(decision: Decision) -> Condition:
     breached = [item.name for item in decision.objectives if item.state == "Breached"]
     if breached:
         return Condition("SLOMet", "False", "Breached", f"Breached: {', '.join(breached)}.")
+    beyond = [item.name for item in decision.objectives if item.state == "Infeasible"]
+    if beyond:
+        return Condition("SLOMet", "False", "Infeasible", f"Out of reach: {', '.join(beyond)}.")
     if any(item.state == "Met" for item in decision.objectives):
         return Condition("SLOMet", "True", "AllMet", "Every objective that can be judged is met.")
     return Condition("SLOMet", "Unknown", "NothingToJudge", "There is no traffic or no data to judge by.")

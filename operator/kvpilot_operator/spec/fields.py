@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract import CATALOGUE
@@ -25,6 +25,12 @@ class Part(BaseModel):
     """A part of the resource: immutable, camelCase, no unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel)
+
+
+def rules(*pairs: tuple[str, str]) -> ConfigDict:
+    """CEL rules (rule, message) of the generated definition; each says again what a validator here says."""
+    validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in pairs]
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
 
 
 def _edge(value: int) -> int:

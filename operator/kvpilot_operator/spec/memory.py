@@ -17,9 +17,11 @@ from kvpilot_operator.tuning.state import (
     Change,
     Hold,
     KnobChange,
+    Measure,
     OverlayEntry,
     ReplicaMark,
     Reversal,
+    Told,
     TuningState,
 )
 
@@ -81,6 +83,8 @@ def _state(tuning: model.TuningStatus, overlay: tuple[model.OverlayStatus, ...])
         reversals=tuple(Reversal(r.knob, from_rfc3339(r.at)) for r in tuning.reversals),
         scale_down=tuple(ReplicaMark(from_rfc3339(m.at), m.replicas) for m in tuning.scale_down_max),
         met_ticks=tuning.met_ticks,
+        told=tuple(Told(t.key, from_rfc3339(t.at)) for t in tuning.told),
+        boosted=tuning.boosted,
     )
 
 
@@ -102,6 +106,7 @@ def _change(change: model.ChangeStatus) -> Change:
         objective=change.objective,
         predicted_gain=float(change.predicted_gain),
         verdict=change.verdict,
+        before=tuple(Measure(m.name, float(m.bad), float(m.of)) for m in change.measured_before),
     )
 
 
@@ -131,6 +136,8 @@ def tuning_status(state: TuningState) -> model.TuningStatus:
             model.MarkStatus(at=to_rfc3339(m.at), replicas=m.replicas)
             for m in state.scale_down[-model.MOST_MARKS :]
         ),
+        told=tuple(model.ToldStatus(key=t.key, at=to_rfc3339(t.at)) for t in state.told[-model.MOST_TOLD :]),
+        boosted=state.boosted,
     )
 
 
@@ -169,4 +176,7 @@ def _change_status(change: Change) -> model.ChangeStatus:
         objective=change.objective,
         predicted_gain=repr(change.predicted_gain),
         verdict=change.verdict,
+        measured_before=tuple(
+            model.MeasureStatus(name=m.name, bad=repr(m.bad), of=repr(m.of)) for m in change.before
+        ),
     )

@@ -23,7 +23,16 @@ from pydantic import (
 from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_operator.spec.errors import ManifestError, manifest_errors
-from kvpilot_operator.spec.fields import NAME_LIMIT, NAME_PATTERN, EdgeMs, KnobName, Part, Percent, Quoted
+from kvpilot_operator.spec.fields import (
+    NAME_LIMIT,
+    NAME_PATTERN,
+    EdgeMs,
+    KnobName,
+    Part,
+    Percent,
+    Quoted,
+    rules,
+)
 
 GROUP = "kvpilot.io"
 VERSION = "v1alpha1"
@@ -33,6 +42,12 @@ DEFAULT_IMAGE = f"ghcr.io/kvpilot/engine:{version('kvpilot')}"
 
 class Latency(Part):
     """Latency limits. p50Ms 100 asks that half of all judged requests finish within 100 ms."""
+
+    model_config = rules(
+        ("!has(self.p50Ms) || !has(self.p95Ms) || self.p50Ms <= self.p95Ms", "p50Ms <= p95Ms is required"),
+        ("!has(self.p95Ms) || !has(self.p99Ms) || self.p95Ms <= self.p99Ms", "p95Ms <= p99Ms is required"),
+        ("!has(self.p50Ms) || !has(self.p99Ms) || self.p50Ms <= self.p99Ms", "p50Ms <= p99Ms is required"),
+    )
 
     signal: Literal["request", "firstToken"] = Field(
         "request", description="What is measured: the whole answer, or the time to its first token."
@@ -51,6 +66,8 @@ class Latency(Part):
 
 class Throughput(Part):
     """Completed requests/s of the whole deployment, judged only while that many are offered."""
+
+    model_config = rules(("!has(self.floor) || self.floor <= self.target", "floor <= target is required"))
 
     target: int = Field(ge=0, le=1_000_000, description="Requests/s to reach while offered; 0 judges none.")
     floor: int | None = Field(
@@ -80,6 +97,8 @@ class Objectives(Part):
 
 class Model(Part):
     """What the engine serves. Immutable: a new model is a new object."""
+
+    model_config = rules(("self == oldSelf", "model is immutable: a new model is a new KVCacheDeployment"))
 
     source: str = Field(
         "builtin/tiny-llama",
@@ -122,6 +141,10 @@ class Engine(Part):
 
 class KnobRange(Part):
     """Bounds of the tuner for one knob."""
+
+    model_config = rules(
+        ("!has(self.min) || !has(self.max) || self.min <= self.max", "min <= max is required")
+    )
 
     name: KnobName = Field(description="The knob.")
     minimum: float | None = Field(None, alias="min", description="Least value the tuner may choose.")
@@ -201,6 +224,8 @@ class Tuning(Part):
 class Scaling(Part):
     """Bounds of the number of replicas that kvpilot chooses."""
 
+    model_config = rules(("self.min <= self.max", "min <= max is required"))
+
     minimum: int = Field(alias="min", ge=1, le=1000, description="Least number of replicas.")
     maximum: int = Field(alias="max", ge=1, le=1000, description="Largest number of replicas.")
     direction: Literal["Both", "OutOnly", "InOnly"] = Field(
@@ -216,6 +241,13 @@ class Scaling(Part):
 
 class Rollout(Part):
     """How pods are replaced and how long a leaving one may finish its requests."""
+
+    model_config = rules(
+        (
+            "self.maxSurge > 0 || self.maxUnavailable > 0",
+            "maxSurge and maxUnavailable must not both be 0: no rollout could ever move",
+        )
+    )
 
     max_surge: int = Field(0, ge=0, le=1000, description="Extra pods during a rollout; 0 needs no spare GPU.")
     max_unavailable: int = Field(1, ge=0, le=1000, description="Pods that may be missing during a rollout.")
@@ -260,6 +292,10 @@ class Template(BaseModel):
 
 class DeploymentSpec(Part):
     """What a user asks for."""
+
+    model_config = rules(
+        ("has(self.scaling) != has(self.replicas)", "exactly one of scaling and replicas is required")
+    )
 
     profile: Literal["development", "production", "highPerformance"] = Field(
         "production", description="Objectives for everything that `objectives` leaves out."
@@ -345,6 +381,8 @@ class Boost(Part):
 
 class OverrideSpec(Part):
     """What a person or an alert asks for now."""
+
+    model_config = rules(("has(self.pause) != has(self.boost)", "exactly one of pause and boost is required"))
 
     target: str = Field(
         pattern=NAME_PATTERN, max_length=NAME_LIMIT, description="Name of the KVCacheDeployment."

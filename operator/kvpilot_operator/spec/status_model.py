@@ -13,7 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from kvpilot_operator.tuning.state import Phase
 
-MOST_HOLDS, MOST_BARRED, MOST_REVERSALS, MOST_MARKS, MOST_DECISIONS = 5, 16, 16, 10, 10
+MOST_HOLDS, MOST_BARRED, MOST_REVERSALS, MOST_MARKS, MOST_TOLD, MOST_DECISIONS = 5, 16, 16, 10, 16, 10
 DECISION_BYTES = 512
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
@@ -50,7 +50,7 @@ class ObjectiveStatus(_Status):
     """An objective and since when it is met or breached."""
 
     name: str
-    state: Literal["Met", "Breached", "Unknown"]
+    state: Literal["Met", "Breached", "Unknown", "Infeasible"]
     since: Time
 
 
@@ -60,6 +60,14 @@ class CompanionStatus(_Status):
     knob: str
     before: str = Field(alias="from")
     after: str = Field(alias="to")
+
+
+class MeasureStatus(_Status):
+    """How bad something was before the change: ``bad`` out of ``of``."""
+
+    name: str
+    bad: str
+    of: str
 
 
 class ChangeStatus(_Status):
@@ -81,6 +89,9 @@ class ChangeStatus(_Status):
     objective: str = Field("", description="The objective it shall cure.")
     predicted_gain: str = "0.0"
     verdict: str = ""
+    measured_before: tuple[MeasureStatus, ...] = Field(
+        (), description="What a change without controls is compared with."
+    )
 
     @property
     def leading(self) -> tuple[CompanionStatus, ...]:
@@ -118,6 +129,13 @@ class MarkStatus(_Status):
     replicas: int
 
 
+class ToldStatus(_Status):
+    """Something that was recorded without an action, and when."""
+
+    key: str
+    at: Time
+
+
 class TuningStatus(_Status):
     """What the tuner remembers between two decisions."""
 
@@ -132,6 +150,8 @@ class TuningStatus(_Status):
     barred: tuple[BarredStatus, ...] = Field((), max_length=MOST_BARRED)
     reversals: tuple[ReversalStatus, ...] = Field((), max_length=MOST_REVERSALS)
     scale_down_max: tuple[MarkStatus, ...] = Field((), max_length=MOST_MARKS)
+    told: tuple[ToldStatus, ...] = Field((), max_length=MOST_TOLD)
+    boosted: int = Field(0, description="Replicas that a boost asked for; they go one by one after it.")
 
 
 class DecisionStatus(_Status):
