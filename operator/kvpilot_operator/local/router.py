@@ -1,0 +1,178 @@
+"""One port in front of the replicas, as a Service would be: round-robin per request over the ready ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length"}
+)
+"""Headers that belong to one connection (RFC 9110, 7.6.1), and those that are written anew."""
+
+MAX_BODY_BYTES = 64 * 1024 * 1024
+
+
+class PortError(Exception):
+    """The port cannot be listened on: one line naming it."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One ready replica: ``url`` is ``http://host:port``."""
+
+    name: str
+    url: str
+
+
+class Router:
+    """Passes requests on. A replica that was taken out gets nothing new and finishes what it has."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._backends: tuple[Backend, ...] = ()
+        self._turn = 0
+        self._session: aiohttp.ClientSession | None = None
+        self._runner: web.ServerRunner | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    def use(self, backends: Sequence[Backend]) -> None:
+        """Spread new requests over these replicas from now on."""
+        self._backends = tuple(backends)
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            PortError: the port is taken or not allowed.
+        """
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            timeout=aiohttp.ClientTimeout(total=None, connect=5),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        # Cancelling the handler when the client leaves closes the connection to the engine, which then
+        # frees what the request held.
+        server = web.Server(
+            self._handle,
+            request_factory=_request,
+            handler_cancellation=True,
+            auto_decompress=False,
+            access_log=None,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port, backlog=2048).start()
+        except OSError as error:
+            await self.close()
+            raise PortError(
+                f"--port: cannot listen on {self._host}:{self._port}: {error.strerror or error}"
+            ) from None
+        self._port = self._runner.addresses[0][1]
+
+    async def close(self) -> None:
+        """Stop listening; what is in flight is cut off."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._session is not None:
+            await self._session.close()
+
+    def _next(self) -> Backend | None:
+        if not self._backends:
+            return None
+        self._turn += 1
+        return self._backends[self._turn % len(self._backends)]
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            body = await request.read() if request.can_read_body else None
+        except web.HTTPRequestEntityTooLarge:
+            return _failure(413, f"the body must be at most {MAX_BODY_BYTES} bytes")
+        headers = [
+            (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP
+        ]
+        tried: set[str] = set()
+        # One more try than there are replicas, so that one stale connection to each does no harm.
+        for _ in range(len(self._backends) + 1):
+            backend = self._next()
+            if backend is None:
+                break
+            tried.add(backend.name)
+            try:
+                return await self._pass(request, backend, body, headers)
+            except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, ConnectionResetError):
+                # Nothing of an answer has come: generating is free of side effects, so another may do it.
+                continue
+            except (aiohttp.ClientError, TimeoutError) as error:
+                return _failure(502, f"replica {backend.name} failed: {error or type(error).__name__}")
+        if tried:
+            return _failure(502, f"no replica answered, tried {', '.join(sorted(tried))}")
+        return _failure(503, "no replica is ready yet", {"Retry-After": "1"})
+
+    async def _pass(
+        self, request: web.BaseRequest, backend: Backend, body: bytes | None, headers: list[tuple[str, str]]
+    ) -> web.StreamResponse:
+        assert self._session is not None
+        async with self._session.request(
+            request.method,
+            URL(backend.url + request.raw_path, encoded=True),
+            data=body,
+            headers=headers,
+            allow_redirects=False,
+        ) as answer:
+            kept = [
+                (name, value) for name, value in answer.headers.items() if name.lower() not in _HOP_BY_HOP
+            ]
+            if "Content-Length" in answer.headers:
+                content = await answer.read()
+                whole = web.Response(status=answer.status, body=content)
+                _set_headers(whole, kept)
+                return whole
+            stream = web.StreamResponse(status=answer.status)
+            _set_headers(stream, kept)
+            await stream.prepare(request)
+            await _copy(answer, stream)
+            return stream
+
+
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+    """A request whose body may be as long as a long prompt; aiohttp's own limit is 1 MiB."""
+    return web.BaseRequest(
+        message, payload, protocol, writer, task, asyncio.get_running_loop(), client_max_size=MAX_BODY_BYTES
+    )
+
+
+async def _copy(answer: aiohttp.ClientResponse, stream: web.StreamResponse) -> None:
+    """Pass on what arrives as it arrives; one that fails midway cuts the client off too: no false end."""
+    try:
+        async for part in answer.content.iter_any():
+            await stream.write(part)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise asyncio.CancelledError from error
+    await stream.write_eof()
+
+
+def _set_headers(response: web.StreamResponse, headers: Sequence[tuple[str, str]]) -> None:
+    for name in {name for name, _ in headers}:
+        response.headers.popall(name, None)
+    for name, value in headers:
+        response.headers.add(name, value)
+
+
+def _failure(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
+    """An error as the OpenAI API writes it."""
+    body = {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+    return web.json_response(body, status=status, headers=headers)
