@@ -46,14 +46,15 @@ class _Rewriter:
         if "const" in whole:
             result["enum"] = [whole["const"]]
         _bounds(result)
+        _multiples(result)
         self._default(result, path)
         if "properties" in whole:
             result["properties"] = {
                 name: self.rewrite(item, f"{path}.{name}" if path else name)
                 for name, item in whole["properties"].items()
             }
-            if not optional and self._fills_in(result):
-                result["default"] = {}
+            if not optional and not result.get("required") and (inner := _defaults_inside(result)):
+                result["default"] = inner
         elif result.get("type") == "object":
             self._free_form(result, whole, path)
         if "items" in whole:
@@ -91,12 +92,6 @@ class _Rewriter:
             result.pop("default", None)
 
     @staticmethod
-    def _fills_in(result: Schema) -> bool:
-        """An absent object with defaults inside is filled in only when it has a default itself."""
-        required = result.get("required", [])
-        return not required and any("default" in item for item in result["properties"].values())
-
-    @staticmethod
     def _free_form(result: Schema, whole: Schema, path: str) -> None:
         values = whole.get("additionalProperties", True)
         if isinstance(values, dict):
@@ -105,6 +100,11 @@ class _Rewriter:
             result["additionalProperties"] = values
         elif values is True:
             result["x-kubernetes-preserve-unknown-fields"] = True
+
+
+def _defaults_inside(result: Schema) -> Schema:
+    """What an absent object is filled in with: whole, as rules judge it before its fields have theirs."""
+    return {name: item["default"] for name, item in result["properties"].items() if "default" in item}
 
 
 def _bounds(result: Schema) -> None:
@@ -120,3 +120,20 @@ def _bounds(result: Schema) -> None:
             result[inclusive] = value + step
         else:
             result[inclusive], result[exclusive] = value, True
+
+
+def _multiples(result: Schema) -> None:
+    """A multiple of a fraction becomes a rule: the API server takes the factor of a whole value for zero."""
+    factor = result.get("multipleOf")
+    if result.get("type") != "number" or factor is None or factor >= 1:
+        return
+    del result["multipleOf"]
+    steps = round(1 / factor)
+    scaled = f"self * {steps}.0"
+    result["x-kubernetes-validations"] = [
+        {
+            "rule": f"{scaled} - double(int({scaled} + 0.5)) < 0.0001 "
+            f"&& double(int({scaled} + 0.5)) - {scaled} < 0.0001",
+            "message": f"must be a multiple of {factor:g}",
+        }
+    ]
