@@ -45,7 +45,7 @@ class Chunk:
 
     Attributes:
         begin, end: its tokens in the packed row.
-        pages: page table up to the last new token, [P]; unused when the chunk starts its sequence.
+        pages: page table up to the last new token, [P].
         length: tokens of the sequence, the new ones included.
         mask: [end - begin, length]; None when the chunk starts its sequence, which is plain causal.
     """
@@ -92,7 +92,7 @@ class PagedContext:
     tiles: list[Tile] = field(default_factory=list)
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0917  (transformers' signature)
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,7 +132,7 @@ def paged_attention(
     for group in ctx.groups:
         out[group.rows] = _decode(query, layer_k, layer_v, group, scaling)
     for chunk in ctx.chunks:
-        out[chunk.begin : chunk.end] = _chunk(query, key, value, layer_k, layer_v, chunk, scaling)
+        out[chunk.begin : chunk.end] = _chunk(query, layer_k, layer_v, chunk, scaling)
     for tile in ctx.tiles:
         out[tile.begin : tile.end] = _tile(query, layer_k, layer_v, tile, scaling)
     return out.unsqueeze(0), None
@@ -164,23 +164,14 @@ def _decode(
 
 
 def _chunk(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer_k: torch.Tensor,
-    layer_v: torch.Tensor,
-    chunk: Chunk,
-    scaling: float,
+    query: torch.Tensor, layer_k: torch.Tensor, layer_v: torch.Tensor, chunk: Chunk, scaling: float
 ) -> torch.Tensor:
     """[n, H, D]."""
     q = query[:, :, chunk.begin : chunk.end]
-    if chunk.mask is None:
-        k, v = key[:, :, chunk.begin : chunk.end], value[:, :, chunk.begin : chunk.end]
-        out = sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    else:
-        k = gather(layer_k, chunk.pages, 1)[:, :, : chunk.length]
-        v = gather(layer_v, chunk.pages, 1)[:, :, : chunk.length]
-        out = sdpa(q, k, v, attn_mask=chunk.mask, scale=scaling, enable_gqa=True)
+    k = gather(layer_k, chunk.pages, 1)[:, :, : chunk.length]
+    v = gather(layer_v, chunk.pages, 1)[:, :, : chunk.length]
+    causal = chunk.mask is None
+    out = sdpa(q, k, v, attn_mask=chunk.mask, is_causal=causal, scale=scaling, enable_gqa=True)
     return out[0].transpose(0, 1)
 
 

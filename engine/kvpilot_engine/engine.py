@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence as Rows
+from collections.abc import Callable
+from collections.abc import Sequence as Rows
 
 import torch
 from pydantic import ValidationError
@@ -232,7 +233,7 @@ class Engine:
         over_slots = len(self._scheduler.admitted) > self.config.num_workers
         return self.cache.converging or over_slots or self._scheduler.rows > self.config.batch_size
 
-    def describe(self, id: str) -> protocol.Described:
+    def describe(self, id: str) -> protocol.Described:  # noqa: A002  (as the message spells it)
         """The live configuration, generation and epoch."""
         return protocol.Described(
             id=id,
@@ -247,7 +248,7 @@ class Engine:
             ceilings=self.cache.ceilings(),
         )
 
-    def sample(self, id: str) -> protocol.Sampled:
+    def sample(self, id: str) -> protocol.Sampled:  # noqa: A002
         """Counters and gauges of the core; those of HTTP are the front's."""
         meter, scheduler = self.meter, self._scheduler
         counters = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.models import LoadedModel
 
 _SPLIT_TOKENS = 1024
-"""Padding (tokens over the rows of a decode group) that a further group is worth: one more gather and call."""
+"""Padding, in tokens over the rows of a decode group, that is worth a further gather and call."""
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MEASURED_TOKENS = 256
@@ -39,6 +41,23 @@ class Work:
     sample: bool
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT_BYTES = 64 << 20
+_MMAP_BYTES = 32 << 20  # the most that glibc takes
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed activations, up to 64 MiB, instead of giving them back after each use.
+
+    By default every buffer of some MiB is mapped afresh and its pages fault one by one: a decode step with
+    32 rows of 512 tokens takes 23 ms instead of 11 (measured). Without glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
 class ModelRunner:
     """A model on paged attention. Stateless between steps: the pool is given to each call."""
 
@@ -50,6 +69,8 @@ class ModelRunner:
         self.model = model
         self._deterministic = deterministic
         self._device = model.device
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self._banned: torch.Tensor | None = None
         if model.allowed_ids is not None:
             banned = torch.ones(model.module.config.vocab_size, dtype=torch.bool)

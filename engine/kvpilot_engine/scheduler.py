@@ -91,15 +91,7 @@ class Scheduler:
         self._admit(now)
         self._give_rows(now)
         plan = self._decodes(now)
-        budget = self.config.max_step_tokens - len(plan)
-        for sequence in list(self.admitted):
-            if budget <= 0:
-                break
-            if sequence.phase is Phase.RUNNING and not sequence.decoding:
-                left = len(sequence.tokens) - sequence.computed
-                count = min(budget, left)
-                plan.append(Scheduled(sequence, count, decode=False, samples=count == left))
-                budget -= count
+        plan += self._prefills(self.config.max_step_tokens - len(plan))
         for item in plan:
             item.sequence.last_step = self._step
             item.sequence.enter(Stage.DECODE if item.sequence.output_tokens else Stage.PREFILL, now)
@@ -144,10 +136,6 @@ class Scheduler:
             if sequence.phase is not Phase.READY or sequence.lease is None:
                 continue
             self._cache.relook(sequence.lease)
-            if sequence.lease.loading:
-                sequence.phase = Phase.LOADING
-                sequence.enter(Stage.TIER_LOAD, now)
-                continue
             while not self._cache.extend(sequence.lease, len(sequence.tokens)):
                 # Nobody who runs is disturbed for a newcomer; with no row in use, another newcomer gives way.
                 if rows:
@@ -155,12 +143,35 @@ class Scheduler:
                     return
                 if self._preempt(now, besides=sequence) is None:
                     return  # alone: blocks on their way hold the pages until they have landed
-            sequence.computed = sequence.lease.cached_tokens
-            if not sequence.output_tokens:
-                sequence.cached_tokens = sequence.computed
             sequence.phase = Phase.RUNNING
             sequence.blocked = False
             rows += 1
+
+    def _prefills(self, budget: int) -> list[Scheduled]:
+        """Chunks of prefill, most urgent first.
+
+        Of several sequences that miss the same page, one computes it and the others wait to take it over.
+        """
+        plan: list[Scheduled] = []
+        underway: set[bytes] = set()
+        for sequence in self.admitted:
+            if budget <= 0:
+                break
+            if sequence.phase is not Phase.RUNNING or sequence.decoding:
+                continue
+            lease = sequence.lease
+            assert lease is not None
+            if not lease.computing:
+                self._cache.relook(lease)
+                sequence.start_behind(lease.cached_tokens)
+                if lease.hits < lease.usable and lease.hashes[lease.hits] in underway:
+                    continue
+            left = len(sequence.tokens) - sequence.computed
+            count = min(budget, left)
+            plan.append(Scheduled(sequence, count, decode=False, samples=count == left))
+            budget -= count
+            underway.update(lease.hashes[sequence.computed // PAGE_TOKENS : lease.usable])
+        return plan
 
     def _decodes(self, now: float) -> list[Scheduled]:
         """Decode rows with a page for their next token, those that waited longest first."""

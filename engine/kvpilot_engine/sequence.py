@@ -95,6 +95,12 @@ class Sequence:
         """Whether its next step computes one token and yields one."""
         return len(self.tokens) - self.computed == 1 and self.output_tokens > 0
 
+    def start_behind(self, cached: int) -> None:
+        """Compute from token ``cached`` on; the pages before it came from the cache."""
+        self.computed = cached
+        if not self.output_tokens:
+            self.cached_tokens = cached
+
     def enter(self, stage: Stage, now: float) -> None:
         """Book the time since the last call under the stage that ends now.
 

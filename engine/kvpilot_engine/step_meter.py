@@ -21,8 +21,8 @@ class StepMeter:
     that is measured: never saturated for want of a measurement).
 
     **Gain.** In a mix, r rows also cause prefill: ``e`` seconds of a mean step are spent on it. Sequences
-    bring prefill in proportion to their number, so ``T(x) = t(x) + e x / r`` is the time of a step with x rows
-    of the same mix, and ``x / T(x)`` its tokens/s. One more row raises that by
+    bring prefill in proportion to their number, so ``T(x) = t(x) + e x / r`` is the time of a step with
+    x rows of the same mix, and ``x / T(x)`` its tokens/s. One more row raises that by
     ``((r + 1) / T(r + 1)) / (r / T(r)) - 1``. Without prefill this is the curve's own gain. Where prefill
     dominates, T grows with the rows and the gain goes to 0: the device is full although rows are few.
     r and e are weighted means over recent steps.
