@@ -22,16 +22,8 @@ from scripts.cluster.packages import BUILD_PACKAGES, require
 from scripts.cluster.process import run
 
 TARGETS = ("operator", "engine")
-INPUTS = (
-    "Dockerfile",
-    ".dockerignore",
-    "pyproject.toml",
-    "uv.lock",
-    "README.md",
-    "LICENSE",
-    "engine",
-    "operator",
-)
+SOURCES = ("engine", "operator")
+INPUTS = ("Dockerfile", ".dockerignore", "pyproject.toml", "uv.lock", "README.md", "LICENSE", *SOURCES)
 DOCKER_BASE = "docker.io/library/python:3.11-slim-bookworm"
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 KEPT_ARCHIVES = 2

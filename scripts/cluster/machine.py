@@ -172,7 +172,7 @@ def give_back(layout: Layout, processes: Processes) -> None:
 
 
 def _kill_members(layout: Layout, processes: Processes) -> None:
-    """Kill what is in the pods' cgroups or the cluster's namespaces, and orphaned shims, until none is left."""
+    """Kill what is in the pods' cgroups or the cluster's namespaces, and orphaned shims, until all ended."""
     record = processes.record(HOLDER)
     alive = record is not None and born(record.pid) == record.born
     namespaces = {_namespace(record.pid, kind) for kind in ("net", "mnt")} if alive and record else set()
