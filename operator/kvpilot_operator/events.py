@@ -35,7 +35,7 @@ _HEALTHY: Mapping[str, str] = MappingProxyType(
         "ActuatorConflict": "False",
         "Infeasible": "False",
         "EngineStalled": "False",
-        "NotYetEffective": "False",
+        "ConfigEffective": "True",
     }
 )
 """Conditions whose transitions are told, and the status of each when all is well."""
