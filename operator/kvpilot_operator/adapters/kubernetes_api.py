@@ -1,0 +1,150 @@
+"""The API server over ``kubernetes.aio``: plain JSON in, plain JSON out, a time-out on every call.
+
+The generated models are left aside: they refuse what a newer server adds, and validate twice what it has
+validated already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import client, config
+
+APPLY = "application/apply-patch+yaml"
+MERGE = "application/merge-patch+json"
+
+JsonObject = dict[str, Any]
+
+PLURALS: Mapping[str, str] = {
+    "ConfigMap": "configmaps",
+    "Deployment": "deployments",
+    "Event": "events",
+    "KVCacheDeployment": "kvcachedeployments",
+    "KVCacheOverride": "kvcacheoverrides",
+    "Pod": "pods",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "Secret": "secrets",
+    "Service": "services",
+    "ServiceAccount": "serviceaccounts",
+}
+"""Every kind that the operator touches."""
+
+
+class ApiError(Exception):
+    """The API server refused or could not be reached: one sentence. ``status`` is 0 without an answer."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def path_of(api_version: str, kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
+    """The URL path of a collection or an object; all namespaces without ``namespace``."""
+    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+    parts = [root, f"namespaces/{namespace}" if namespace else "", PLURALS[kind], name, subresource]
+    return "/".join(part for part in parts if part)
+
+
+class KubernetesApi:
+    """A connection. ``connect`` makes one; close it in the end.
+
+    Args:
+        timeout_s: longest wait for one answer.
+    """
+
+    def __init__(self, api_client: client.ApiClient, timeout_s: float = 15.0) -> None:
+        self._client = api_client
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(timeout_s, 10.0))
+
+    @classmethod
+    async def connect(cls, kubeconfig: Path | None, timeout_s: float = 15.0) -> KubernetesApi:
+        """By a kubeconfig, or by the service account of the pod that this runs in.
+
+        Raises:
+            kubernetes.aio.config.ConfigException: neither is there.
+        """
+        settings = client.Configuration()
+        if kubeconfig is None:
+            config.load_incluster_config(client_configuration=settings)
+        else:
+            await config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
+        settings.connection_pool_maxsize = 32
+        return cls(client.ApiClient(settings), timeout_s)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        content_type: str = "application/json",
+        **query: str,
+    ) -> JsonObject:
+        """One call.
+
+        Raises:
+            ApiError: the server refused, did not answer in time, or cannot be reached.
+        """
+        serialized = await self._client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        verb, url, headers, payload, _ = serialized
+        try:
+            response = await self._client.call_api(
+                verb, url, headers, body=payload, _request_timeout=self._timeout
+            )
+            text = await response.read()
+        except TimeoutError as error:
+            raise ApiError(f"{method} {path}: no answer within {self._timeout.total:g} s", 0) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ApiError(f"{method} {path}: {error}", 0) from error
+        if response.status >= 400:
+            raise ApiError(f"{method} {path}: {response.status} {_reason(text)}", response.status)
+        answer: JsonObject = json.loads(text)
+        return answer
+
+    async def get(self, path: str) -> JsonObject | None:
+        """An object; None when there is none."""
+        try:
+            return await self.request("GET", path)
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def list(self, path: str, **query: str) -> list[JsonObject]:
+        """The items of a collection."""
+        answer = await self.request("GET", path, **query)
+        return list(answer.get("items") or ())
+
+    async def apply(self, item: Mapping[str, Any], manager: str, subresource: str = "") -> JsonObject:
+        """Server-side apply: exactly the given fields become the manager's, taken from others if need be."""
+        metadata = item["metadata"]
+        return await self.request(
+            "PATCH",
+            path_of(item["apiVersion"], item["kind"], metadata["namespace"], metadata["name"], subresource),
+            dict(item),
+            content_type=APPLY,
+            fieldManager=manager,
+            force="true",
+        )
+
+
+def _reason(text: bytes) -> str:
+    try:
+        return str(json.loads(text)["message"])[:500]
+    except (ValueError, KeyError, TypeError):
+        return text[:200].decode(errors="replace")

@@ -1,0 +1,307 @@
+"""The ``Cluster`` port on the Kubernetes API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import structlog
+
+from kvpilot_operator import manifests
+from kvpilot_operator.adapters import kubernetes_objects as objects
+from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
+from kvpilot_operator.manifests import names
+from kvpilot_operator.ports import Conflict, Key, Snapshot
+from kvpilot_operator.spec.models import API_VERSION, KVCacheDeployment
+from kvpilot_operator.tuning.decision import Record
+from kvpilot_operator.tuning.observation import Promoted
+
+log = structlog.get_logger(__name__)
+
+EVENTS_API = "events.k8s.io/v1"
+REPORTER = "kvpilot.io/operator"
+NOTE_BYTES = 1024
+"""The API's limit of an Event's note."""
+
+SAME_EVENT_S = 600.0
+"""An Event that was told this recently is not told again: a repeated look is no new transition."""
+
+RECORDS_BYTES = 900_000
+"""Total of the kept records, under the 1 MiB of a ConfigMap."""
+
+
+class KubernetesCluster:
+    """Resources of the watched namespaces, and the objects that they own.
+
+    Args:
+        operator_key: what the engines' admin tokens are derived from.
+        namespaces: watched ones; none for all.
+        instance: this process, in the Events it tells.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        api: KubernetesApi,
+        operator_key: bytes,
+        *,
+        namespaces: Iterable[str] = (),
+        instance: str = "operator",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._api = api
+        self._key = operator_key
+        self._namespaces = tuple(namespaces)
+        self._instance = instance[:128]
+        self._clock = clock
+        self._sources: dict[Key, str] = {}
+        self._told: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+
+    def source_of(self, key: Key) -> str:
+        """Name of the metrics source that the resource asked for when it was last read."""
+        return self._sources.get(key, "default")
+
+    async def keys(self) -> list[Key]:
+        """All resources of the watched namespaces."""
+        items = await self._list_watched("KVCacheDeployment")
+        return [Key(item["metadata"]["namespace"], item["metadata"]["name"]) for item in items]
+
+    async def read(self, key: Key) -> Snapshot | None:
+        """The resource and what belongs to it; None when it is gone or going.
+
+        Raises:
+            ApiError: the API server did not answer.
+        """
+        namespace, name = key
+        pods_of = ",".join(f"{label}={value}" for label, value in names.selector_labels(name).items())
+        manifest, workload, pods, config, overrides = await asyncio.gather(
+            self._api.get(path_of(API_VERSION, "KVCacheDeployment", namespace, name)),
+            self._api.get(path_of("apps/v1", "Deployment", namespace, name)),
+            self._api.list(path_of("v1", "Pod", namespace), labelSelector=pods_of),
+            self._api.get(path_of("v1", "ConfigMap", namespace, names.config_name(name))),
+            self._api.list(path_of(API_VERSION, "KVCacheOverride", namespace)),
+        )
+        if manifest is None or "deletionTimestamp" in manifest["metadata"]:
+            self._sources.pop(key, None)
+            return None
+        uid = manifest["metadata"]["uid"]
+        self._sources[key] = _source_ref(manifest)
+        workload = workload if _owned_by(workload, uid) else None
+        config = config if _owned_by(config, uid) else None
+        token = objects.admin_token(self._key, uid)
+        asked = objects.in_force(overrides, name, self._clock())
+        replicas = (objects.replica_of(pod, token) for pod in pods)
+        return Snapshot(
+            key=key,
+            manifest=manifest,
+            replicas=None if workload is None else int(workload["spec"].get("replicas", 1)),
+            pods=tuple(sorted((pod for pod in replicas if pod is not None), key=lambda pod: pod.name)),
+            promoted=manifests.promoted_of((config or {}).get("data")),
+            replicas_managed_by="" if workload is None else objects.rival_manager(workload),
+            rolling_out=workload is not None and objects.replacing_pods(workload),
+            paused_by=asked.paused_by,
+            boosts=asked.boosts,
+            overrides=asked.names,
+        )
+
+    async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
+        """Apply the owned objects. The configuration is written only where there is none yet."""
+        resource = KVCacheDeployment.parse(snapshot.manifest)
+        if snapshot.promoted is None:
+            await self.write_config(snapshot, config)
+        first = None
+        workload = await self._workload(snapshot.key)
+        if workload is None:
+            scaling = resource.spec.scaling
+            first = resource.spec.replicas if scaling is None else scaling.minimum
+        elif objects.MANAGER in objects.replica_managers(workload):
+            # Left by a first apply that was cut short: what the main manager drops would go back to one.
+            await self._write_scale(snapshot.key, int(workload["spec"].get("replicas", 1)))
+        token = objects.admin_token(self._key, snapshot.manifest["metadata"]["uid"])
+        for item in manifests.owned_objects(resource, token, first):
+            await self._api.apply(item, objects.MANAGER)
+        if first is not None:
+            # The number gets its own manager now, so that the next apply may leave it out.
+            await self._write_scale(snapshot.key, first)
+            *_, workload = manifests.owned_objects(resource, token, None)
+            await self._api.apply(workload, objects.MANAGER)
+
+    async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
+        """Replace the status.
+
+        Raises:
+            Conflict: the resource changed since it was read, or is gone.
+        """
+        metadata = {k: v for k, v in snapshot.manifest["metadata"].items() if k != "managedFields"}
+        body = {**snapshot.manifest, "metadata": metadata, "status": dict(status)}
+        path = path_of(API_VERSION, "KVCacheDeployment", *snapshot.key, "status")
+        try:
+            written = await self._api.request("PUT", path, body, fieldManager=objects.MANAGER)
+        except ApiError as error:
+            if error.status in {404, 409}:
+                raise Conflict(str(error)) from error
+            raise
+        return replace(snapshot, manifest=written)
+
+    async def write_config(self, snapshot: Snapshot, config: Promoted) -> None:
+        """Replace the content of the owned ConfigMap."""
+        resource = KVCacheDeployment.parse(snapshot.manifest)
+        await self._api.apply(manifests.config_map(resource, config), objects.MANAGER)
+
+    async def scale(self, snapshot: Snapshot, replicas: int) -> None:
+        """Ask the child workload for that many replicas."""
+        await self._write_scale(snapshot.key, replicas)
+
+    async def record(self, snapshot: Snapshot, record: Record) -> None:
+        """Keep a whole decision record; the same decision told again replaces what was told of it."""
+        name = names.decisions_name(snapshot.key.name)
+        held = await self._api.get(path_of("v1", "ConfigMap", snapshot.key.namespace, name)) or {}
+        lines = str((held.get("data") or {}).get(names.DECISIONS_KEY, "")).splitlines()
+        new = json.dumps(asdict(record), sort_keys=True, separators=(",", ":"), default=str)
+        kept = [line for line in lines if not _tells_of(line, record)] + [new]
+        while len(kept) > 1 and sum(len(line.encode()) + 1 for line in kept) > RECORDS_BYTES:
+            kept.pop(0)
+        resource = KVCacheDeployment.parse(snapshot.manifest)
+        await self._api.apply(manifests.decisions_map(resource, kept), objects.MANAGER)
+
+    async def event(
+        self, snapshot: Snapshot, kind: Literal["Normal", "Warning"], reason: str, message: str
+    ) -> None:
+        """Tell people about a transition. An Event that cannot be written is logged, and nothing fails."""
+        metadata = snapshot.manifest["metadata"]
+        now = self._clock()
+        if self._told_lately((metadata["uid"], reason, message), now):
+            return
+        moment = datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        body = {
+            "apiVersion": EVENTS_API,
+            "kind": "Event",
+            "metadata": {"generateName": f"{snapshot.key.name}-", "namespace": snapshot.key.namespace},
+            "eventTime": moment,
+            "action": "Tune",
+            "type": kind,
+            "reason": reason,
+            "note": message.encode()[:NOTE_BYTES].decode(errors="ignore"),
+            "reportingController": REPORTER,
+            "reportingInstance": self._instance,
+            "regarding": {
+                "apiVersion": API_VERSION,
+                "kind": "KVCacheDeployment",
+                "namespace": snapshot.key.namespace,
+                "name": snapshot.key.name,
+                "uid": metadata["uid"],
+                "resourceVersion": metadata.get("resourceVersion", ""),
+            },
+        }
+        try:
+            await self._api.request("POST", path_of(EVENTS_API, "Event", snapshot.key.namespace), body)
+        except ApiError as error:
+            log.warning("event_not_written", resource=str(snapshot.key), reason=reason, error=str(error))
+
+    async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
+        """Create or refresh the override of one alert; its name."""
+        name = f"{snapshot.key.name[:40]}-alert-{hashlib.sha256(fingerprint.encode()).hexdigest()[:10]}"
+        metadata = snapshot.manifest["metadata"]
+        owner = {
+            "apiVersion": API_VERSION, "kind": "KVCacheDeployment", "name": metadata["name"],
+            "uid": metadata["uid"],
+        }  # fmt: skip
+        await self._api.apply(
+            {
+                "apiVersion": API_VERSION,
+                "kind": "KVCacheOverride",
+                "metadata": {
+                    "name": name,
+                    "namespace": snapshot.key.namespace,
+                    "ownerReferences": [owner],
+                    "labels": {"app.kubernetes.io/managed-by": "kvpilot"},
+                },
+                "spec": {
+                    "target": snapshot.key.name,
+                    "boost": {"minReplicas": minimum},
+                    "expiresAt": datetime.fromtimestamp(until, UTC).isoformat(timespec="seconds"),
+                    "by": "alertmanager",
+                    "reason": why[:1024],
+                },
+            },
+            objects.MANAGER,
+        )
+        return name
+
+    async def sweep(self) -> list[Key]:
+        """Delete the overrides that have expired; the resources that they were of."""
+        swept = []
+        now = self._clock()
+        for item in await self._list_watched("KVCacheOverride"):
+            metadata, spec = item["metadata"], item["spec"]
+            if objects.seconds_of(spec["expiresAt"]) > now:
+                continue
+            unchanged = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
+            path = path_of(API_VERSION, "KVCacheOverride", metadata["namespace"], metadata["name"])
+            try:
+                await self._api.request("DELETE", path, {"preconditions": unchanged})
+            except ApiError as error:
+                if error.status not in {404, 409}:
+                    raise
+                continue
+            swept.append(Key(metadata["namespace"], spec["target"]))
+        return swept
+
+    async def _list_watched(self, kind: str) -> list[JsonObject]:
+        lists = await asyncio.gather(
+            *(self._api.list(path_of(API_VERSION, kind, space)) for space in self._namespaces or ("",))
+        )
+        return [item for items in lists for item in items]
+
+    async def _workload(self, key: Key) -> JsonObject | None:
+        return await self._api.get(path_of("apps/v1", "Deployment", *key))
+
+    async def _write_scale(self, key: Key, replicas: int) -> None:
+        scale = {
+            "apiVersion": "autoscaling/v1",
+            "kind": "Scale",
+            "metadata": {"namespace": key.namespace, "name": key.name},
+            "spec": {"replicas": replicas},
+        }
+        await self._api.request(
+            "PATCH",
+            path_of("apps/v1", "Deployment", *key, "scale"),
+            scale,
+            content_type="application/apply-patch+yaml",
+            fieldManager=objects.SCALE_MANAGER,
+            force="true",
+        )
+
+    def _told_lately(self, event: tuple[str, str, str], now: float) -> bool:
+        while self._told and next(iter(self._told.values())) < now - SAME_EVENT_S:
+            self._told.popitem(last=False)
+        if event in self._told:
+            return True
+        self._told[event] = now
+        return False
+
+
+def _source_ref(manifest: Mapping[str, Any]) -> str:
+    metrics = (manifest.get("spec") or {}).get("metrics") or {}
+    return str(metrics.get("sourceRef") or "default")
+
+
+def _owned_by(item: Mapping[str, Any] | None, uid: str) -> bool:
+    """An object of the same name that somebody else made is not ours to read."""
+    owners = ((item or {}).get("metadata") or {}).get("ownerReferences") or ()
+    return any(owner.get("uid") == uid for owner in owners)
+
+
+def _tells_of(line: str, record: Record) -> bool:
+    try:
+        held = json.loads(line)
+    except ValueError:
+        return True
+    return (held.get("id"), held.get("outcome")) == (record.id, record.outcome)

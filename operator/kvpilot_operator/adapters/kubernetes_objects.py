@@ -1,0 +1,127 @@
+"""What API objects mean to the loop. Pure: objects in, values out."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from kvpilot_operator.manifests.names import ADMIN_PORT
+from kvpilot_operator.ports import Replica
+from kvpilot_operator.tuning.observation import Boost
+
+MANAGER = "kvpilot"
+"""Field manager of the owned objects; of a workload's number of replicas never."""
+
+SCALE_MANAGER = "kvpilot-scale"
+"""Field manager of the number of replicas, through the workload's /scale."""
+
+ADMIN_EPOCH = 1
+
+
+def admin_token(operator_key: bytes, uid: str) -> str:
+    """The token of a resource's engines: from the operator's key, so that no Secret is ever read."""
+    return hmac.new(operator_key, f"{uid}:{ADMIN_EPOCH}".encode(), hashlib.sha256).hexdigest()
+
+
+def seconds_of(moment: str | None) -> float:
+    """An RFC 3339 time as seconds since the epoch; 0 for none."""
+    return datetime.fromisoformat(moment).timestamp() if moment else 0.0
+
+
+def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
+    """A pod as the loop sees it; None for one that has ended."""
+    metadata, status = pod["metadata"], pod.get("status") or {}
+    if status.get("phase") in {"Succeeded", "Failed"}:
+        return None
+    conditions = {item["type"]: item for item in status.get("conditions") or ()}
+    containers = status.get("containerStatuses") or ()
+    address = status.get("podIP", "")
+    host = f"[{address}]" if ":" in address else address
+    ready = conditions.get("Ready", {}).get("status") == "True"
+    return Replica(
+        uid=metadata["uid"],
+        name=metadata["name"],
+        ready=ready,
+        admin_url=f"http://{host}:{ADMIN_PORT}" if host else "",
+        admin_token=token,
+        terminating="deletionTimestamp" in metadata,
+        pending_reason="" if ready else _pending_reason(conditions, containers),
+        created_at=seconds_of(metadata.get("creationTimestamp")),
+        restarts=sum(int(item.get("restartCount", 0)) for item in containers),
+    )
+
+
+def _pending_reason(
+    conditions: Mapping[str, Mapping[str, Any]], containers: Iterable[Mapping[str, Any]]
+) -> str:
+    """Why a pod is not running: what the scheduler or the kubelet says; "" while it simply starts."""
+    scheduled = conditions.get("PodScheduled", {})
+    if scheduled.get("status") == "False":
+        return f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}".rstrip(": ")
+    for container in containers:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in {None, "ContainerCreating", "PodInitializing"}:
+            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+    return ""
+
+
+def replica_managers(workload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Field managers that own the workload's number of replicas."""
+    entries = workload["metadata"].get("managedFields") or ()
+    return tuple(
+        entry.get("manager", "")
+        for entry in entries
+        if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
+    )
+
+
+def rival_manager(workload: Mapping[str, Any]) -> str:
+    """Somebody else who writes the number of replicas; "" when it is only us."""
+    others = sorted(set(replica_managers(workload)) - {MANAGER, SCALE_MANAGER})
+    return others[0] if others else ""
+
+
+def replacing_pods(workload: Mapping[str, Any]) -> bool:
+    """Whether pods of an older template still run, or the controller has not seen the newest one."""
+    status = workload.get("status") or {}
+    if int(status.get("observedGeneration", 0)) < int(workload["metadata"].get("generation", 0)):
+        return True
+    return int(status.get("replicas", 0)) > int(status.get("updatedReplicas", 0))
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The overrides of one resource that are in force, and those that have expired."""
+
+    paused_by: str = ""
+    boosts: tuple[Boost, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+def in_force(overrides: Iterable[Mapping[str, Any]], target: str, now: float) -> Overrides:
+    """What the overrides of ``target`` ask for now."""
+    valid = sorted(
+        (
+            item
+            for item in overrides
+            if item["spec"]["target"] == target
+            and "deletionTimestamp" not in item["metadata"]
+            and seconds_of(item["spec"]["expiresAt"]) > now
+        ),
+        key=lambda item: str(item["metadata"]["name"]),
+    )
+    pauses = [item["metadata"]["name"] for item in valid if "pause" in item["spec"]]
+    boosts = tuple(
+        Boost(
+            item["metadata"]["name"],
+            int(item["spec"]["boost"]["minReplicas"]),
+            seconds_of(item["spec"]["expiresAt"]),
+        )
+        for item in valid
+        if "boost" in item["spec"]
+    )
+    return Overrides(pauses[0] if pauses else "", boosts, tuple(item["metadata"]["name"] for item in valid))
