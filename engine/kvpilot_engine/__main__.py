@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -47,8 +46,6 @@ def read_config(path: Path) -> ConfigFile:
         ) from None
     if not isinstance(content, dict):
         raise _FileError(f"--config: {path} must hold a mapping of generation, epoch and config")
-    if isinstance(content.get("config"), str):  # a ConfigMap's value
-        content = {**content, "config": json.loads(content["config"])}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConfigWarning)
         try:

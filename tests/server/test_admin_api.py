@@ -1,0 +1,123 @@
+"""The admin API: who may, what is refused and how, and changes under load."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
+def test_without_the_token_nothing_is_told_or_changed(served: Any, header: dict[str, str]) -> None:
+    with httpx.Client(base_url=served.admin_url) as client:
+        for answer in (
+            client.get("/admin/config", headers=header),
+            client.patch("/admin/config", headers=header),
+        ):
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_token"
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_admin_routes_are_not_on_the_main_port_nor_metrics_on_the_admin_port(served: Any) -> None:
+    assert served.http.get("/admin/config").status_code == 404
+    assert served.admin.get("/metrics").status_code == 404
+
+
+def test_description_is_the_live_configuration(served: Any) -> None:
+    live = AdminConfig.model_validate_json(served.admin.get("/admin/config").text)
+    assert live.contract_version == CONTRACT_VERSION
+    assert live.model == "builtin/tiny-llama"
+    assert (live.config.num_workers, live.config.max_tokens) == (8, 16384)
+    assert "numWorkers" in live.knobs
+    assert "useQuantization" not in live.knobs
+    assert live.ceilings["maxTokens"] >= 16384
+
+
+def test_change_takes_effect_and_is_read_back(served: Any) -> None:
+    before = served.admin.get("/admin/config").json()
+    body = {"epoch": before["epoch"], "generation": 41, "values": {"numWorkers": 12, "prefetch_size": 6}}
+    report = ApplyReport.model_validate_json(served.admin.patch("/admin/config", json=body).text)
+    assert report.generation == 41
+    assert sorted(report.changed) == ["numWorkers", "prefetchSize"]
+    after = served.admin.get("/admin/config").json()
+    assert (after["generation"], after["config"]["numWorkers"], after["config"]["prefetchSize"]) == (
+        41,
+        12,
+        6,
+    )
+    again = served.admin.patch("/admin/config", json=body).json()
+    assert again["changed"] == []
+    served.patch(numWorkers=8, prefetchSize=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "message"),
+    [
+        ({"epoch": 0}, 409, "stale_epoch", "epoch"),
+        ({"values": {"dtype": "float16"}}, 409, "cold", "restart"),
+        ({"values": {"numWorkers": 0}}, 400, "invalid", "num_workers: Input should be greater"),
+        ({"values": {"numWorkers": 500}}, 400, "invalid", "128"),
+        ({"values": {"bogus": 1}}, 400, "invalid", "bogus"),
+        ({"values": {"prefetchSize": 8, "numWorkers": 0}}, 400, "invalid", "num_workers"),
+        ({"generation": -1}, 400, None, "generation: should be greater than or equal to 0, got -1"),
+        ({"bogus": 1}, 400, None, "bogus: unknown parameter"),
+    ],
+)
+def test_refused_change_changes_nothing(
+    served: Any, change: dict[str, Any], status: int, code: str | None, message: str
+) -> None:
+    before = served.admin.get("/admin/config").json()
+    body = {"epoch": before["epoch"], "generation": 99, "values": {}, **change}
+    answer = served.admin.patch("/admin/config", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["code"] == code
+    assert message in answer.json()["error"]["message"]
+    assert served.admin.get("/admin/config").json() == before
+
+
+async def test_no_request_fails_while_changes_land(served: Any) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    failures: list[str] = []
+    running = True
+
+    async def user(number: int) -> int:
+        done = 0
+        while running:
+            try:
+                answer = await client.completions.create(
+                    model="builtin/tiny-llama", prompt=f"User {number} " * 40, max_tokens=8
+                )
+                assert answer.usage is not None
+                assert answer.usage.completion_tokens == 8
+            except Exception as error:
+                failures.append(repr(error))
+            done += 1
+        return done
+
+    users = [asyncio.create_task(user(i)) for i in range(8)]
+    changes: tuple[dict[str, Any], ...] = (
+        {"numWorkers": 2}, {"batchSize": 2}, {"maxTokens": 2048}, {"cacheStrategy": "fifo"},
+        {"batchSize": 16}, {"hostMemoryMb": 32, "compressionRatio": 0.52}, {"maxStepTokens": 128},
+        {"cacheStrategy": "lfu"},
+        {"maxTokens": 16384, "numWorkers": 8, "batchSize": 8, "cacheStrategy": "lru", "hostMemoryMb": 0,
+         "maxStepTokens": 512},
+    )  # fmt: skip
+    for values in changes:
+        await asyncio.to_thread(served.patch, **values)
+        await asyncio.sleep(0.1)
+    running = False
+    done = sum(await asyncio.gather(*users))
+    await client.close()
+    assert failures == []
+    assert done >= 16
+
+
+def test_generation_in_metrics_follows_the_change(served: Any, wait_until: Any) -> None:
+    report = served.patch(prefetchSize=4)
+    wait_until(lambda: served.metric("kvpilot_config_generation") == report["generation"])

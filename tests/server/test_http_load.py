@@ -1,0 +1,154 @@
+"""Overload, time limits, clients that leave, and what the metrics say of them."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from kvpilot_engine.contract import metrics as names
+
+MODEL = "builtin/tiny-llama"
+
+
+def outcome(served: Any, name: str) -> float:
+    return float(served.metric("kvpilot_requests_total", outcome=name))
+
+
+@pytest.fixture
+def narrow(served: Any) -> Iterator[Any]:
+    """One worker and a queue of two."""
+    served.patch(numWorkers=1, maxQueue=2)
+    yield served
+    served.patch(numWorkers=8, maxQueue=64, requestTimeoutS=60)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_frees_what_it_held(served: Any, wait_until: Any, stream: bool) -> None:
+    cancelled = outcome(served, "cancelled")
+    body = {"prompt": "Leaving soon", "max_tokens": 4000, "stream": stream}
+    with httpx.Client(base_url=served.url) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                next(answer.iter_bytes())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.3)
+    wait_until(lambda: outcome(served, "cancelled") == cancelled + 1, why=lambda: "not counted as cancelled")
+    wait_until(lambda: served.metric("kvpilot_requests_running") == 0, why=lambda: "still running")
+
+
+def test_full_queue_sheds_with_retry_after_and_serves_the_others(narrow: Any) -> None:
+    shed = outcome(narrow, "shed")
+
+    def ask(number: int) -> httpx.Response:
+        with httpx.Client(base_url=narrow.url, timeout=60.0) as client:
+            return client.post("/v1/completions", json={"prompt": f"Ask {number}", "max_tokens": 64})
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert [a.status_code for a in answers if a not in refused] == [200] * (12 - len(refused))
+    assert 0 < len(refused) < 12
+    assert 1 <= int(refused[0].headers["retry-after"]) <= 30
+    assert re.match(
+        r"overloaded: \d+ requests wait and max_queue is 2", refused[0].json()["error"]["message"]
+    )
+    assert outcome(narrow, "shed") == shed + len(refused)
+
+
+def test_request_beyond_its_time_is_504(narrow: Any) -> None:
+    timeouts = outcome(narrow, "timeout")
+    narrow.patch(requestTimeoutS=0.2)
+    answer = narrow.http.post("/v1/completions", json={"prompt": "Slow", "max_tokens": 4000})
+    assert answer.status_code == 504, answer.text
+    assert answer.json()["error"]["code"] == "timeout"
+    assert "0.2" in answer.json()["error"]["message"]
+    assert outcome(narrow, "timeout") == timeouts + 1
+
+
+def test_stream_beyond_its_time_ends_with_an_error_event(narrow: Any) -> None:
+    narrow.patch(requestTimeoutS=0.3)
+    with pytest.raises(openai.APIError, match=r"0\.3"):
+        for _ in narrow.openai.completions.create(model=MODEL, prompt="Slow", max_tokens=4000, stream=True):
+            pass
+
+
+def test_urgent_request_overtakes_the_queue(narrow: Any, wait_until: Any) -> None:
+    narrow.patch(maxQueue=64)
+    ended: list[str] = []
+
+    def ask(name: str, priority: int) -> None:
+        body = {"prompt": name, "max_tokens": 96, "priority": priority}
+        with httpx.Client(base_url=narrow.url, timeout=60.0) as client:
+            assert client.post("/v1/completions", json=body).status_code == 200
+        ended.append(name)
+
+    threads = [threading.Thread(target=ask, args=(f"ordinary {i}", 0)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: narrow.metric("kvpilot_requests_waiting") >= 3)
+    threads.append(threading.Thread(target=ask, args=("urgent", 10)))
+    threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert ended.index("urgent") < 5, ended
+
+
+def test_half_a_request_and_silence_do_not_disturb(served: Any) -> None:
+    with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1]))) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert served.http.get("/healthz").status_code == 200
+
+
+def test_every_metric_of_the_contract_is_there_from_the_start(served: Any) -> None:
+    text = served.http.get("/metrics").text
+    spelled = [
+        value for key, value in vars(names).items() if key.isupper() and str(value).startswith("kvpilot_")
+    ]
+    missing = [name for name in spelled if f"\n# TYPE {name} " not in text]
+    assert missing == []
+    for stage in names.Stage:
+        assert f'kvpilot_stage_seconds_bucket{{le="0.05",stage="{stage}"}}' in text
+    for each in names.Outcome:
+        assert f'kvpilot_requests_total{{outcome="{each}"}}' in text
+    for edge in names.EDGES_S:
+        assert f'kvpilot_request_seconds_bucket{{le="{edge:.12g}' in text
+    assert "_created" not in text
+
+
+def test_counters_follow_a_request(served: Any, wait_until: Any) -> None:
+    time.sleep(0.6)  # the core's counters on the page are at most half a second old
+    read = {
+        "arrivals": lambda: served.metric("kvpilot_arrivals_total"),
+        "ok": lambda: outcome(served, "ok"),
+        "requests": lambda: served.metric("kvpilot_request_seconds_count"),
+        "first": lambda: served.metric("kvpilot_first_token_seconds_count"),
+        "gaps": lambda: served.metric("kvpilot_inter_token_seconds_count"),
+        "decode": lambda: served.metric("kvpilot_stage_seconds_count", stage="decode"),
+        "output": lambda: served.metric("kvpilot_output_tokens_total"),
+        "queried": lambda: served.metric("kvpilot_prefix_query_tokens_total"),
+    }
+    before = {name: get() for name, get in read.items()}
+    served.http.post("/v1/completions", json={"prompt": "Count me, please", "max_tokens": 10})
+    wait_until(lambda: read["output"]() == before["output"] + 10)
+    after = {name: get() for name, get in read.items()}
+    grown = {name: after[name] - before[name] for name in read}
+    assert grown == {
+        "arrivals": 1, "ok": 1, "requests": 1, "first": 1, "gaps": 9, "decode": 1, "output": 10,
+        "queried": 16,
+    }  # fmt: skip
+
+
+def test_memory_is_measured_against_the_limit(served: Any) -> None:
+    used, limit = (served.metric(f"kvpilot_memory_{what}", kind="host") for what in ("bytes", "limit_bytes"))
+    assert 50e6 < used < 3e9
+    assert served.metric("kvpilot_memory_ratio", kind="host") == pytest.approx(used / limit)

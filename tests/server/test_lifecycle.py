@@ -1,0 +1,136 @@
+"""Start, drain, and every way to die."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+MODEL = "builtin/tiny-llama"
+
+
+def stream_in_background(engine: Any, tokens: int) -> tuple[threading.Thread, list[str], list[Exception]]:
+    text: list[str] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            chunks = engine.openai.completions.create(
+                model=MODEL, prompt="A long answer", max_tokens=tokens, stream=True
+            )
+            text.extend(chunk.choices[0].text for chunk in chunks)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, text, errors
+
+
+def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
+    engine = victims[0]
+    thread, text, errors = stream_in_background(engine, 600)
+    wait_until(lambda: text)
+    began = time.monotonic()
+    engine.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: engine.http.get("/readyz").status_code == 503)
+    assert engine.http.get("/readyz").json()["reason"] == "draining"
+    assert engine.http.get("/healthz").status_code == 200
+    late = engine.http.post(
+        "/v1/completions", json={"prompt": "Late, before the door closed", "max_tokens": 2}
+    )
+    assert late.status_code == 200
+    thread.join(30)
+    assert errors == []
+    assert sum(map(len, text)) == 600
+    assert engine.process.wait(20) == 0, engine.log
+    assert time.monotonic() - began < 20
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{engine.url}/healthz")
+
+
+def test_dead_core_ends_every_request_clearly_and_the_process(victims: list[Any], wait_until: Any) -> None:
+    engine = victims[1]
+    thread, text, errors = stream_in_background(engine, 3000)
+    whole: list[httpx.Response] = []
+
+    def ask() -> None:
+        body = {"prompt": "Never answered", "max_tokens": 3000}
+        whole.append(httpx.post(f"{engine.url}/v1/completions", json=body, timeout=30))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_until(lambda: text and engine.metric("kvpilot_requests_running") == 2)
+    engine.core.kill()
+    thread.join(10)
+    asking.join(10)
+    assert isinstance(errors[0], openai.APIError)
+    assert "core process ended unexpectedly (signal 9)" in str(errors[0])
+    assert whole[0].status_code == 503
+    assert "core process ended unexpectedly (signal 9)" in whole[0].json()["error"]["message"]
+    assert engine.http.get("/healthz").status_code == 503
+    assert engine.process.wait(10) == 1
+    assert "fatal: the engine's core process ended unexpectedly (signal 9)" in engine.log
+
+
+def test_front_killed_while_the_core_still_loads_leaves_no_orphan(tmp_path: Path, wait_until: Any) -> None:
+    command = [sys.executable, "-m", "kvpilot_engine", "--port", "0", "--admin-port", "0"]
+    front = psutil.Process(subprocess.Popen(command, stderr=subprocess.DEVNULL).pid)
+    core = wait_until(lambda: [child for child in front.children() if child.memory_info().rss > 50e6], 30)[0]
+    front.kill()
+    front.wait(5)
+    wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def started(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvpilot_engine", "--port", "0", "--admin-port", "0", *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"config": {"maxTokens": 5}}, "config.maxTokens: Input should be greater than or equal to 128"),
+        ({"config": {"bogus": 5}}, "--config: config.bogus: unknown field"),
+        ({"generation": -1}, "--config: generation: Input should be greater than or equal to 0, got -1"),
+        ([1], "must hold a mapping of generation, epoch and config"),
+    ],
+)  # fmt: skip
+def test_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, content: Any, message: str) -> None:
+    file = tmp_path / "engine.json"
+    file.write_text(json.dumps(content))
+    ended = started("--config", str(file))
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_missing_config_file_unknown_model_and_bad_limit(tmp_path: Path) -> None:
+    missing = started("--config", str(tmp_path / "none.yaml"))
+    assert (missing.returncode, "--config: cannot read" in missing.stderr) == (2, True)
+    unknown = started("--model", "/no/such/model")
+    assert unknown.returncode == 2
+    assert "/no/such/model" in unknown.stderr
+    limit = started(KVPILOT_MEMORY_LIMIT_BYTES="lots")
+    assert limit.returncode == 2
+    assert "KVPILOT_MEMORY_LIMIT_BYTES: must be a positive whole number of bytes, got 'lots'" in limit.stderr
+
+
+def test_taken_port_is_named(served: Any) -> None:
+    port = served.url.rsplit(":", 1)[1]
+    ended = started("--port", port)
+    assert ended.returncode == 2
+    assert f"--port: cannot listen on 127.0.0.1:{port}: Address already in use" in ended.stderr
