@@ -126,7 +126,9 @@ def _engine(spec: DeploymentSpec) -> dict[str, Any]:
 
 def _arguments(spec: DeploymentSpec) -> list[str]:
     model = spec.engine.model
-    source = f"{names.MODELS_DIRECTORY}/{model.source.lstrip('/')}" if model.claim_name else model.source
+    builtin = model.source.startswith("builtin/")
+    below = model.claim_name and not builtin
+    source = f"{names.MODELS_DIRECTORY}/{model.source.lstrip('/')}" if below else model.source
     return [
         *("--model", source),
         *(("--revision", model.revision) if model.revision else ()),
