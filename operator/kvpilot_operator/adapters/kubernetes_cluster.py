@@ -205,9 +205,13 @@ class KubernetesCluster:
         except ApiError as error:
             log.warning("event_not_written", resource=str(snapshot.key), reason=reason, error=str(error))
 
+    def boost_name(self, key: Key, fingerprint: str) -> str:
+        """Name of the override of one alert; the same alert always has the same."""
+        return f"{key.name[:40]}-alert-{hashlib.sha256(fingerprint.encode()).hexdigest()[:10]}"
+
     async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
         """Create or refresh the override of one alert; its name."""
-        name = f"{snapshot.key.name[:40]}-alert-{hashlib.sha256(fingerprint.encode()).hexdigest()[:10]}"
+        name = self.boost_name(snapshot.key, fingerprint)
         metadata = snapshot.manifest["metadata"]
         owner = {
             "apiVersion": API_VERSION, "kind": "KVCacheDeployment", "name": metadata["name"],
