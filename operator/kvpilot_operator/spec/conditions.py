@@ -15,6 +15,7 @@ from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import DeploymentSpec
 from kvpilot_operator.spec.resolve import not_yet_effective
 from kvpilot_operator.spec.times import to_rfc3339
+from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Decision
 from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.policy import Policy
@@ -132,7 +133,7 @@ def _progressing(snapshot: Snapshot, observation: Observation) -> Condition:
 
 def _metrics_trusted(observation: Observation, decision: Decision) -> Condition:
     if observation.metrics_problem:
-        return Condition("MetricsTrusted", "False", "MetricsUnavailable", observation.metrics_problem)
+        return Condition("MetricsTrusted", "False", reasons.METRICS_UNAVAILABLE, observation.metrics_problem)
     for hold in decision.state.holds:
         if hold.reason in METRIC_HOLDS:
             return Condition("MetricsTrusted", "False", hold.reason, hold.message)
@@ -224,6 +225,12 @@ def _config_effective(spec: DeploymentSpec) -> Condition:
 
 
 METRIC_HOLDS = frozenset(
-    {"MetricsStale", "MetricsMissing", "MetricsUnavailable", "ScrapeTooSlow", "MetricsPartial"}
+    {
+        reasons.METRICS_UNAVAILABLE,
+        reasons.METRICS_MISSING,
+        reasons.METRICS_STALE,
+        reasons.METRICS_PARTIAL,
+        reasons.SCRAPE_TOO_SLOW,
+    }
 )
 """Holds that mean: measurements cannot be trusted."""
