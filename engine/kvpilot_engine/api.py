@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar
 
+import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvpilot_engine import memory, protocol
@@ -30,6 +31,7 @@ from kvpilot_engine.completion import (
 )
 from kvpilot_engine.contract import ApplyReport, KVCacheConfig, config_errors
 from kvpilot_engine.contract.config import QUIET
+from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.core import CoreProcess, CoreStart, CoreThread
 from kvpilot_engine.errors import CoreUnavailableError, EngineError, InvalidRequestError, RequestTimeoutError
 from kvpilot_engine.gate import Gate
@@ -193,7 +195,7 @@ class KVCacheEngine:
         Returns:
             ``text``, ``tokens`` (ids), ``finish_reason`` (stop | length), ``prompt_tokens``,
             ``output_tokens``, ``cached_tokens``, ``latency_ms``, ``first_token_ms``, ``stages_ms`` (by stage;
-            they add up to the time in the core), ``session_id``, ``priority``.
+            the wait for the queue counts as admission_wait), ``session_id``, ``priority``.
 
         Raises:
             InvalidRequestError: for a wrong field, or a prompt that does not fit.
@@ -341,8 +343,9 @@ class KVCacheEngine:
         self._statistics.began()
         try:
             await self._gate.enter(request.priority)
+            waited = time.monotonic() - arrived
             try:
-                ended = await self._generate(request, prompt, arrived)
+                ended = await self._generate(request, prompt, arrived, waited)
             finally:
                 self._gate.leave()
         except (EngineError, asyncio.CancelledError):
@@ -351,7 +354,9 @@ class KVCacheEngine:
         self._statistics.succeeded(ended)
         return ended.result(self._tokenizer.decode(ended.ids), request.session_id, request.priority)
 
-    async def _generate(self, request: TextRequest, prompt: list[int], arrived: float) -> Ended:
+    async def _generate(
+        self, request: TextRequest, prompt: list[int], arrived: float, waited: float
+    ) -> Ended:
         client = self._client()
         timeout_s = self._config.request_timeout_s
         generation = client.generate(
@@ -382,9 +387,11 @@ class KVCacheEngine:
             timer.cancel()
         raise_unless_complete(finished)
         first = generation.first_token_at
+        stages = {**finished.stages}
+        stages[Stage.ADMISSION_WAIT] = stages.get(Stage.ADMISSION_WAIT, 0.0) + waited
         return Ended(
             ids=generation.ids,
-            finished=finished,
+            finished=msgspec.structs.replace(finished, stages=stages),
             latency_s=time.monotonic() - arrived,
             first_token_s=None if first is None else first - arrived,
         )

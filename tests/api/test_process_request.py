@@ -1,0 +1,238 @@
+"""KVCacheEngine: one request, many at once, wrong ones, and everything around them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from kvpilot_engine import KVCacheConfig, KVCacheEngine
+from kvpilot_engine.errors import (
+    ChangeRefusedError,
+    CoreUnavailableError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    StartError,
+)
+
+
+async def test_result_says_what_was_done(engine: KVCacheEngine) -> None:
+    request = {
+        "text": "What is a page? " * 10,
+        "priority": 1,
+        "session_id": "s",
+        "max_length": 8,
+        "temperature": 0,
+    }
+    first = await engine.process_request(request)
+    again = await engine.process_request(request)
+    assert (first["prompt_tokens"], first["output_tokens"], len(first["tokens"])) == (160, 8, 8)
+    assert (first["finish_reason"], first["session_id"], first["priority"]) == ("length", "s", 1)
+    assert first["text"] == again["text"]
+    assert (first["cached_tokens"], again["cached_tokens"]) == (0, 144)
+    assert 0 < first["first_token_ms"] < first["latency_ms"]
+    assert sum(first["stages_ms"].values()) == pytest.approx(first["latency_ms"], abs=50)
+
+
+async def test_sixteen_new_tokens_and_greedy_by_default(engine: KVCacheEngine) -> None:
+    results = await asyncio.gather(*(engine.process_request({"text": "Defaults"}) for _ in range(3)))
+    assert [result["output_tokens"] for result in results] == [16, 16, 16]
+    assert len({result["text"] for result in results}) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, "text: required"),
+        ({"text": ""}, "text: must not be empty, got ''"),
+        ({"text": 5}, "text: should be a valid string, got 5"),
+        ({"text": "a" * 100_001}, "text: string should have at most 100000 characters"),
+        ({"text": "a" * 40_000}, "text: 40000 tokens do not fit; this model's context is 32768 tokens"),
+        ({"text": "a" * 20_000}, "the cache holds 16384 (max_tokens)"),
+        ({"text": "a", "max_length": 0}, "max_length: should be greater than or equal to 1, got 0"),
+        ({"text": "a", "max_length": 10**6}, "max_length: 1000000 new tokens after a prompt of 1 exceed"),
+        ({"text": "a", "priority": "high"}, "priority: should be a valid integer, got 'high'"),
+        ({"text": "a", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1"),
+        ({"text": "a", "maxlength": 3}, "maxlength: unknown key, must be one of text, priority, session_id"),
+        ({"text": "\ud800"}, "text"),
+        ("just text", "request: must be a mapping, got str"),
+    ],
+)  # fmt: skip
+async def test_wrong_request_is_one_clear_error(engine: KVCacheEngine, request_: Any, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await engine.process_request(request_)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_engine_outlives_event_loops(engine: KVCacheEngine) -> None:
+    async def ask(text: str) -> str:
+        return str((await engine.process_request({"text": text}))["text"])
+
+    assert len({asyncio.run(ask("The same")) for _ in range(3)}) == 1
+
+
+async def test_a_thousand_at_once_all_finish(engine: KVCacheEngine) -> None:
+    """The core's queue takes 48; the others wait in front of it."""
+    requests = [{"text": f"Request {i}", "max_length": 4} for i in range(1000)]
+    results = await asyncio.gather(*map(engine.process_request, requests))
+    assert [result["output_tokens"] for result in results] == [4] * 1000
+    stats = engine.get_stats()
+    assert (stats["waiting_for_queue"], stats["active_requests"]) == (0, 0)
+
+
+async def test_cancelled_request_frees_what_it_held(engine: KVCacheEngine) -> None:
+    failed = engine.get_stats()["failed_requests"]
+    tasks = [
+        asyncio.create_task(engine.process_request({"text": f"Cancelled {i}", "max_length": 5000}))
+        for i in range(60)
+    ]
+    await asyncio.sleep(0.3)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    deadline = time.monotonic() + 10
+    while (stats := engine.get_stats())["running"] or stats["active_requests"]:
+        assert time.monotonic() < deadline, stats
+    assert stats["failed_requests"] == failed + 60
+    assert (await engine.process_request({"text": "Still here"}))["output_tokens"] == 16
+
+
+async def test_urgent_requests_go_first(engine: KVCacheEngine) -> None:
+    engine.update_config(num_workers=1, max_queue=1)
+    order: list[str] = []
+
+    async def ask(name: str, priority: int) -> None:
+        await engine.process_request({"text": name, "priority": priority, "max_length": 24})
+        order.append(name)
+
+    ordinary = [asyncio.create_task(ask(f"ordinary {i}", 0)) for i in range(8)]
+    await asyncio.sleep(0.02)
+    urgent = asyncio.create_task(ask("urgent", 7))
+    await asyncio.gather(urgent, *ordinary)
+    engine.update_config(num_workers=16, max_queue=32)
+    assert order.index("urgent") <= 4, order
+
+
+async def test_time_limit(engine: KVCacheEngine) -> None:
+    engine.update_config(request_timeout_s=0.2)
+    with pytest.raises(RequestTimeoutError, match=r"0\.2"):
+        await engine.process_request({"text": "Slow", "max_length": 4000})
+    engine.update_config(request_timeout_s=60)
+
+
+async def test_batch_keeps_the_order_and_serves_equals_once(engine: KVCacheEngine) -> None:
+    before = engine.get_stats()["total_requests"]
+    requests = [{"text": text, "priority": i} for i, text in enumerate(["a", "b", "c"])]
+    requests += [{"text": "a", "priority": 0}]
+    results = await engine.process_batch(requests, batch_size=2, deduplicate=True, prioritise=True)
+    assert [result["priority"] for result in results] == [0, 1, 2, 0]
+    assert results[0] == results[3]
+    assert engine.get_stats()["total_requests"] == before + 3
+    assert len(await engine.process_batch(requests, prioritize=True)) == 4
+    assert engine.get_stats()["total_requests"] == before + 7
+    assert await engine.process_batch([]) == []
+
+
+async def test_batch_with_a_wrong_request_sends_nothing(engine: KVCacheEngine) -> None:
+    before = engine.get_stats()["total_requests"]
+    with pytest.raises(InvalidRequestError, match=r"requests\.1: max_length: should be greater"):
+        await engine.process_batch([{"text": "fine"}, {"text": "wrong", "max_length": 0}])
+    with pytest.raises(InvalidRequestError, match="batch_size: must be at least 1, got 0"):
+        await engine.process_batch([{"text": "fine"}], batch_size=0)
+    assert engine.get_stats()["total_requests"] == before
+
+
+async def test_batch_can_return_errors_in_place(engine: KVCacheEngine) -> None:
+    long = {"text": "a", "max_length": 20_000}
+    results = await engine.process_batch([{"text": "fine"}, long], return_exceptions=True)
+    assert results[0]["output_tokens"] == 16
+    assert isinstance(results[1], InvalidRequestError)
+
+
+async def test_stats_follow_requests(engine: KVCacheEngine) -> None:
+    await engine.process_request({"text": "Measured " * 20})
+    stats = engine.get_stats()
+    assert 0 < stats["p50_latency"] <= stats["p95_latency"] <= stats["p99_latency"]
+    assert 0 < stats["hit_rate"] <= stats["hit_rate_ceiling"] < 1
+    assert stats["hit_rate"] + stats["miss_rate"] == pytest.approx(1.0)
+    assert 0 < stats["memory_usage"] < 1
+    assert stats["memory_bytes"] / stats["memory_limit_bytes"] == pytest.approx(stats["memory_usage"])
+    assert stats["gpu_utilization"] == 0.0
+    assert stats["engine"]["kvpilot_output_tokens_total"] > 0
+    assert sum(stage["share"] for stage in stats["stages"].values()) == pytest.approx(1.0)
+
+
+async def test_hot_change_keeps_the_cache(engine: KVCacheEngine) -> None:
+    text = "Kept across a change " * 8
+    await engine.process_request({"text": text})
+    report = await engine.apply({"prefetchSize": 9, "max_step_tokens": 256})
+    assert report.changed == ["maxStepTokens", "prefetchSize"]
+    assert engine.config.prefetch_size == 9
+    assert (await engine.process_request({"text": text}))["cached_tokens"] == (len(text) - 1) // 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"dtype": "float16"}, "cold", "dtype: needs a restart"),
+        ({"num_workers": 0}, "invalid", "num_workers: Input should be greater than or equal to 1, got 0"),
+        ({"bogus": 1}, "invalid", "bogus"),
+    ],
+)
+def test_refused_change(engine: KVCacheEngine, changes: dict[str, Any], code: str, message: str) -> None:
+    before = engine.config
+    with pytest.raises(ChangeRefusedError, match=message) as caught:
+        engine.update_config(**changes)
+    assert caught.value.code == code
+    assert engine.config == before
+
+
+def test_validation_and_health(engine: KVCacheEngine) -> None:
+    assert engine.validate_configuration() == {"valid": True, "errors": [], "warnings": []}
+    wrong = engine.validate_configuration({"num_workers": 900})
+    assert not wrong["valid"]
+    assert wrong["errors"] == ["num_workers: Input should be less than or equal to 128, got 900"]
+    doubtful = engine.validate_configuration({"prefetch_size": 99})
+    assert doubtful["warnings"] == ["prefetch_size: 99 blocks ahead; 64 or less is usual"]
+    assert engine.get_health_status()["status"] == "healthy"
+
+
+def test_model_that_does_not_fit_the_configuration() -> None:
+    with pytest.raises(StartError, match="num_heads"):
+        KVCacheEngine(KVCacheConfig(dtype="float32", num_heads=3), inproc=True)
+
+
+async def test_in_process_engine_shut_down_under_load_ends_every_request() -> None:
+    config = KVCacheConfig(dtype="float32", num_workers=2, batch_size=2, max_queue=2)
+    engine = KVCacheEngine(config, inproc=True)
+    tasks = [
+        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 8})) for i in range(12)
+    ]
+    await asyncio.sleep(0.05)
+    engine.shutdown()
+    engine.shutdown()
+    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    for end in ends:
+        assert isinstance(end, CoreUnavailableError) or end["output_tokens"] == 8
+    assert any(isinstance(end, dict) for end in ends), "what was running must finish"
+    with pytest.raises(CoreUnavailableError, match="the engine was shut down"):
+        await engine.process_request({"text": "Too late"})
+    assert engine.get_health_status()["status"] == "unhealthy"
+
+
+async def test_killed_core_ends_every_request_with_one_error() -> None:
+    engine = KVCacheEngine(KVCacheConfig(dtype="float32", max_queue=1))
+    tasks = [
+        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 3000})) for i in range(8)
+    ]
+    await asyncio.sleep(0.2)
+    psutil.Process(engine.core_pid).kill()
+    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    assert {type(end) for end in ends} == {CoreUnavailableError}
+    assert {str(end) for end in ends} == {"the engine's core process ended unexpectedly (signal 9)"}
+    assert "signal 9" in engine.get_health_status()["reason"]
+    engine.shutdown()
