@@ -44,7 +44,7 @@ class TiledLinear(nn.Module):
             torch.mm(flat[at : at + TILE_ROWS], across, out=out[at : at + TILE_ROWS])
         if self.bias is not None:
             out += self.bias
-        return out[:count].view(*rows.shape[:-1], -1)
+        return out[:count].view(*rows.shape[:-1], self.weight.shape[0])
 
 
 def make_deterministic(module: nn.Module) -> None:

@@ -1,0 +1,267 @@
+"""The engine: generation, scheduling, stages, and how every request ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from kvpilot_engine import protocol
+from kvpilot_engine.contract import KVCacheConfig
+from kvpilot_engine.contract import metrics as names
+from kvpilot_engine.models import load_model
+
+Prompt = Callable[[int, int], list[int]]
+Make = Callable[..., Any]
+
+
+class Clock:
+    """A clock that each reading moves on, so that every stage has a length."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+@cache
+def reference() -> Any:
+    """The built-in model on transformers' own attention, and the ids it may generate."""
+    model = load_model("builtin/tiny-llama", KVCacheConfig(dtype="float32", device="cpu"))
+    model.module.set_attn_implementation("sdpa")
+    assert model.allowed_ids is not None
+    return model.module, torch.tensor(model.allowed_ids)
+
+
+def is_greedy(prompt: list[int], answer: list[int]) -> bool:
+    """Whether transformers alone, without a cache, would have chosen each of these tokens."""
+    module, allowed = reference()
+    with torch.inference_mode():
+        logits = module(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return bool(answer) and allowed[logits[:, allowed].argmax(dim=-1)].tolist() == answer
+
+
+def test_greedy_answers_are_those_of_transformers(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_step_tokens=32)
+    prompts = {"a": prompt(70, 1), "b": prompt(3, 2), "c": prompt(70, 1)[:50] + prompt(20, 3)}
+    for name, ids in prompts.items():
+        driver.submit(name, ids, 12)
+    driver.run()
+    for name, ids in prompts.items():
+        assert is_greedy(ids, driver.tokens[name]), name
+        end = driver.finished[name]
+        assert (end.reason, end.prompt_tokens, end.output_tokens) == ("length", len(ids), 12)
+    assert driver.finished["c"].cached_tokens == 48
+
+
+def test_stages_add_up_to_the_whole_time(make_engine: Make, prompt: Prompt) -> None:
+    clock = Clock()
+    driver = make_engine(clock=clock, num_workers=2, batch_size=1, max_step_tokens=16)
+    arrived = {}
+    for i in range(5):
+        driver.submit(str(i), prompt(40, i), 3)
+        arrived[str(i)] = clock.now
+    ended = {}
+    while driver.engine.has_work:
+        driver.step()
+        for name in driver.finished:
+            ended.setdefault(name, clock.now)
+    stages = {stage.value for stage in names.Stage}
+    for name, end in driver.finished.items():
+        assert set(end.stages) <= stages
+        assert sum(end.stages.values()) == pytest.approx(ended[name] - arrived[name], abs=0.004)
+        assert end.stages["prefill"] > 0
+        assert end.stages["decode"] > 0
+        before = sum(end.stages.get(s, 0) for s in ("admission_wait", "tier_load", "batch_wait", "prefill"))
+        assert end.first_token_s == pytest.approx(before)
+    assert driver.finished["4"].stages["admission_wait"] > driver.finished["1"].stages["admission_wait"]
+    assert driver.finished["1"].stages["batch_wait"] > driver.finished["0"].stages["batch_wait"]
+
+
+def test_urgent_requests_first_then_by_arrival(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(num_workers=1, batch_size=1)
+    driver.submit("running", prompt(20, 0), 4)
+    driver.step()
+    for name, priority in (("late", 0), ("low", -1), ("later", 0), ("urgent", 9)):
+        driver.submit(name, prompt(20, 1), 2, priority=priority)
+    driver.run()
+    assert list(driver.finished) == ["running", "urgent", "late", "later", "low"]
+
+
+def test_rows_and_workers_bound_what_runs_at_once(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(num_workers=5, batch_size=3)
+    for i in range(12):
+        driver.submit(str(i), prompt(20, i), 6)
+    most_rows, rows_before = 0, 0
+    while driver.engine.has_work:
+        driver.step()
+        rows = driver.engine.meter.rows_sum
+        most_rows, rows_before = max(most_rows, rows - rows_before), rows
+        if rows % 4 == 0:
+            assert driver.gauge(names.REQUESTS_RUNNING) <= 5
+    assert most_rows == 3
+    assert len(driver.finished) == 12
+
+
+def test_a_step_holds_no_more_tokens_than_allowed(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_step_tokens=16, batch_size=2)
+    driver.submit("a", prompt(100, 0), 1)
+    steps = 0
+    while driver.engine.has_work:
+        driver.step()
+        steps += 1
+    assert steps == 7  # 6 chunks of 16, then the last 4 tokens
+
+
+def test_more_decode_rows_than_step_tokens_take_turns(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_step_tokens=16, batch_size=20, num_workers=20)
+    for i in range(20):
+        driver.submit(str(i), prompt(2, i), 30)
+    driver.run()
+    assert all(len(driver.tokens[str(i)]) == 30 for i in range(20))
+    assert is_greedy(prompt(2, 7), driver.tokens["7"])
+
+
+def test_same_missing_prefix_is_computed_once(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_step_tokens=512)
+    shared = prompt(256, 0)
+    for i in range(6):
+        driver.submit(str(i), shared + prompt(10, i + 1), 2)
+    driver.run()
+    assert [driver.finished[str(i)].cached_tokens for i in range(6)] == [0, *[256] * 5]
+
+
+def test_stop_ids_end_the_answer_and_are_not_part_of_it(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine()
+    driver.ask("whole", prompt(30, 5), 20)
+    whole = driver.tokens["whole"]
+    stop = next(token for at, token in enumerate(whole) if at > 2 and token not in whole[:at])
+    end = driver.ask("a", prompt(30, 5), 20, stop_ids=[stop])
+    assert end.reason == "stop"
+    assert driver.tokens["a"] == whole[: whole.index(stop)]
+    assert end.output_tokens == len(driver.tokens["a"])
+
+
+def test_a_seed_gives_the_same_answer_in_any_company(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine()
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 11}
+    driver.ask("alone", prompt(30, 0), 16, **options)
+    for i in range(5):
+        driver.submit(f"other{i}", prompt(25, i), 16, temperature=1.0)
+    driver.submit("beside", prompt(30, 0), 16, **options)
+    driver.submit("seed 12", prompt(30, 0), 16, **{**options, "seed": 12})
+    driver.run()
+    assert driver.tokens["alone"] == driver.tokens["beside"]
+    assert driver.tokens["alone"] != driver.tokens["seed 12"]
+    assert not is_greedy(prompt(30, 0), driver.tokens["alone"])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": []}, "prompt: is empty"),
+        ({"prompt": [1, 999]}, "prompt: token ids must be 0 to 263"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature: must be at least 0, got -1.0"),
+        ({"top_p": 0.0}, "top_p: must be above 0 and at most 1, got 0.0"),
+        ({"max_new_tokens": 40_000}, "make 40001; the model's context length is 32768"),
+        ({"max_new_tokens": 4096}, r"make 4097; the cache holds 4096 \(max_tokens\)"),
+    ],
+)
+def test_bad_requests_end_with_one_clear_line(make_engine: Make, change: dict[str, Any], reason: str) -> None:
+    driver = make_engine(max_tokens=4096)
+    driver.engine.submit(protocol.Generate(**{"id": "a", "prompt": [65], "max_new_tokens": 1, **change}))
+    driver.run()
+    assert driver.finished["a"].reason == "invalid"
+    assert pytest.approx(0, abs=1) == sum(driver.finished["a"].stages.values())
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(driver.finished["a"].message)
+
+
+def test_a_request_times_out_wherever_it_is(make_engine: Make, prompt: Prompt) -> None:
+    clock = Clock()
+    driver = make_engine(clock=clock, num_workers=1, batch_size=1)
+    driver.submit("running", prompt(40, 0), 1000, timeout_s=5.0)
+    driver.submit("waiting", prompt(40, 1), 5, timeout_s=5.0)
+    driver.submit("patient", prompt(40, 2), 5, timeout_s=1000.0)
+    driver.step()
+    clock.now += 6.0
+    driver.run()
+    for name in ("running", "waiting"):
+        assert (driver.finished[name].reason, driver.finished[name].message) == (
+            "timeout",
+            "timed out after 5 s",
+        )
+    assert driver.finished["running"].output_tokens == len(driver.tokens["running"]) > 0
+    assert driver.finished["patient"].reason == "length"
+
+
+def test_a_client_that_leaves_frees_its_pages(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(num_workers=2)
+    for i in range(4):
+        driver.submit(str(i), prompt(200, i), 1000)
+    for _ in range(5):
+        driver.step()
+    for i in range(4):
+        driver.engine.abort(str(i))
+    driver.engine.abort("nobody")
+    driver.run()
+    assert {end.reason for end in driver.finished.values()} == {"cancelled"}
+    cache = driver.engine.cache
+    assert cache.pages_available == cache.pages_limit
+    driver.engine.check_integrity()
+
+
+def test_no_page_left_preempts_the_youngest_of_lowest_priority(make_engine: Make, prompt: Prompt) -> None:
+    """3 x (50 + 110) tokens in a pool of 384: someone must give way, and nobody notices."""
+    driver = make_engine(max_tokens=384)
+    driver.submit("old", prompt(50, 0), 110)
+    driver.submit("urgent", prompt(50, 1), 110, priority=5)
+    driver.submit("young", prompt(50, 2), 110)
+    driver.run()
+    assert driver.counter(names.PREEMPTIONS_TOTAL) >= 1
+    assert driver.finished["young"].stages["preempted"] > 0
+    assert "preempted" not in driver.finished["urgent"].stages
+    assert "preempted" not in driver.finished["old"].stages
+    for i, name in enumerate(("old", "urgent", "young")):
+        assert is_greedy(prompt(50, i), driver.tokens[name]), name
+        assert driver.finished[name].output_tokens == 110
+
+
+def test_many_waiting_requests_in_a_small_pool_all_finish(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=512, num_workers=32, batch_size=16)
+    for i in range(60):
+        driver.submit(str(i), prompt(30 + 5 * (i % 20), i), 5 + i % 40, priority=i % 3)
+    while driver.engine.has_work:
+        driver.step()
+        driver.engine.check_integrity()
+    assert {end.reason for end in driver.finished.values()} == {"length"}
+    assert all(len(driver.tokens[str(i)]) == 5 + i % 40 for i in range(60))
+
+
+def test_idle_engine_has_no_work(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine()
+    assert not driver.engine.has_work
+    assert driver.engine.step() == []
+    driver.ask("a", prompt(20, 0), 2)
+    assert not driver.engine.has_work
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_cuda_serves_the_same_way(make_engine: Make, prompt: Prompt, dtype: str) -> None:
+    driver = make_engine(device="cuda", dtype=dtype)
+    shared = prompt(64, 0)
+    for i in range(6):
+        driver.submit(str(i), shared + prompt(20, i + 1), 10)
+    driver.run()
+    assert {end.reason for end in driver.finished.values()} == {"length"}
+    if dtype == "float32":
+        assert is_greedy(shared + prompt(20, 4), driver.tokens["3"])
+    sampled = driver.engine.sample("s")
+    assert 0 < sampled.device_bytes < sampled.device_limit_bytes
