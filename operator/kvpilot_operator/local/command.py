@@ -1,0 +1,186 @@
+"""What ``kvpilot up`` does once its options are read: check all input, run, report, judge."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+from rich.console import Console
+
+from kvpilot_operator.load.chat import ChatShape, ChatWorkload
+from kvpilot_operator.load.command import check_writable
+from kvpilot_operator.load.results import lines_of
+from kvpilot_operator.load.trace import TraceWorkload
+from kvpilot_operator.load.workload import LoadError, Phase, Workload
+from kvpilot_operator.local.cluster import memory_limit
+from kvpilot_operator.local.display import display_for
+from kvpilot_operator.local.figures import figures_of
+from kvpilot_operator.local.report import write_report
+from kvpilot_operator.local.router import PortError
+from kvpilot_operator.local.session import Outcome, RunOptions, Session, told_steps
+from kvpilot_operator.local.state import ROOT, BusyError, StateDirectory
+from kvpilot_operator.local.watch import document_of
+from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.spec.resolve import policy_of
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=48, output_tokens=64)
+CALM_RATE = 4.0
+CALM_S = 60.0
+RISE_S = 190.0
+RISE_IN_FLIGHT = 6.0
+"""The chat load without a rate: calm for a minute, then a rise that is sized by what an answer took when calm,
+so that it would keep so many requests in flight if answers went on taking as long."""
+
+
+@dataclass(frozen=True)
+class UpOptions:
+    """The command line, as given."""
+
+    manifest: Path
+    load: Literal["chat", "trace"] | None
+    trace: Path | None
+    speed: float
+    shrink: int
+    rate: float | None
+    duration: float | None
+    mode: Literal["Off", "Recommend", "Auto"] | None
+    check: bool
+    report: Path | None
+    json_out: Path | None
+    port: int
+    fresh: bool
+    pace_scale: float
+
+
+def workload_of(options: UpOptions) -> Workload | None:
+    """The load that was asked for.
+
+    Raises:
+        LoadError: for an option or a trace that cannot be used.
+    """
+    if options.duration is not None and not options.duration > 0:
+        raise LoadError(f"--duration: must be above 0, got {options.duration:g}")
+    if options.load == "trace" and options.trace is None:
+        raise LoadError("--load trace: needs --trace FILE")
+    if options.trace is not None:
+        if options.load == "chat":
+            raise LoadError("--trace: cannot go with --load chat")
+        return TraceWorkload(
+            options.trace, speed=options.speed, shrink=options.shrink, seconds=options.duration
+        )
+    if options.load is None:
+        if options.rate is not None or options.check:
+            raise LoadError(f"{'--rate' if options.rate is not None else '--check'}: needs --load or --trace")
+        return None
+    if options.rate is not None:
+        return ChatWorkload([Phase("chat", options.duration or math.inf, rate=options.rate)], CHAT)
+    seconds = CALM_S + RISE_S if options.duration is None else options.duration
+    calm = seconds * CALM_S / (CALM_S + RISE_S)
+    return ChatWorkload(
+        [
+            Phase("calm", calm, rate=CALM_RATE),
+            Phase("rise", seconds - calm, in_flight=RISE_IN_FLIGHT),
+        ],
+        CHAT,
+    )
+
+
+def run_up(options: UpOptions) -> int:
+    """Run it; the exit code. Everything that can be wrong with the input is told before anything starts."""
+    try:
+        manifest = document_of(options.manifest, options.mode)
+        resource = KVCacheDeployment.parse(manifest, str(options.manifest))
+        policy_of(resource.spec, options.pace_scale)
+        memory_limit(resource.spec)
+        workload = workload_of(options)
+        check_writable("--json", options.json_out)
+        check_writable("--report", options.report)
+    except (ManifestError, LoadError) as error:
+        return _refuse(error)
+    state = StateDirectory(resource.metadata.name)
+    try:
+        state.open(fresh=options.fresh or options.check)
+    except BusyError as error:
+        return _refuse(error)
+    try:
+        _log_to(state.path / "kvpilot.log")
+        outcome = asyncio.run(_run(options, manifest, workload, state))
+    except PortError as error:
+        return _refuse(error)
+    finally:
+        state.close()
+    if outcome.problem:
+        return _refuse(outcome.problem)
+    return _conclude(options, resource, outcome, state.path)
+
+
+def _refuse(error: object) -> int:
+    for line in str(error).splitlines():
+        print(f"kvpilot up: {line}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+async def _run(
+    options: UpOptions, manifest: dict[str, Any], workload: Workload | None, state: StateDirectory
+) -> Outcome:
+    console = Console()
+    display = display_for(f"kvpilot {manifest['metadata']['name']}", time.time(), console)
+    run = RunOptions(
+        manifest_path=options.manifest,
+        mode=options.mode,
+        port=options.port,
+        workload=workload,
+        check=options.check,
+        seconds=options.duration if workload is None else None,
+        pace_scale=options.pace_scale,
+    )
+    return await Session(manifest, run, state, display).run()
+
+
+def _conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, directory: Path) -> int:
+    """Figures, report and verdict."""
+    if outcome.load is not None:
+        print("\n".join(lines_of(outcome.load)))
+    figures = figures_of(resource, outcome)
+    if options.json_out is not None:
+        options.json_out.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"figures: {options.json_out}")
+    if outcome.points and (outcome.load is not None or options.report is not None):
+        report = options.report or directory / "report.html"
+        write_report(report, figures)
+        print(f"report: {report.resolve()}")
+    if not options.check:
+        return EXIT_OK
+    verdict = outcome.verdict
+    assert verdict is not None
+    print("check:")
+    told_steps(outcome, print)
+    print(f"check {'passed' if verdict.cured else 'failed'}: {verdict.reason}")
+    return EXIT_OK if verdict.cured else EXIT_FAILED
+
+
+def _log_to(path: Path) -> None:
+    """JSON lines of the loop and of this process go to a file: the terminal shows what matters."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=path.open("a", buffering=1)),
+        cache_logger_on_first_use=False,
+    )
+
+
+__all__ = ["ROOT", "UpOptions", "run_up"]

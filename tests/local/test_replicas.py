@@ -1,0 +1,183 @@
+"""Replicas as real engines: started, restarted after a crash, drained, and never orphaned."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+from kvpilot_operator.local.process import Launch
+from kvpilot_operator.local.replicas import ReplicaSet
+
+ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "5", "--drain-lag-seconds", "0"]
+CONFIG = "generation: 1\nconfig: {dtype: float32, maxTokens: 2048, numWorkers: 2}\n"
+
+
+async def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    async with asyncio.timeout(seconds):
+        while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task or process
+            await asyncio.sleep(0.05)
+
+
+class Fleet:
+    """A replica set with what it told."""
+
+    def __init__(self, directory: Path) -> None:
+        self.told: list[str] = []
+        self.arguments = list(ARGUMENTS)
+        self._directory = directory
+        config = directory / "config.yaml"
+        config.write_text(CONFIG)
+        self._config = config
+        self.refused: list[str] = []
+        self.set = ReplicaSet(self._launch, "secret", lambda: None, self.refused.append, self.told.append)
+
+    def _launch(self, pod: str) -> Launch:
+        return Launch(
+            [*self.arguments, "--config", str(self._config)],
+            {"KVPILOT_ADMIN_TOKEN": "secret"},
+            self._directory / f"{pod}.log",
+        )
+
+    @property
+    def ready(self) -> list[str]:
+        return [replica.name for replica in self.set.replicas if replica.ready]
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    fleet = Fleet(tmp_path)
+    yield fleet
+    pids = [psutil.Process(pid) for pid in fleet.set.pids.values()]
+    await fleet.set.close(1)
+    assert not any(process.is_running() for process in pids)
+
+
+async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_have(fleet: Fleet) -> None:
+    fleet.set.ask(2, "t", 5)
+    await until(lambda: len(fleet.ready) == 2)
+    last = fleet.set.backends[1]
+    body = {"model": "x", "prompt": "a" * 64, "max_tokens": 300, "temperature": 0}
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{last.url}/v1/models") as answer:
+            body["model"] = (await answer.json())["data"][0]["id"]
+        running = asyncio.create_task(_post(session, f"{last.url}/v1/completions", body))
+        await _until_running(session, last.url)
+        fleet.set.ask(1, "t", 5)
+        assert [backend.name for backend in fleet.set.backends] == ["engine-1"]
+        status, answered = await running
+    assert status == 200
+    assert answered["usage"]["completion_tokens"] == 300
+    await until(lambda: len(fleet.set.replicas) == 1)
+    assert fleet.ready == ["engine-1"]
+    assert fleet.told == []
+
+
+async def _post(
+    session: aiohttp.ClientSession, url: str, body: dict[str, object]
+) -> tuple[int, dict[str, dict[str, int]]]:
+    async with session.post(url, json=body) as answer:
+        return answer.status, await answer.json()
+
+
+async def _until_running(session: aiohttp.ClientSession, url: str) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            async with session.get(f"{url}/metrics") as answer:
+                if "\nkvpilot_arrivals_total 1.0" in await answer.text():
+                    return
+            await asyncio.sleep(0.02)
+
+
+async def test_a_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
+    fleet.set.ask(1, "t", 5)
+    await until(lambda: fleet.ready == ["engine-1"])
+    before = fleet.set.replicas[0]
+    core = psutil.Process(fleet.set.pids["engine-1"]).children()[0]
+    core.kill()
+    await until(lambda: fleet.set.replicas[0].restarts == 1)
+    assert not fleet.set.replicas[0].ready
+    assert fleet.set.replicas[0].pending_reason.startswith("CrashLoopBackOff: exit status 1")
+    await until(lambda: fleet.ready == ["engine-1"])
+    assert fleet.set.replicas[0].uid == before.uid
+    assert "engine-1 ended with status 1" in fleet.told[0]
+
+
+async def test_a_bad_start_is_told_with_the_engines_own_words(fleet: Fleet) -> None:
+    fleet.arguments[1] = "builtin/none"
+    fleet.set.ask(1, "t", 5)
+    await until(lambda: bool(fleet.told))
+    assert "builtin/none" in fleet.told[0]
+    assert "builtin/none" in fleet.refused[0]
+    assert fleet.set.backends == []
+
+
+@pytest.mark.slow
+async def test_another_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
+    fleet.set.ask(2, "old", 5)
+    await until(lambda: len(fleet.ready) == 2)
+    old = {replica.uid for replica in fleet.set.replicas}
+    fleet.set.ask(2, "new", 5)
+    least = 2
+
+    def replaced() -> bool:
+        nonlocal least
+        least = min(least, len(fleet.ready))
+        return len(fleet.ready) == 2 and not old & {r.uid for r in fleet.set.replicas}
+
+    assert fleet.set.rolling_out
+    await until(replaced)
+    assert least == 1
+    assert not fleet.set.rolling_out
+
+
+PARENT = """
+    import asyncio, sys
+    from pathlib import Path
+    from kvpilot_operator.local.process import Launch
+    from kvpilot_operator.local.replicas import ReplicaSet
+
+    async def main():
+        directory = Path(sys.argv[1])
+        launch = lambda pod: Launch(["--config", str(directory / "config.yaml")], {}, directory / pod)
+        fleet = ReplicaSet(launch, "", lambda: None, print, print)
+        fleet.ask(1, "t", 5)
+        while not any(replica.ready for replica in fleet.replicas):
+            await asyncio.sleep(0.05)
+        print("up", *fleet.pids.values(), flush=True)
+        await asyncio.sleep(600)
+
+    asyncio.run(main())
+"""
+
+
+def test_nothing_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert parent.stdout is not None
+        line = parent.stdout.readline().split()
+        assert line[0] == "up"
+        front = psutil.Process(int(line[1]))
+        family = [front, *front.children(recursive=True)]
+        assert len(family) >= 2
+    finally:
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while (left := [p.pid for p in family if p.is_running()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
