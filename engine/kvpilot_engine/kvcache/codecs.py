@@ -4,7 +4,7 @@ A block is a tensor [2 (K, V), layers, 128 tokens, width]. The quantisers are as
 per group, scale and zero in float16: ``q = round((x - zero) / scale)``, ``x' = q * scale + zero``. K is
 grouped along tokens within a channel, since its outliers sit in few channels; V along the channels of a
 token (KIVI, arXiv:2402.02750). Groups of 128 at 8 bits and 32 at 4 bits keep 8.25 and 5 bits per element,
-scales included: .516 and .313 of 16-bit bytes, within the rungs of ``contract.LADDER``.
+scales included: .516 and .313 of 16-bit bytes, within the rungs of ``contract.knobs.LADDER``.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ class GroupCodec:
         for part, shape in enumerate(self._shapes(layout.layers, layout.width)):
             stored = payload[part * (codes + scales) :]
             both = stored[codes : codes + scales].view(torch.float16).view(2, -1).to(torch.float32)
-            small = (*shape[:2], 1, shape[3])
-            if part:
-                small = (*shape[:2], 1)
+            small = (*shape[:2], 1, *shape[3:])
             values = self._unpack(stored[:codes]).view(shape).to(torch.float32)
             values.mul_(both[0].view(small)).add_(both[1].view(small))
             block[part].copy_(values.view(block[part].shape))
@@ -166,7 +164,7 @@ _NAMES = {"raw": Fidelity.EXACT, "int8": Fidelity.INT8, "int4": Fidelity.INT4}
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of a rung of ``contract.LADDER``: raw, int8 or int4."""
+    """The codec of a rung of ``contract.knobs.LADDER``: raw, int8 or int4."""
     return _CODECS[_NAMES[name]]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.kvcache.codecs import Codec, Encoded, decode
 from kvpilot_engine.kvcache.fidelity import Fidelity
 from kvpilot_engine.kvcache.host_tier import HostBlock
@@ -53,11 +52,13 @@ class LoadJob(Job):
         start = self.clock()
         layout = self.pool.layout
         values = decode(self.block.encoded, layout)
-        values = values.view(2, layout.layers, -1, PAGE_TOKENS, layout.kv_heads, layout.head_dim)
-        for place in self.places:
-            offset, slot = place.position % PAGES_PER_BLOCK, place.page * PAGE_TOKENS
-            self.pool.k[:, slot : slot + PAGE_TOKENS].copy_(values[0, :, offset])
-            self.pool.v[:, slot : slot + PAGE_TOKENS].copy_(values[1, :, offset])
+        values = values.view(2, layout.layers, PAGES_PER_BLOCK, -1)
+        offsets = [place.position % PAGES_PER_BLOCK for place in self.places]
+        if len(offsets) < PAGES_PER_BLOCK:
+            values = values.index_select(2, torch.tensor(offsets, device=layout.device))
+        pages = torch.tensor([place.page for place in self.places], device=layout.device)
+        for slab, part in zip(self.pool.paged, values, strict=True):
+            slab.index_copy_(1, pages, part)
         self.seconds = self.clock() - start
 
     def land(self) -> None:
@@ -125,11 +126,9 @@ class SnapshotBuffers:
         if buffer is None:
             return None
         layout = self._pool.layout
-        view = buffer.view(2, layout.layers, PAGES_PER_BLOCK, PAGE_TOKENS, layout.kv_heads, layout.head_dim)
-        for offset, page in enumerate(pages):
-            slot = page * PAGE_TOKENS
-            view[0, :, offset].copy_(self._pool.k[:, slot : slot + PAGE_TOKENS])
-            view[1, :, offset].copy_(self._pool.v[:, slot : slot + PAGE_TOKENS])
+        index = torch.tensor(pages, device=layout.device)
+        for slab, part in zip(self._pool.paged, buffer, strict=True):
+            torch.index_select(slab, 1, index, out=part.view(layout.layers, PAGES_PER_BLOCK, -1))
         return buffer
 
     @property

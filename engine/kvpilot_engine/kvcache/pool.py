@@ -80,6 +80,8 @@ class PagePool:
         self._maps: list[mmap.mmap] = []
         self.k = self._slab()
         self.v = self._slab()
+        shape = (layout.layers, reserved, PAGE_TOKENS * layout.width)
+        self.paged = (self.k.view(shape), self.v.view(shape))  # the same memory, by page
 
     def _slab(self) -> torch.Tensor:
         layout = self.layout

@@ -1,0 +1,369 @@
+"""Blocks that leave the pool for the host tier, and come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from kvpilot_engine.kvcache import Fidelity
+from kvpilot_engine.kvcache.host_tier import HostBlock
+
+BLOCK = 128
+
+
+def spill(h, seeds, tokens: int = 257) -> None:
+    """Serve prompts until the earlier ones have left the pool, every encoding landed."""
+    for seed in seeds:
+        h.serve(h.prompt(seed, tokens))
+        h.flush()
+
+
+def test_a_raw_block_comes_back_with_the_bytes_written(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(4))
+    lease = h.cache.lease(h.prompt(0, 257))
+    assert lease.loading
+    assert lease.cached_tokens == 0
+    h.loaded(lease)
+    assert lease.cached_tokens == 256
+    assert lease.fidelity is Fidelity.EXACT
+    assert h.error(lease, h.prompt(0, 257)) == 0.0
+    assert h.counter("prefix_hit_tokens_total{tier=host}") == 256
+    assert h.counter("tier_load_blocks_total") == 2
+    h.cache.release(lease)
+
+
+def test_a_block_is_loaded_around_the_pages_that_are_still_there(make):
+    h = make(max_tokens=256, host_memory_mb=8)
+    tokens = h.prompt(0, 129)
+    h.serve(tokens)
+    h.serve(h.prompt(1, 200))  # evicts five pages of the block
+    h.flush()
+    lease = h.loaded(h.cache.lease(tokens))
+    assert lease.cached_tokens == 128
+    assert h.error(lease, tokens) == 0.0
+    assert h.counter("prefix_hit_tokens_total{tier=pool}") == 48
+    assert h.counter("prefix_hit_tokens_total{tier=host}") == 80
+    h.cache.release(lease)
+
+
+@pytest.mark.parametrize("strategy", ["lru", "lfu", "fifo"])
+def test_each_policy_spills_whole_blocks(make, strategy):
+    h = make(max_tokens=512, host_memory_mb=8, cache_strategy=strategy)
+    spill(h, range(6))
+    assert h.counter("blocks_lost_total{reason=incomplete}") == 0
+    assert h.serve(h.prompt(0, 257)) == (256, Fidelity.EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "fidelity", "most"),
+    [(1.0, Fidelity.EXACT, 0), (0.52, Fidelity.INT8, 0.05), (0.3, Fidelity.INT4, 0.5)],
+)
+def test_the_ratio_chooses_the_codec_and_a_hit_says_what_it_lost(make, ratio, fidelity, most):
+    h = make(max_tokens=512, host_memory_mb=8, use_compression=True, compression_ratio=ratio)
+    spill(h, range(4))
+    tokens = h.prompt(0, 257)
+    lease = h.loaded(h.cache.lease(tokens))
+    assert lease.fidelity is fidelity
+    assert (h.error(lease, tokens) > 0) == (fidelity is not Fidelity.EXACT)
+    assert h.error(lease, tokens) <= most
+    h.cache.release(lease)
+
+
+def test_a_new_codec_applies_to_new_blocks_and_old_ones_keep_theirs(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(3))
+    kept, lost = h.apply(use_compression=True, compression_ratio=0.3)
+    assert lost == 0
+    assert kept == 4 + len(h.cache._traffic.host)
+    spill(h, range(3, 6))
+    assert h.serve(h.prompt(0, 257)) == (256, Fidelity.EXACT)
+    h.flush()
+    assert h.serve(h.prompt(3, 257)) == (256, Fidelity.INT4)
+
+
+def test_what_is_computed_behind_a_lossy_prefix_is_lossy(make):
+    h = make(max_tokens=512, host_memory_mb=8, use_compression=True, compression_ratio=0.52)
+    spill(h, range(4), tokens=128)
+    spill(h, range(10, 14), tokens=128)
+    longer = [*h.prompt(0, 128), *h.prompt(7, 100)]
+    assert h.serve(longer) == (128, Fidelity.INT8)
+    assert h.serve(longer) == (224, Fidelity.INT8)
+    assert h.serve(longer, exact_only=True) == (0, Fidelity.EXACT)
+
+
+def test_a_raw_copy_of_lossy_pages_is_still_lossy(make):
+    h = make(max_tokens=512, host_memory_mb=8, use_compression=True, compression_ratio=0.52)
+    spill(h, range(4), tokens=129)
+    spill(h, range(10, 14), tokens=129)
+    longer = [*h.prompt(0, 128), *h.prompt(7, 129)]
+    assert h.serve(longer) == (128, Fidelity.INT8)
+    h.apply(use_compression=False)
+    spill(h, range(20, 26))
+    assert h.serve(longer) == (256, Fidelity.INT8)
+    assert h.serve(longer, exact_only=True) == (0, Fidelity.EXACT)
+
+
+def test_exact_pages_replace_lossy_ones_and_never_the_other_way_round(make):
+    h = make(max_tokens=1024, host_memory_mb=8, use_compression=True, compression_ratio=0.52)
+    tokens = h.prompt(0, 257)
+    spill(h, range(6))
+    assert h.serve(tokens)[1] is Fidelity.INT8
+    h.flush()
+    lossy = h.cache.lease(tokens)
+    assert h.serve(tokens, exact_only=True) == (0, Fidelity.EXACT)
+    assert h.serve(tokens) == (256, Fidelity.EXACT)
+    h.cache.commit(lossy, tokens, 256)
+    h.cache.release(lossy)
+    assert h.serve(tokens, exact_only=True) == (256, Fidelity.EXACT)
+
+
+def test_an_exact_request_may_use_raw_blocks_of_exact_pages_only(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(4))
+    assert h.serve(h.prompt(0, 257), exact_only=True) == (256, Fidelity.EXACT)
+    h.apply(use_compression=True, compression_ratio=0.52)
+    spill(h, range(20, 24))
+    lease = h.cache.lease(h.prompt(20, 257), exact_only=True)
+    assert not lease.loading
+    h.cache.release(lease)
+
+
+def test_without_a_host_tier_nothing_is_copied_and_no_thread_runs(make):
+    h = make(max_tokens=256)
+    spill(h, range(6))
+    assert h.counter("evicted_pages_total") > 0
+    assert h.cache._traffic._loader._thread is None
+    assert h.cache._traffic._buffers._made == 0
+
+
+def test_a_block_in_the_host_tier_is_not_encoded_again(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    for _ in range(3):
+        spill(h, range(4))
+    stored = h.cache._traffic.host
+    assert len(stored) == 8
+    encodings = []
+    submit = h.cache._traffic._loader.submit
+    h.cache._traffic._loader.submit = lambda job, urgent: (
+        encodings.append(urgent),
+        submit(job, urgent=urgent),
+    )
+    spill(h, range(4))
+    assert encodings.count(False) == 0
+    assert encodings.count(True) > 0
+
+
+def test_a_corrupt_block_is_a_miss_and_a_count(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(4))
+    host = h.cache._traffic.host
+    tokens = h.prompt(0, 257)
+    key = h.cache.lease(tokens).hashes[15]
+    block = host.get(key)
+    payload = block.encoded.payload.clone()
+    payload[5] ^= 1
+    host.put(key, HostBlock(dataclasses.replace(block.encoded, payload=payload), block.fidelity))
+    lease = h.loaded(h.cache.lease(tokens))
+    assert lease.cached_tokens == 128
+    assert h.counter("blocks_lost_total{reason=corrupt}") == 1
+    assert host.get(key) is None
+    h.cache.release(lease)
+    for held in list(h.cache._leases):
+        h.cache.release(held)
+
+
+def test_when_the_encoder_is_behind_blocks_are_dropped_and_counted(make):
+    h = make(max_tokens=2048, host_memory_mb=64)
+    gate = threading.Event()
+    traffic = h.cache._traffic
+    encode = traffic._codec.encode
+
+    class Slow:
+        fidelity = Fidelity.EXACT
+
+        def encode(self, block: torch.Tensor):
+            assert gate.wait(10)
+            return encode(block)
+
+    traffic._codec = Slow()
+    h.serve(h.prompt(0, 2048))
+    h.serve(h.prompt(1, 2048))
+    assert h.counter("blocks_lost_total{reason=busy}") == 8
+    gate.set()
+    h.flush()
+    assert len(traffic.host) == 8
+
+
+def test_a_shrinking_pool_waits_for_the_encoder(make):
+    h = make(max_tokens=4096, host_memory_mb=64)
+    h.serve(h.prompt(0, 4096))
+    h.apply(max_tokens=128)
+    h.until(lambda: not h.cache.converging)
+    h.flush()
+    assert h.counter("blocks_lost_total{reason=busy}") == 0
+    h.apply(max_tokens=8192)
+    assert h.serve(h.prompt(0, 4097))[0] == 4096
+
+
+def test_a_lowered_host_budget_converges(make):
+    h = make(max_tokens=256, host_memory_mb=8)
+    spill(h, range(60))
+    assert len(h.cache._traffic.host) > 100
+    h.apply(host_memory_mb=1)
+    assert h.cache.converging
+    h.until(lambda: not h.cache.converging)
+    assert h.cache.gauges()["kvpilot_cache_bytes{tier=host}"] <= 2**20
+    assert h.counter("blocks_lost_total{reason=shrunk}") > 50
+    assert h.counter("blocks_lost_total{reason=evicted}") == 0
+    spill(h, range(60, 80))
+    assert h.counter("blocks_lost_total{reason=evicted}") > 0
+
+
+def test_releasing_a_lease_that_still_loads_leaves_the_cache_whole(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(4))
+    lease = h.cache.lease(h.prompt(0, 257))
+    assert lease.loading
+    h.cache.release(lease)
+    h.cache.check_integrity()
+    h.until(lambda: h.counter("tier_load_blocks_total") == 1)
+    h.cache.check_integrity()
+    assert h.cache.lease(h.prompt(0, 129)).cached_tokens == 128
+
+
+def test_two_leases_share_one_load(make):
+    h = make(max_tokens=1024, host_memory_mb=8)
+    spill(h, range(8))
+    tokens = h.prompt(0, 257)
+    leases = [h.cache.lease(tokens) for _ in range(2)]
+    for lease in leases:
+        h.loaded(lease)
+        assert lease.cached_tokens == 256
+    assert h.counter("tier_load_blocks_total") == 2
+    for lease in leases:
+        h.cache.release(lease)
+
+
+def polls_to_load(h, tokens) -> int:
+    """Polls with something landed until a lease has all of its blocks."""
+    lease, polls = h.cache.lease(tokens), 0
+    while lease.loading:
+        h.cache.wait(5)
+        polls += h.cache.poll()
+    assert lease.cached_tokens == len(tokens) // 16 * 16
+    h.cache.release(lease)
+    return polls
+
+
+def test_without_prefetch_blocks_come_one_by_one_and_with_it_together(make):
+    h = make(max_tokens=2048, host_memory_mb=32)
+    spill(h, range(4), tokens=1025)
+    assert polls_to_load(h, h.prompt(0, 1025)) == 8
+    h.apply(enable_prefetch=True, prefetch_size=4)
+    spill(h, range(4, 8), tokens=1025)
+    lease = h.cache.lease(h.prompt(4, 1025))
+    assert len(lease.waiting) == 4
+    h.loaded(lease)
+    h.cache.release(lease)
+
+
+def test_a_prefetched_prompt_does_not_wait(make):
+    h = make(max_tokens=2048, host_memory_mb=32, enable_prefetch=True, prefetch_size=2)
+    spill(h, range(8), tokens=513)
+    tokens = h.prompt(0, 513)
+    h.cache.prefetch(tokens)
+    h.until(lambda: h.counter("tier_load_blocks_total") == 2)
+    h.cache.check_integrity()
+    lease = h.cache.lease(tokens)
+    assert lease.cached_tokens == 256
+    h.loaded(lease)
+    assert lease.cached_tokens == 512
+    assert h.error(lease, tokens) == 0.0
+    assert h.counter("prefetch_blocks_total{result=used}") == 2
+    assert h.counter("prefetch_blocks_total{result=wasted}") == 0
+    assert h.counter("prefix_hit_tokens_total{tier=host}") == 512
+    assert h.counter("prefix_hit_tokens_total{tier=pool}") == 0
+    h.cache.release(lease)
+
+
+def test_a_lease_joins_a_prefetch_that_is_under_way(make):
+    h = make(max_tokens=2048, host_memory_mb=32, enable_prefetch=True, prefetch_size=2)
+    spill(h, range(8), tokens=513)
+    tokens = h.prompt(0, 257)
+    h.cache.prefetch(tokens)
+    lease = h.loaded(h.cache.lease(tokens))
+    assert lease.cached_tokens == 256
+    assert h.counter("prefetch_blocks_total{result=used}") == 2
+    assert h.counter("tier_load_blocks_total") == 2
+    h.cache.release(lease)
+
+
+def test_a_prefetch_that_nobody_uses_is_counted_as_wasted(make):
+    h = make(max_tokens=2048, host_memory_mb=32, enable_prefetch=True, prefetch_size=2)
+    spill(h, range(8), tokens=513)
+    h.cache.prefetch(h.prompt(0, 513))
+    h.until(lambda: h.counter("tier_load_blocks_total") == 2)
+    spill(h, range(8, 13), tokens=513)
+    assert h.counter("prefetch_blocks_total{result=wasted}") == 2
+    assert h.counter("prefetch_blocks_total{result=used}") == 0
+
+
+def test_unused_prefetches_fill_a_quarter_of_the_pool_at_most(make):
+    h = make(max_tokens=1024, host_memory_mb=32, enable_prefetch=True, prefetch_size=4)
+    spill(h, range(16))
+    for seed in range(12):
+        h.cache.prefetch(h.prompt(seed, 257))
+    h.until(lambda: not h.cache._traffic._loads)
+    assert h.counter("tier_load_blocks_total") == 2
+    h.apply(enable_prefetch=False)
+    h.cache.prefetch(h.prompt(11, 257))
+    assert not h.cache._traffic._loads
+
+
+def test_exact_only_prefetch_leaves_lossy_blocks_alone(make):
+    h = make(max_tokens=1024, host_memory_mb=8, use_compression=True, enable_prefetch=True)
+    spill(h, range(8))
+    h.cache.prefetch(h.prompt(0, 257), exact_only=True)
+    assert not h.cache._traffic._loads
+
+
+def test_loads_that_cannot_have_pages_are_misses(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    spill(h, range(4))
+    hog = h.cache.lease(h.prompt(50, 500))
+    assert h.cache.extend(hog, 500)
+    lease = h.cache.lease(h.prompt(0, 257))
+    assert not lease.loading
+    assert lease.cached_tokens == 0
+    h.cache.release(hog)
+    h.cache.release(lease)
+
+
+def test_torch_uses_one_thread_in_the_loader(make):
+    h = make(max_tokens=512, host_memory_mb=8)
+    seen = []
+    encode = h.cache._traffic._codec.encode
+
+    class Spy:
+        fidelity = Fidelity.EXACT
+
+        def encode(self, block: torch.Tensor):
+            seen.append((torch.get_num_threads(), threading.current_thread().name))
+            return encode(block)
+
+    h.cache._traffic._codec = Spy()
+    spill(h, range(4))
+    assert set(seen) == {(1, "kvpilot-loader")}
+
+
+def test_a_cache_built_and_driven_in_inference_mode_works(make):
+    with torch.inference_mode():
+        h = make(max_tokens=512, host_memory_mb=8)
+        spill(h, range(2))
+    spill(h, range(2, 4))
+    with torch.inference_mode():
+        assert h.serve(h.prompt(0, 257)) == (256, Fidelity.EXACT)
