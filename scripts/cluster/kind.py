@@ -12,7 +12,8 @@ from pathlib import Path
 
 from scripts import images
 from scripts.cluster import control_plane, monitoring
-from scripts.cluster.build import WITH_DOCKER, build_all
+from scripts.cluster.base_image import Image
+from scripts.cluster.build import KIND, WITH_DOCKER, build_all
 from scripts.cluster.console import say
 from scripts.cluster.layout import POD_CIDR, SERVICE_CIDR, STATE_FILE, Layout
 from scripts.cluster.process import Processes, run
@@ -58,23 +59,15 @@ class KindCluster:
         operator = images.build("operator", self._layout.cache)
         environment = engine_environment()
         kind = str(programs["kind"])
-        if NAME not in run([kind, "get", "clusters"]).split():
+        if NODE not in _docker("ps --format={{.Names}}").split():
             say("creating the kind cluster")
             file = self._layout.run / "kind.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             self._layout.kubeconfigs.mkdir(parents=True, exist_ok=True)
             file.write_text(kind_config(environment.mounts))
-            create = [
-                "create",
-                "cluster",
-                f"--name={NAME}",
-                f"--config={file}",
-                f"--kubeconfig={self._kubeconfig}",
-            ]
-            run([kind, *create, "--wait=180s"], timeout_s=900)
-        self._load(kind, operator.reference, str(operator.archive))
-        run(["docker", "pull", "--quiet", images.DOCKER_BASE], timeout_s=600)
-        run([kind, "load", "docker-image", f"--name={NAME}", images.DOCKER_BASE], timeout_s=600)
+            options = [f"--name={NAME}", f"--config={file}", f"--kubeconfig={self._kubeconfig}"]
+            run([kind, "create", "cluster", *options, "--wait=180s"], timeout_s=900)
+        self._load(kind, operator)
         self._add_routes()
         self._start_monitoring(programs)
         state = State(
@@ -103,22 +96,26 @@ class KindCluster:
         """Delete the cluster, its routes and its processes; does nothing when nothing is there."""
         STATE_FILE.unlink(missing_ok=True)
         self.processes.stop_many(self.processes.names())
-        programs = build_all(self._layout.cache, WITH_DOCKER[:1])
-        if NAME in run([programs["kind"], "get", "clusters"]).split():
+        if NODE in _docker("ps --all --format={{.Names}}").split():
             self._route("del", POD_CIDR, SERVICE_CIDR)
-            run([programs["kind"], "delete", "cluster", f"--name={NAME}"], timeout_s=180)
+            (kind,) = build_all(self._layout.cache, [KIND]).values()
+            run([kind, "delete", "cluster", f"--name={NAME}"], timeout_s=180)
         shutil.rmtree(self._layout.run, ignore_errors=True)
 
     def status(self) -> dict[str, bool]:
         """Whether the node and the monitoring processes run."""
-        node = NODE in run(["docker", "ps", "--format={{.Names}}"]).split()
+        node = NODE in _docker("ps --format={{.Names}}").split()
         return {NODE: node} | {name: self.processes.running(name) for name in ("prometheus", "alertmanager")}
 
-    def _load(self, kind: str, reference: str, archive: str) -> None:
+    def _load(self, kind: str, operator: Image) -> None:
         present = _docker(f"exec {NODE} crictl images --output=json")
-        if reference not in present:
-            say(f"importing {reference}")
-            run([kind, "load", "image-archive", f"--name={NAME}", archive], timeout_s=600)
+        if operator.reference not in present:
+            say(f"importing {operator.reference}")
+            run([kind, "load", "image-archive", f"--name={NAME}", operator.archive], timeout_s=600)
+        if images.DOCKER_BASE not in present:
+            say(f"importing {images.DOCKER_BASE}")
+            run(["docker", "pull", "--quiet", images.DOCKER_BASE], timeout_s=600)
+            run([kind, "load", "docker-image", f"--name={NAME}", images.DOCKER_BASE], timeout_s=600)
 
     def _add_routes(self) -> None:
         address = _docker(f"inspect --format={_NETWORK % 'IPAddress'} {NODE}")
