@@ -61,13 +61,16 @@ class StageShare:
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective against its measurement: an attainment, rate or ratio; None without data."""
+    """One objective against its measurement: an attainment, rate or ratio; None without data.
+
+    ``Infeasible``: missed, and known to be out of reach, so it is no breach that anything could cure.
+    """
 
     name: str
     target: float
     measured_short: float | None
     measured_long: float | None
-    state: Literal["Met", "Breached", "Unknown"]
+    state: Literal["Met", "Breached", "Unknown", "Infeasible"]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gauges:
-    """Last values of one engine."""
+    """Last values of one engine. ``memory_limit_bytes`` belongs to ``memory_ratio``; 0 when it is unknown."""
 
     waiting: float = 0.0
     running: float = 0.0
@@ -93,6 +93,7 @@ class Gauges:
     cached_bytes: float = 0.0
     budget_bytes: float = 0.0
     generation: int = 0
+    memory_limit_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,23 @@ class KnobChange:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How bad something was: ``bad`` out of ``of``, e.g. requests beyond an edge out of all judged ones.
+
+    Ratios of continuous amounts are spelled alike (seconds per request, missed tokens per token looked up).
+    """
+
+    name: str
+    bad: float
+    of: float
+
+    @property
+    def share(self) -> float | None:
+        """``bad / of``; None where there is nothing to divide by."""
+        return self.bad / self.of if self.of > 0 else None
+
+
+@dataclass(frozen=True)
 class Change:
     """The change in flight.
 
@@ -40,10 +57,13 @@ class Change:
         values: the leading knob first, then those that go with it.
         generation: the name of the candidate configuration; the ConfigMap gets it on promotion.
         phase_since: when the present phase began, s since the epoch.
-        canary_uid: "" when there is no canary (one replica, before/after).
+        canary_uid: the pod that tries it; "" for an emergency, which goes to all pods at once.
+        control_uids: the pods it is compared with; () when there is one replica (before/after).
         restarts: restarts of all pods of both arms at the start; more means Aborted.
         objective: the objective whose breach it shall cure (p50, p95, p99, memory, hitRate, ...).
         verdict: of a change that is being promoted or reverted, e.g. Promoted, Harmful, NoGain, Aborted(...).
+        before: what a before/after change is compared with; () where controls run beside the canary.
+        why: one clause with figures: what was found when it began.
     """
 
     id: str
@@ -59,6 +79,8 @@ class Change:
     objective: str
     predicted_gain: float
     verdict: str = ""
+    before: tuple[Measure, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,8 +128,19 @@ class ReplicaMark:
 
 
 @dataclass(frozen=True)
+class Told:
+    """Something that was recorded without an action, so that it is not recorded at every look."""
+
+    key: str
+    at: float
+
+
+@dataclass(frozen=True)
 class TuningState:
-    """Everything remembered. ``epoch`` and ``last_generation`` never go back."""
+    """Everything remembered. ``epoch`` and ``last_generation`` never go back.
+
+    ``boosted`` is the number of replicas that a boost raised; after its expiry they go one by one.
+    """
 
     phase: Phase = Phase.OBSERVE
     epoch: int = 0
@@ -121,3 +154,5 @@ class TuningState:
     reversals: tuple[Reversal, ...] = ()
     scale_down: tuple[ReplicaMark, ...] = ()
     met_ticks: int = 0
+    told: tuple[Told, ...] = ()
+    boosted: int = 0

@@ -1,0 +1,109 @@
+"""Arithmetic of configurations: base + overlay, candidates, and what an engine still has to be told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvpilot_engine.contract import CATALOGUE, KVCacheConfig
+from kvpilot_engine.contract.config import COLD_FIELDS, QUIET
+from kvpilot_operator.tuning.observation import EngineView
+from kvpilot_operator.tuning.policy import KnobBounds
+from kvpilot_operator.tuning.state import KnobChange, OverlayEntry
+
+DEFAULTS: Mapping[str, Any] = KVCacheConfig.model_validate({}, context=QUIET).model_dump(
+    by_alias=True, mode="json"
+)
+"""What a field means that nobody gave (camelCase)."""
+
+HOT_KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE if knob.hot)
+"""Fields that an engine changes between two steps (camelCase)."""
+
+HOT_FIELDS: frozenset[str] = frozenset(
+    info.alias or name for name, info in KVCacheConfig.model_fields.items() if name not in COLD_FIELDS
+)
+"""Every field that takes effect without a restart (camelCase)."""
+
+
+def value(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a field (camelCase), its default when it was not given."""
+    return config.get(name, DEFAULTS[name])
+
+
+def effective(base: Mapping[str, Any], overlay: Iterable[OverlayEntry]) -> dict[str, Any]:
+    """The user's base with the tuned knobs over it."""
+    return {**base, **{entry.knob: entry.value for entry in overlay}}
+
+
+def candidate(config: Mapping[str, Any], changes: Iterable[KnobChange]) -> dict[str, Any]:
+    """``config`` with a change made."""
+    return {**config, **{change.knob: change.after for change in changes}}
+
+
+def kept_overlay(
+    base: Mapping[str, Any], overlay: Iterable[OverlayEntry], bounds: Mapping[str, KnobBounds]
+) -> tuple[tuple[OverlayEntry, ...], tuple[OverlayEntry, ...]]:
+    """Entries that still stand, and those that the user overtook: by another base value, or by bounds."""
+    entries = tuple(overlay)
+    kept = tuple(
+        entry
+        for entry in entries
+        if base.get(entry.knob) == entry.based_on and within(bounds.get(entry.knob), entry.value)
+    )
+    return kept, tuple(entry for entry in entries if entry not in kept)
+
+
+def within(bounds: KnobBounds | None, item: Any) -> bool:
+    """True when a value is one that the resource allows; flags and choices have no order."""
+    if bounds is None or isinstance(item, bool) or not isinstance(item, int | float):
+        return True
+    low = bounds.minimum if bounds.minimum is not None else item
+    high = bounds.maximum if bounds.maximum is not None else item
+    return low <= item <= high
+
+
+def overlay_with(
+    base: Mapping[str, Any], overlay: Iterable[OverlayEntry], changes: Iterable[KnobChange], decision: str
+) -> tuple[OverlayEntry, ...]:
+    """The overlay after a promotion. A knob that is back at the user's value leaves it."""
+    entries = {entry.knob: entry for entry in overlay}
+    for change in changes:
+        entries[change.knob] = OverlayEntry(change.knob, base.get(change.knob), change.after, decision)
+    return tuple(
+        entry for entry in entries.values() if entry.knob not in base or base[entry.knob] != entry.value
+    )
+
+
+def overlay_between(base: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[OverlayEntry, ...]:
+    """The overlay that a lost status must have held, for knobs only: what else differs is the user's edit."""
+    return tuple(
+        OverlayEntry(name, base.get(name), config[name], "")
+        for name in HOT_KNOBS
+        if name in config and config[name] != base.get(name)
+    )
+
+
+def runs(engine: EngineView, generation: int, config: Mapping[str, Any]) -> bool:
+    """True when an engine runs that configuration, as far as it can without a restart."""
+    return engine.generation == generation and all(
+        value(engine.config, name) == config[name] for name in HOT_KNOBS if name in config
+    )
+
+
+def to_push(engine: EngineView, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine is told: the whole configuration, and the default of hot fields it no longer contains.
+
+    Fields that need a restart are told as the engine has them: they come with the next start of the pod, and
+    must not make it refuse the rest.
+    """
+    gone = {
+        name: DEFAULTS[name]
+        for name in HOT_FIELDS
+        if name not in config and value(engine.config, name) != DEFAULTS[name]
+    }
+    given = {
+        name: item
+        for name, item in config.items()
+        if name in HOT_FIELDS or value(engine.config, name) == item
+    }
+    return {**given, **gone}

@@ -1,0 +1,87 @@
+"""Simple predictors. Each says in its docstring what it assumes; the canary says what is true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from kvpilot_engine.contract.metrics import Stage
+from kvpilot_operator.tuning.observation import Counts
+
+LEAST_GAIN = 0.05
+"""A proposal must promise at least this much."""
+
+HEADROOM = 1.25
+"""Concurrency beyond the mean need, for arrivals that come in bursts."""
+
+SMALLEST_STEP, LARGEST_STEP = 2, 4
+"""A queue's servers at least double, as the load that made them short may still be rising, and grow at most
+fourfold in one change."""
+
+SENSIBLE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Values of small counts that are tried: powers of two, and their thirds, as finer steps measure alike."""
+
+
+def needed_concurrency(counts: Counts, arrivals: float) -> float:
+    """Requests in work at once per engine, by Little's law: L = lambda x S.
+
+    Args:
+        counts: of a window; S is the time per ended request in the stages of work (tier load, prefill,
+            decode, preempted). Neither wait counts: both vanish once workers and batch suffice.
+        arrivals: requests/s that come to one engine.
+    """
+    ended = counts.judged - counts.outcomes.get("shed", 0.0)
+    if ended <= 0:
+        return 0.0
+    waits = (Stage.ADMISSION_WAIT, Stage.BATCH_WAIT)
+    work = sum(seconds for stage, seconds in counts.stage_seconds.items() if stage not in waits)
+    return arrivals * work / ended
+
+
+def sensible_at_least(wanted: float) -> int:
+    """The first sensible value at or above ``wanted``."""
+    return next((value for value in SENSIBLE if value >= wanted), SENSIBLE[-1])
+
+
+def grown(now: int, needed: float, maximum: float) -> int:
+    """The next value of a count that has to grow: sized by need, two- to fourfold, within its bound."""
+    wanted = max(needed * HEADROOM, now * SMALLEST_STEP)
+    return int(min(sensible_at_least(wanted), now * LARGEST_STEP, maximum))
+
+
+def queue_gain(share: float, now: int, after: int, needed: float) -> float:
+    """Predicted relative fall of request time when a queue's servers grow from ``now`` to ``after``.
+
+    Little: the wait vanishes in proportion to the missing servers that are added. With enough servers on the
+    mean the wait comes from bursts, and falls at least as 1 - now / after.
+    """
+    relief = (
+        1.0 if after >= needed > now else (after - now) / (needed - now) if needed > now else 1 - now / after
+    )
+    return share * min(1.0, max(relief, 1 - now / after))
+
+
+def ladder_gain(share: float, before: float, after: float) -> float:
+    """Predicted relative fall of request time when the cost of a stage scales as ``before / after``."""
+    return share * (1 - before / after) if after > before > 0 else share * 0.5 if after > before else 0.0
+
+
+def miss_gain(rate: float, ceiling: float, before: float, after: float) -> float:
+    """Predicted relative fall of missed tokens when a cache grows.
+
+    Curve: the distance to an infinite cache shrinks as 1 / size, so hits(after) = ceiling - (ceiling -
+    rate) x before / after.
+    """
+    missed = 1.0 - rate
+    return (ceiling - rate) * (1 - before / after) / missed if missed > 0 and after > 0 else 0.0
+
+
+def round_to(value: float, unit: int, *, up: bool = False) -> int:
+    """A whole number of units, at least one."""
+    return max(1, math.ceil(value / unit) if up else math.floor(value / unit)) * unit
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean, 0 of nothing."""
+    known = tuple(values)
+    return sum(known) / len(known) if known else 0.0
