@@ -1,0 +1,75 @@
+"""Apply, ready, scraped, deleted: with the operator there, and with it gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+OWNED = ("serviceaccount", "secret", "service", "poddisruptionbudget", "deployment", "configmap", "pod")
+
+
+def leftovers(cluster: Any, namespace: str) -> list[str]:
+    return [
+        f"{kind}/{item['metadata']['name']}"
+        for kind in OWNED
+        for item in cluster.list(kind, namespace, "kvpilot.io/name=chat")
+    ]
+
+
+def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest, kit) -> None:
+    eventually, condition = kit["eventually"], kit["condition"]
+    cluster.apply(manifest(scaling={"min": 1, "max": 2}))
+    ready = eventually(
+        lambda: condition(cluster.get("kvcd", "chat", namespace), "Ready").get("status") == "True",
+        90,
+        "Ready",
+    )
+    assert ready
+    item = cluster.get("kvcd", "chat", namespace)
+    assert item["status"]["observedGeneration"] == 1
+    assert item["status"]["selector"] == "kvpilot.io/name=chat"
+    assert item["status"]["config"]["generation"] == 1
+    eventually(
+        lambda: condition(cluster.get("kvcd", "chat", namespace), "MetricsTrusted").get("status") == "True",
+        40,
+        "measured by Prometheus",
+    )
+    (pod,) = cluster.pods(namespace)
+    (row,) = cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{pod["metadata"]["uid"]}"}}')
+    assert row["metric"]["kvpilot_name"] == "chat"
+    reasons = {event["reason"] for event in cluster.list("events.events.k8s.io", namespace)}
+    assert "Serving" in reasons
+    quiet = cluster.get("kvcd", "chat", namespace)["metadata"]["resourceVersion"]
+
+    cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
+    eventually(lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
+    assert quiet
+    assert operator.stop() == 0
+
+
+def test_delete_while_the_operator_is_down_leaves_nothing_stuck(
+    cluster, namespace, operator, manifest, kit
+) -> None:
+    cluster.apply(manifest(scaling={"min": 1, "max": 1}))
+    kit["eventually"](lambda: cluster.pods(namespace), 30, "a pod")
+    operator.kill()
+    cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
+    kit["eventually"](lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
+
+
+def test_a_bad_spec_is_a_condition_and_leaves_what_runs(cluster, namespace, operator, manifest, kit) -> None:
+    bad = manifest(objectives={"latency": {"p50Ms": 500, "p95Ms": 1000}}, scaling={"min": 1, "max": 1})
+    bad["spec"]["objectives"]["latency"] = {"p95Ms": 50}
+    bad["spec"]["profile"] = "production"
+    cluster.apply(bad)
+
+    def refused() -> dict[str, Any]:
+        found = kit["condition"](cluster.get("kvcd", "chat", namespace), "Ready")
+        return found if found.get("reason") == "InvalidSpec" else {}
+
+    told = kit["eventually"](refused, 20, "a condition that names the fault")
+    assert "p50Ms <= p95Ms <= p99Ms is required" in told["message"]
+    assert not cluster.pods(namespace)
