@@ -209,7 +209,7 @@ class Engine:
         changed = self.config.difference(new)
         if cold := sorted(COLD_FIELDS & changed.keys()):
             now = self.config.model_dump(mode="json")
-            lines = (f"{to_camel(f)}: needs a restart, is {now[f]!r}, got {changed[f]!r}" for f in cold)
+            lines = (f"{f}: needs a restart, is {now[f]!r}, got {changed[f]!r}" for f in cold)
             return protocol.Refused(change.id, "cold", "; ".join(lines))
         try:
             kept, lost = self.cache.apply(new)

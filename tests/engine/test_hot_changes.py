@@ -1,0 +1,123 @@
+"""Configuration changes of a running engine: whole or not at all, and nothing fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvpilot_engine import protocol
+from kvpilot_engine.contract import metrics as names
+
+Prompt = Callable[[int, int], list[int]]
+Make = Callable[..., Any]
+
+
+def refused(answer: Any) -> tuple[str, str]:
+    assert isinstance(answer, protocol.Refused)
+    return answer.code, answer.message
+
+
+def test_what_is_refused_and_that_nothing_changes(make_engine: Make) -> None:
+    driver = make_engine(max_tokens=4096)
+    assert isinstance(driver.apply(generation=3, epoch=2, batchSize=4), protocol.Applied)
+    before = driver.engine.describe("d")
+    code, line = refused(driver.apply(generation=4, epoch=1, batchSize=5))
+    assert (code, line) == ("stale_epoch", "epoch: 1 is behind the engine's 2")
+    code, line = refused(driver.apply(generation=4, epoch=2, batchSize=5, dtype="float16"))
+    assert (code, line) == ("cold", "dtype: needs a restart, is 'float32', got 'float16'")
+    code, line = refused(driver.apply(generation=4, epoch=2, num_workers=3, batchSize=0))
+    assert code == "invalid"
+    assert line.startswith("batch_size: ")
+    assert line.endswith("got 0")
+    code, line = refused(driver.apply(generation=4, epoch=2, batch=5))
+    assert (code, line) == ("invalid", "batch: unknown field")
+    code, line = refused(driver.apply(generation=4, epoch=2, max_tokens=10_000_000))
+    assert code == "cold"
+    assert line == "max_tokens: at most 65536 without a restart, got 10000000"
+    assert driver.engine.describe("d") == before
+
+
+def test_the_same_change_twice_is_the_same_as_once(make_engine: Make) -> None:
+    driver = make_engine()
+    first = driver.apply(generation=7, epoch=1, batchSize=3, cache_strategy="lfu")
+    described = driver.engine.describe("d")
+    second = driver.apply(generation=7, epoch=1, batchSize=3, cache_strategy="lfu")
+    assert first.changed == ["batchSize", "cacheStrategy"]
+    assert second.changed == []
+    assert driver.engine.describe("d") == described
+    assert (described.generation, described.epoch) == (7, 1)
+    assert described.config["batchSize"] == 3
+
+
+def test_a_cold_field_at_its_own_value_is_no_change(make_engine: Make) -> None:
+    driver = make_engine()
+    answer = driver.apply(dtype="float32", batch_size=2)
+    assert isinstance(answer, protocol.Applied)
+    assert answer.changed == ["batchSize"]
+
+
+def test_lowered_workers_and_rows_let_running_requests_finish(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(num_workers=8, batch_size=6)
+    for i in range(10):
+        driver.submit(str(i), prompt(30, i), 12)
+    for _ in range(3):
+        driver.step()
+    answer = driver.apply(num_workers=1, batch_size=1)
+    assert answer.converging
+    while driver.engine.describe("d").converging:
+        driver.step()
+    assert len(driver.finished) >= 6
+    before = driver.engine.meter.rows_sum
+    while driver.engine.has_work:
+        driver.step()
+        rows, before = driver.engine.meter.rows_sum - before, driver.engine.meter.rows_sum
+        assert rows <= 1
+        assert driver.gauge(names.REQUESTS_RUNNING) <= 1
+    assert {end.reason for end in driver.finished.values()} == {"length"}
+
+
+def test_raised_workers_and_rows_take_effect_at_the_next_step(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(num_workers=1, batch_size=1)
+    for i in range(6):
+        driver.submit(str(i), prompt(10, i), 20)
+    driver.step()
+    driver.apply(num_workers=6, batch_size=6)
+    driver.step()
+    before = driver.engine.meter.rows_sum
+    driver.step()
+    assert driver.engine.meter.rows_sum - before == 6
+    driver.run()
+
+
+def test_a_shrink_below_what_was_accepted_fails_nobody(make_engine: Make, prompt: Prompt) -> None:
+    """Accepted under 4,096, the requests need 700 tokens each; the quota falls to 256 meanwhile."""
+    driver = make_engine(max_tokens=4096, num_workers=3, batch_size=3)
+    for i in range(5):
+        driver.submit(str(i), prompt(600, i), 100)
+    for _ in range(4):
+        driver.step()
+    answer = driver.apply(max_tokens=256)
+    assert answer.converging
+    driver.submit("late", prompt(600, 9), 100)
+    driver.run()
+    assert driver.finished.pop("late").message.endswith("the cache holds 256 (max_tokens)")
+    assert {end.reason for end in driver.finished.values()} == {"length"}
+    assert all(len(ids) == 100 for ids in driver.tokens.values())
+    assert not driver.engine.describe("d").converging
+    assert driver.gauge(f"{names.CACHED_PAGES}{{tier=pool}}") <= 16
+
+
+def test_a_change_of_policy_and_codec_loses_no_page(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=4096, host_memory_mb=32)
+    driver.ask("a", prompt(500, 0), 1)
+    for generation, change in enumerate(
+        (
+            {"cache_strategy": "lfu"},
+            {"cache_strategy": "fifo"},
+            {"compression_ratio": 0.52},
+            {"prefetch_size": 0},
+        )
+    ):
+        answer = driver.apply(generation=generation, **change)
+        assert (answer.blocks_kept, answer.blocks_lost) == (4, 0)
+    assert driver.ask("b", prompt(500, 0), 1).cached_tokens == 496
