@@ -92,7 +92,7 @@ def refused(error: ManifestError) -> Condition:
 def conditions_of(
     snapshot: Snapshot, spec: DeploymentSpec, policy: Policy, observation: Observation, decision: Decision
 ) -> list[Condition]:
-    """All conditions but those that go on as they are."""
+    """All conditions; RolledBack only with a new verdict, else it goes on as it is."""
     found = [
         _ready(snapshot, spec),
         _progressing(snapshot, observation),
@@ -204,6 +204,10 @@ def _engine_stalled(decision: Decision) -> Condition:
     if decision.stalled:
         return Condition("EngineStalled", "True", "NoCompletions", decision.stalled)
     return Condition("EngineStalled", "False", "Completing", "Engines complete what arrives.")
+
+
+NOTHING_JUDGED = Condition("RolledBack", "False", "NothingJudged", "No change has been judged yet.")
+"""Where RolledBack starts."""
 
 
 def _rolled_back(decision: Decision) -> list[Condition]:

@@ -13,7 +13,14 @@ from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_operator.ports import Snapshot
 from kvpilot_operator.spec import status_model as model
-from kvpilot_operator.spec.conditions import Condition, conditions_of, dated, refused, same_but_for_figures
+from kvpilot_operator.spec.conditions import (
+    NOTHING_JUDGED,
+    Condition,
+    conditions_of,
+    dated,
+    refused,
+    same_but_for_figures,
+)
 from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.memory import overlay_status, state_from_status, tuning_status
 from kvpilot_operator.spec.models import KVCacheDeployment
@@ -53,8 +60,11 @@ def status_of(  # noqa: PLR0917 - all that a look knows, in the order in which i
         decisions=_decisions(decision.records, before),
         overrides=snapshot.overrides,
     )
+    known = before.get("conditions", ())
     told = conditions_of(snapshot, resource.spec, policy, observation, decision)
-    return _written(status, dated(told, before.get("conditions", ()), generation, observation.at))
+    if not any(item["type"] == NOTHING_JUDGED.type for item in known):
+        told.insert(0, NOTHING_JUDGED)
+    return _written(status, dated(told, known, generation, observation.at))
 
 
 def invalid_status(snapshot: Snapshot, error: ManifestError, now: float) -> dict[str, Any]:

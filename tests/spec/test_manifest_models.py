@@ -1,0 +1,205 @@
+"""A wrong manifest gets one clear line per fault: where, what, and what is allowed."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvpilot_operator.spec import KVCacheDeployment, KVCacheOverride, ManifestError, load_manifest
+
+SAMPLE: dict[str, Any] = {
+    "apiVersion": "kvpilot.io/v1alpha1",
+    "kind": "KVCacheDeployment",
+    "metadata": {"name": "chat", "namespace": "team-a", "labels": {"team": "a"}},
+    "spec": {
+        "profile": "production",
+        "objectives": {"latency": {"p50Ms": 100, "p95Ms": 500}, "hitRate": "70%"},
+        "engine": {"config": {"maxTokens": 16384, "cacheStrategy": "adaptive", "compressionRatio": 0.5}},
+        "tuning": {"knobs": [{"name": "numWorkers", "min": 2, "max": 32}]},
+        "scaling": {"min": 2, "max": 10},
+    },
+}
+
+
+def changed(path: str, value: Any) -> str:
+    """The sample as YAML with one field replaced (dotted path); None removes it."""
+    document = yaml.safe_load(yaml.safe_dump(SAMPLE))
+    *parents, last = path.split(".")
+    place = document
+    for part in parents:
+        place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return yaml.safe_dump(document)
+
+
+def test_a_manifest_becomes_the_model_without_warnings() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resource = load_manifest(yaml.safe_dump(SAMPLE))
+    assert (resource.metadata.name, resource.metadata.namespace) == ("chat", "team-a")
+    assert resource.spec.engine.config.max_tokens == 16384
+    assert resource.spec.engine.config.model_fields_set == {
+        "max_tokens",
+        "cache_strategy",
+        "compression_ratio",
+    }
+    assert (resource.spec.tuning.mode, resource.spec.tuning.pace) == ("Auto", "Standard")
+    assert resource.spec.engine.model.source == "builtin/tiny-llama"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        (
+            "spec.objectives.latency.p50Ms",
+            110,
+            "spec.objectives.latency.p50Ms: must be one of the published edges 50, 100, 150, 200, 250, 300, "
+            "400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000 ms, got 110",
+        ),
+        (
+            "spec.objectives.latency.p95Ms",
+            50,
+            "spec.objectives.latency: p50Ms <= p95Ms <= p99Ms is required, got [100, 50] ms",
+        ),
+        (
+            "spec.objectives.hitRate",
+            "0.7",
+            'spec.objectives.hitRate: must be a percentage from "0%" to "100%", written as a string, '
+            "got '0.7'",
+        ),
+        ("spec.objectives.hitRatio", "70%", "spec.objectives.hitRatio: unknown field; did you mean hitRate?"),
+        (
+            "spec.engine.config.max_tokens",
+            512,
+            "spec.engine.config: unknown field max_tokens; did you mean maxTokens?",
+        ),
+        (
+            "spec.engine.config.maxTokens",
+            10,
+            "spec.engine.config.maxTokens: Input should be greater than or equal to 128, got 10",
+        ),
+        (
+            "spec.tuning.mode",
+            False,
+            'spec.tuning.mode: must be "Off", "Recommend" or "Auto"; YAML reads a bare Off as false, so '
+            "quote it, got False",
+        ),
+        (
+            "spec.tuning.mode",
+            "Approve",
+            "spec.tuning.mode: Input should be 'Off', 'Recommend' or 'Auto', got 'Approve'",
+        ),
+        (
+            "spec.tuning.knobs.0.min",
+            64,
+            "spec.tuning.knobs.0: min <= max is required, got min=64, max=32",
+        ),
+        (
+            "spec.tuning.knobs.0.max",
+            1000,
+            "spec.tuning.knobs.0: max of numWorkers must be 1 to 128, got 1000",
+        ),
+        (
+            "spec.tuning.knobs.0.name",
+            "cacheStrategy",
+            "spec.tuning.knobs.0: cacheStrategy has no order, so min and max are not allowed",
+        ),
+        ("spec.scaling.min", 11, "spec.scaling: min <= max is required, got min=11, max=10"),
+        ("spec.scaling", None, "spec: exactly one of scaling and replicas is required"),
+        ("spec.replicas", 3, "spec: exactly one of scaling and replicas is required"),
+        ("spec.storage", {}, None),
+        ("metadata.name", "9chat", None),
+        (
+            "spec.rollout",
+            {"maxSurge": 0, "maxUnavailable": 0},
+            "spec.rollout: maxSurge and maxUnavailable must not both be 0: no rollout could ever move",
+        ),
+        ("spec.template.spec", {"containers": [{"image": "x"}]}, None),
+        ("kind", "Deployment", "kind: must be KVCacheDeployment, got 'Deployment'"),
+        ("apiVersion", "kvpilot.io/v1", "apiVersion: must be kvpilot.io/v1alpha1, got 'kvpilot.io/v1'"),
+    ],
+)
+def test_a_fault_is_one_line(path: str, value: Any, line: str | None) -> None:
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(changed(path, value))
+    assert len(caught.value.lines) == 1
+    if line is None:
+        assert caught.value.lines[0].startswith(path.removesuffix(".spec"))
+    else:
+        assert caught.value.lines[0] == line
+
+
+def test_an_unknown_knob_names_the_knobs() -> None:
+    with pytest.raises(
+        ManifestError, match=r"spec\.tuning\.knobs\.0\.name: must be one of the knobs numWorkers"
+    ):
+        load_manifest(changed("spec.tuning.knobs.0.name", "workers"))
+
+
+def test_every_fault_is_told_at_once() -> None:
+    text = changed("spec.scaling.min", 0).replace("p50Ms: 100", "p50Ms: 101")
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(text)
+    assert [line.split(":")[0] for line in caught.value.lines] == [
+        "spec.objectives.latency.p50Ms",
+        "spec.scaling.min",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "no document; exactly one KVCacheDeployment is expected"),
+        ("a: 1\n---\nb: 2\n", "2 documents; exactly one KVCacheDeployment is expected"),
+        ("- a\n", "a mapping is expected, got list"),
+        ("a: [1\n", "not valid YAML: line 2, column 1: "),
+        ("a: 1\na: 2\n", "not valid YAML: line 2, column 1: 'a' is given twice"),
+    ],
+)
+def test_text_that_is_no_manifest(text: str, line: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        load_manifest(text)
+    assert caught.value.lines[0].startswith(line)
+
+
+def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    with pytest.raises(ManifestError, match=r"none\.yaml: cannot be read: No such file"):
+        load_manifest(missing)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ManifestError, match="not UTF-8 text"):
+        load_manifest(binary)
+
+
+def override(**spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "kvpilot.io/v1alpha1",
+        "kind": "KVCacheOverride",
+        "metadata": {"generateName": "chat-pause-"},
+        "spec": {"target": "chat", "expiresAt": "2026-11-22T12:00:00Z", **spec},
+    }
+
+
+def test_an_override_asks_for_exactly_one_thing() -> None:
+    assert KVCacheOverride.parse(override(pause={})).spec.pause is not None
+    assert KVCacheOverride.parse(override(boost={"minReplicas": 3})).spec.boost.min_replicas == 3  # type: ignore[union-attr]
+    for spec in ({}, {"pause": {}, "boost": {"minReplicas": 3}}):
+        with pytest.raises(ManifestError, match="spec: exactly one of pause and boost is required"):
+            KVCacheOverride.parse(override(**spec))
+    with pytest.raises(ManifestError, match=r"spec\.expiresAt: Input should have timezone info"):
+        KVCacheOverride.parse(override(pause={}, expiresAt="2026-11-22T12:00:00"))
+
+
+def test_status_and_foreign_metadata_pass_through() -> None:
+    document = {**SAMPLE, "status": {"anything": 1}}
+    resource = KVCacheDeployment.parse(document)
+    assert resource.status == {"anything": 1}
+    assert resource.metadata.generation == 0
