@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from scripts.cluster import __main__ as command
-from scripts.cluster import build, control_plane, monitoring, node, packages, process, state
+from scripts.cluster import build, control_plane, kind, monitoring, node, packages, process, state
 from scripts.cluster.archive import write_archive
 from scripts.cluster.console import ClusterError, MissingPackagesError
 from scripts.cluster.layout import Layout
@@ -92,6 +92,11 @@ def test_the_engine_environment_holds_this_interpreter():
     assert environment.python == sys.executable
     assert any(Path(mount) in Path(environment.python).parents for mount in environment.mounts)
     assert any(Path(mount) in Path(environment.python).resolve().parents for mount in environment.mounts)
+
+
+def test_a_kind_node_sees_the_engine_environment_read_only():
+    (node_config,) = json.loads(kind.kind_config(["/repo"]))["nodes"]
+    assert node_config["extraMounts"] == [{"hostPath": "/repo", "containerPath": "/repo", "readOnly": True}]
 
 
 def test_system_packages_are_not_installed_unasked(monkeypatch: pytest.MonkeyPatch):
