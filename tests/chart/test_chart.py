@@ -1,0 +1,229 @@
+"""The chart: what it gives, what it refuses, and what it may do."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scripts.manifests import CHART, REPO, find_helm, kept_keys, main
+
+# Helm and promtool come with `make cluster-up`, so these run after it.
+pytestmark = pytest.mark.e2e
+
+Render = Callable[..., list[dict[str, Any]]]
+Template = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def of_kind(items: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
+    found = [i for i in items if i["kind"] == kind and (not name or i["metadata"]["name"] == name)]
+    assert len(found) == 1, f"{len(found)} {kind} {name}"
+    return found[0]
+
+
+def container(items: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = of_kind(items, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    return found
+
+
+def test_it_lints(helm: str) -> None:
+    done = subprocess.run(
+        [helm, "lint", "--strict", str(CHART)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_operator_that_is_gone_before_the_next_one_starts(render: Render) -> None:
+    items = render()
+    workload = of_kind(items, "Deployment")["spec"]
+    assert (workload["replicas"], workload["strategy"]) == (1, {"type": "Recreate"})
+    operator = container(items)
+    assert operator["image"] == "ghcr.io/kvpilot/operator:0.1.0"
+    env = {item["name"]: item.get("value") for item in operator["env"]}
+    assert env["KVPILOT_SOURCES_FILE"] == "/etc/kvpilot/sources.yaml"
+    assert env["KVPILOT_OPERATOR_KEY_FILE"] == "/etc/kvpilot-keys/operator-key"
+    assert env["KVPILOT_ALERTS_TOKEN_FILE"] == "/etc/kvpilot-keys/alerts-token"
+    assert (env["KVPILOT_NAMESPACES"], env["KVPILOT_PACE_SCALE"]) == ("", "1")
+    assert env["USER"], "Kopf asks for the name of the user"
+    assert operator["args"] == ["--metrics-port", "8080", "--alerts-port", "8081"]
+
+
+def test_it_runs_under_the_restricted_standard(render: Render) -> None:
+    items = render()
+    pod = of_kind(items, "Deployment")["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container(items)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_it_may_write_secrets_and_never_read_them(render: Render) -> None:
+    rules = of_kind(render(), "ClusterRole", "kvpilot")["rules"]
+    verbs = {
+        (group, item): set(rule["verbs"])
+        for rule in rules
+        for group in rule["apiGroups"]
+        for item in rule["resources"]
+    }
+    assert verbs["", "secrets"] == {"create", "patch"}
+    assert verbs["kvpilot.io", "kvcachedeployments"] == {"get", "list", "watch"}
+    assert verbs["", "pods"] == {"get", "list", "watch"}
+    assert not [key for key, allowed in verbs.items() if "*" in allowed or "*" in key]
+    assert not [key for key, allowed in verbs.items() if "delete" in allowed and key[1] != "kvcacheoverrides"]
+
+
+def test_with_namespaces_there_is_a_role_in_each_and_no_cluster_role(render: Render) -> None:
+    items = render("watchNamespaces={team-a,team-b}", "rbac.aggregate=false")
+    assert {i["metadata"]["namespace"] for i in items if i["kind"] == "Role"} == {"team-a", "team-b"}
+    assert not [i for i in items if i["kind"].startswith("ClusterRole")]
+    env = {item["name"]: item.get("value") for item in container(items)["env"]}
+    assert env["KVPILOT_NAMESPACES"] == "team-a,team-b"
+
+
+def test_overrides_are_granted_to_nobody_by_aggregation(render: Render) -> None:
+    edit = of_kind(render(), "ClusterRole", "kvpilot-edit")
+    assert "kvcacheoverrides" not in {item for rule in edit["rules"] for item in rule["resources"]}
+
+
+def test_definitions_are_installed_kept_or_left_out(render: Render) -> None:
+    items = render()
+    definition = of_kind(items, "CustomResourceDefinition", "kvcachedeployments.kvpilot.io")
+    plain = yaml.safe_load((REPO / "crds" / "kvcachedeployments.yaml").read_text())
+    assert definition["spec"] == plain["spec"]
+    assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    items = render("crds.keep=false")
+    assert (
+        "annotations"
+        not in of_kind(items, "CustomResourceDefinition", "kvcacheoverrides.kvpilot.io")["metadata"]
+    )
+    assert not [i for i in render("crds.install=false") if i["kind"] == "CustomResourceDefinition"]
+
+
+def test_sources_are_what_the_operator_reads(render: Render) -> None:
+    data = of_kind(
+        render("sources.eu.url=https://p.example.com", "sources.eu.scrapeInterval=5s"), "ConfigMap"
+    )
+    sources = yaml.safe_load(data["data"]["sources.yaml"])["sources"]
+    assert sources["eu"] == {"url": "https://p.example.com", "scrapeInterval": "5s"}
+    assert sources["default"]["url"].startswith("http://")
+
+
+def test_keys_are_generated_given_or_left_to_a_secret_of_yours(render: Render) -> None:
+    keys = of_kind(render(), "Secret")["data"]
+    assert len(base64.b64decode(keys["operator-key"])) >= 32
+    assert keys["operator-key"] != of_kind(render(), "Secret")["data"]["operator-key"]
+    given = of_kind(render(f"secret.alertsToken={'t' * 20}"), "Secret")["data"]
+    assert base64.b64decode(given["alerts-token"]) == b"t" * 20
+    items = render("secret.existingSecret=mine")
+    assert not [i for i in items if i["kind"] == "Secret"]
+    volumes = of_kind(items, "Deployment")["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "keys", "secret": {"secretName": "mine"}} in volumes
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("foo=1", "additional properties 'foo' not allowed"),
+        ("image.tagg=1", "additional properties 'tagg' not allowed"),
+        ("podMonitor.enable=true", "additional properties 'enable' not allowed"),
+        ("sources.eu.urll=x", "additional properties 'urll' not allowed"),
+        ("sources.default.url=prometheus:9090", "does not match pattern"),
+        ("paceScale=fast", "paceScale"),
+        ("service.metricsPort=0", "minimum"),
+        ("secret.operatorKey=short", "does not match pattern"),
+    ],
+)
+def test_unknown_keys_and_bad_values_are_refused(template: Template, value: str, told: str) -> None:
+    done = template(value)
+    assert done.returncode != 0
+    assert told in done.stderr
+
+
+def test_every_object_of_the_schema_is_closed_or_open_on_purpose() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    assert set(schema["properties"]) - {"global"} == set(values), "each value has a schema and a default"
+    open_ones = [
+        name
+        for name, node in schema["properties"].items()
+        if node.get("type") == "object" and "additionalProperties" not in node
+    ]
+    assert open_ones == ["global", "affinity", "podSecurityContext", "securityContext"]
+
+
+def test_monitors_put_on_the_labels_that_the_operator_asks_for(render: Render) -> None:
+    assert not [i for i in render() if i["kind"] in {"PodMonitor", "PrometheusRule"}]
+    items = render("podMonitor.enabled=true", "podMonitor.interval=5s", "podMonitor.additionalLabels.team=a")
+    engines = of_kind(items, "PodMonitor", "kvpilot-engines")
+    assert engines["metadata"]["labels"]["team"] == "a"
+    (endpoint,) = engines["spec"]["podMetricsEndpoints"]
+    assert (endpoint["port"], endpoint["interval"]) == ("http", "5s")
+    assert {r["targetLabel"] for r in endpoint["relabelings"]} == {"pod_uid", "kvpilot_name", "component"}
+    assert engines["spec"]["namespaceSelector"] == {"any": True}
+
+
+def test_every_alert_has_a_runbook_that_is_there(render: Render) -> None:
+    rule = of_kind(render("prometheusRule.enabled=true"), "PrometheusRule")
+    alerts = [item for group in rule["spec"]["groups"] for item in group["rules"]]
+    assert {item["alert"] for item in alerts} >= {
+        "SystemDown",
+        "CriticalLatency",
+        "HighErrorRate",
+        "LowCacheHitRate",
+        "HighMemoryUsage",
+        "LowThroughput",
+        "HighLoadRequiresScaling",
+        "LowUtilizationScaleDown",
+    }
+    runbook = (REPO / "docs" / "runbooks" / "alerts.md").read_text()
+    for item in alerts:
+        url, _, anchor = item["annotations"]["runbook_url"].partition("#")
+        assert url.endswith("docs/runbooks/alerts.md")
+        assert anchor == item["alert"].lower()
+        assert f"\n## {item['alert']}\n" in runbook
+
+
+def test_prometheus_takes_the_rules() -> None:
+    helm = find_helm()
+    beside = sorted(Path(helm).parents[1].glob("prometheus-*/promtool")) if helm else []
+    promtool = shutil.which("promtool") or (str(beside[-1]) if beside else None)
+    if promtool is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("no promtool: `make cluster-up` builds it")
+        pytest.skip("no promtool: `make cluster-up` builds it")
+    tests = Path(__file__).parent / "alerts_test.yaml"
+    for command in (["check", "rules", str(CHART / "files" / "alerts.yaml")], ["test", "rules", str(tests)]):
+        done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_one_file_for_kubectl_keeps_its_keys(helm: str, tmp_path: Path) -> None:
+    file = tmp_path / "dist" / "install.yaml"
+    assert main(["--output", str(file), "--namespace", "ops"]) == 0
+    first = [item for item in yaml.safe_load_all(file.read_text()) if item]
+    assert first[0] == {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "ops"}}
+    assert not [i for i in first if "helm.sh/hook" in (i["metadata"].get("annotations") or {})]
+    assert file.stat().st_mode & 0o077 == 0, "it holds keys"
+    assert main(["--output", str(file), "--namespace", "ops", "--set", "image.tag=next"]) == 0
+    second = [item for item in yaml.safe_load_all(file.read_text()) if item]
+    assert of_kind(second, "Secret")["data"] == of_kind(first, "Secret")["data"]
+    assert container(second)["image"].endswith(":next")
+    assert kept_keys(tmp_path / "none.yaml") == []
+
+
+def test_a_bad_value_of_the_one_file_is_exit_2(
+    helm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output", str(tmp_path / "x.yaml"), "--set", "foo=1"]) == 2
+    assert "additional properties 'foo' not allowed" in capsys.readouterr().err
+    assert not (tmp_path / "x.yaml").exists()
