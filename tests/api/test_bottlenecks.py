@@ -11,6 +11,8 @@ from kvpilot_engine import KVCacheConfig, KVCacheEngine, PerformanceAnalyzer
 from kvpilot_engine.analyzer import Targets
 from kvpilot_engine.contract.metrics import Stage
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 
 class Recorded:
     """An engine as it was measured."""

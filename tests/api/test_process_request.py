@@ -18,6 +18,8 @@ from kvpilot_engine.errors import (
     StartError,
 )
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 
 async def test_result_says_what_was_done(engine: KVCacheEngine) -> None:
     request = {

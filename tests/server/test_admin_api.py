@@ -11,6 +11,8 @@ import pytest
 
 from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
 def test_without_the_token_nothing_is_told_or_changed(served: Any, header: dict[str, str]) -> None:

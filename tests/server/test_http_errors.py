@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 CHAT = [{"role": "user", "content": "hi"}]
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from kvpilot_engine.contract import metrics as names
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 MODEL = "builtin/tiny-llama"
 
 

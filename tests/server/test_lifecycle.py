@@ -17,6 +17,8 @@ import openai
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 MODEL = "builtin/tiny-llama"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import openai
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
 MODEL = "builtin/tiny-llama"
 
 
