@@ -73,13 +73,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Model:
-    """What the simulated device costs. ``tax`` adds to a step for a configuration that does harm."""
+    """What the simulated device and cache cost, by configuration.
+
+    ``tax``: s added to a step; ``tier_s``: s of tier load per request, ``decoding`` of it in the codec;
+    ``prefetched``: blocks used and wasted per request; ``hits``: share of the prompt tokens.
+    """
 
     step_s: Callable[[int], float] = lambda rows: 0.004 + 0.0002 * rows
     tokens: int = 16
     marginal_gain: Callable[[int], float] = lambda rows: 0.9 if rows < 16 else 0.05
     tax: Callable[[Mapping[str, Any]], float] = lambda config: 0.0
     memory: Callable[[Mapping[str, Any]], float] = lambda config: 0.3
+    tier_s: Callable[[Mapping[str, Any]], float] = lambda config: 0.0
+    decoding: float = 0.0
+    prefetched: Callable[[Mapping[str, Any]], tuple[float, float]] = lambda config: (0.0, 0.0)
+    hits: Callable[[Mapping[str, Any]], float] = lambda config: 0.5
+    ceiling: float = 0.8
     queue: int = 256
     timeout: float = 60.0
 
@@ -87,11 +96,9 @@ class Model:
 class Engine:
     """One simulated engine. ``counters`` only grow; windows are differences of their history."""
 
-    def __init__(
-        self, uid: str, name: str, config: Mapping[str, Any], generation: int, model: Model, at: float
-    ):
+    def __init__(self, uid: str, name: str, promoted: Promoted, model: Model, at: float):
         self.uid, self.name, self.model = uid, name, model
-        self.config, self.generation, self.epoch = dict(config), generation, 0
+        self.config, self.generation, self.epoch = dict(promoted.config), promoted.generation, 0
         self.waiting: deque[Request] = deque()
         self.held: list[Request] = []
         self.counters: dict[str, float] = {}
@@ -148,7 +155,20 @@ class Engine:
             self.held = [request for request in self.held if request.left > 0]
 
     def _end(self, request: Request) -> None:
-        took = self.clock - request.at
+        loading = self.model.tier_s(self.config)
+        request.stages["tier_load"] = loading
+        took = self.clock - request.at + loading
+        used, wasted = self.model.prefetched(self.config)
+        for name, amount in (
+            ("decoding", loading * self.model.decoding),
+            ("used", used),
+            ("wasted", wasted),
+            ("query", 100.0),
+            ("hit", 100.0 * self.model.hits(self.config)),
+            ("ceiling", 100.0 * self.model.ceiling),
+            ("evicted", 1.0),
+        ):
+            self.add(name, amount)
         late = took > self.model.timeout
         self.add("outcome:timeout" if late else "outcome:ok", 1)
         for edge in EDGES_S:
@@ -170,7 +190,7 @@ class Engine:
         def named(prefix: str) -> dict[str, float]:
             return {k.removeprefix(prefix): v for k, v in increase.items() if k.startswith(prefix)}
 
-        within = {edge: 0.0 for edge in EDGES_S} | {float(k): v for k, v in named("within:").items()}
+        within = dict.fromkeys(EDGES_S, 0.0) | {float(k): v for k, v in named("within:").items()}
         return Counts(
             pod_seconds=max(last[0] - start[0], 1e-9),
             arrivals=increase.get("arrivals", 0.0),
@@ -178,9 +198,13 @@ class Engine:
             request_within=within,
             first_token_within=within,
             stage_seconds={stage.value: 0.0 for stage in Stage} | named("stage:"),
-            query_tokens=increase.get("arrivals", 0.0) * 100,
-            hit_tokens=increase.get("arrivals", 0.0) * 50,
-            ceiling_tokens=increase.get("arrivals", 0.0) * 80,
+            query_tokens=increase.get("query", 0.0),
+            hit_tokens=increase.get("hit", 0.0),
+            ceiling_tokens=increase.get("ceiling", 0.0),
+            evicted_pages=increase.get("evicted", 0.0),
+            prefetch_used=increase.get("used", 0.0),
+            prefetch_wasted=increase.get("wasted", 0.0),
+            decode_seconds=increase.get("decoding", 0.0),
             busy_seconds=increase.get("busy", 0.0),
             steps=increase.get("steps", 0.0),
             step_rows=increase.get("rows", 0.0),
@@ -259,14 +283,7 @@ class Simulation:
         while len(self.engines) > self.replicas:
             self.engines.pop()
         while len(self.engines) < min(self.replicas, self.schedulable):
-            engine = Engine(
-                f"u{self.made}",
-                f"chat-{self.made}",
-                self.promoted.config,
-                self.promoted.generation,
-                self.model,
-                self.now,
-            )
+            engine = Engine(f"u{self.made}", f"chat-{self.made}", self.promoted, self.model, self.now)
             engine.ready_at = ready_at
             engine.born = engine.clock = ready_at
             engine.history = deque([(ready_at, {})])

@@ -14,7 +14,7 @@ from kvpilot_operator.tuning.decision import Outcome, WriteConfig
 from kvpilot_operator.tuning.evidence import arm
 from kvpilot_operator.tuning.guards import DAY, MOST_BARRED, MOST_REVERSALS
 from kvpilot_operator.tuning.look import Draft, Look, Plan, Proposal, told_changes
-from kvpilot_operator.tuning.objectives import rates
+from kvpilot_operator.tuning.objectives import backlog_gone, enough, rates
 from kvpilot_operator.tuning.observation import Pod
 from kvpilot_operator.tuning.state import Barred, Change, Measure, Phase, Reversal, TuningState
 from kvpilot_operator.tuning.verdict import EXPOSURE_LIMIT, Verdict, judge_change
@@ -28,16 +28,13 @@ SETTLE_LIMIT = 3
 PUSH_LIMIT = 4
 """Engines get so many settle times to take a configuration."""
 
-DRAINED = 1.0
-"""Requests that may still wait on the canary when its effect begins to be judged."""
-
 
 def start(look: Look, draft: Draft, proposal: Proposal, plan: Plan) -> Draft:
     """Begin an experiment on one pod; the state names everything that the coming looks need."""
     canary = min(look.ready, key=lambda pod: (pod.restarts, pod.name))
     controls = tuple(pod for pod in look.ready if pod.uid != canary.uid)
     state = draft.state
-    before = _before(look, canary) if not controls else ()
+    before = _before(look, canary, proposal.objective) if not controls else ()
     change = Change(
         id=draft.next_id,
         rule=proposal.rule,
@@ -140,7 +137,8 @@ def _settled(look: Look, draft: Draft, change: Change) -> Draft:
         return draft
     canary = next(pod for pod in look.ready if pod.uid == change.canary_uid)
     busy = canary.engine is None or canary.engine.converging
-    queued = canary.sample is None or not canary.sample.gauges.waiting <= DRAINED
+    workers = value(candidate(look.config, change.values), "numWorkers")
+    queued = canary.sample is None or not backlog_gone(canary.sample.gauges.waiting, 1, workers)
     if (busy or queued) and elapsed < SETTLE_LIMIT * settle:
         return draft
     return _enter(look, draft, change, Phase.VERIFY)
@@ -254,9 +252,17 @@ def _runs(look: Look, change: Change, pod: Pod) -> bool:
     )
 
 
-def _before(look: Look, pod: Pod) -> tuple[Measure, ...]:
-    measured = arm(look.observation, "long", frozenset({pod.uid}), look.policy.objectives)
-    return tuple(measured.measures.values())
+def _before(look: Look, pod: Pod, objective: str) -> tuple[Measure, ...]:
+    """What a change on the only replica is compared with: the breach as it was.
+
+    Only what it shall cure and the errors are tested for harm, as the load moves all else along.
+    """
+    wanted = look.policy.objectives
+    window = "short" if enough(look.short) else "long"
+    measured = arm(look.observation, window, frozenset({pod.uid}), wanted)
+    return tuple(
+        item for name, item in measured.measures.items() if name == objective or name not in wanted.latency
+    )
 
 
 def _tell(

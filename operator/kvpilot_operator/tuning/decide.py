@@ -17,6 +17,7 @@ from kvpilot_operator.tuning.configuration import (
     overlay_between,
     runs,
     to_push,
+    value,
 )
 from kvpilot_operator.tuning.decision import Decision, Objective, Push, WriteConfig
 from kvpilot_operator.tuning.diagnosis import diagnose
@@ -31,18 +32,21 @@ from kvpilot_operator.tuning.look import (
     told_changes,
     told_value,
 )
-from kvpilot_operator.tuning.objectives import ceiling, judge
+from kvpilot_operator.tuning.objectives import backlog_gone, ceiling, judge
 from kvpilot_operator.tuning.observation import Observation, Pod
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.rules import consider
-from kvpilot_operator.tuning.scaling import size
-from kvpilot_operator.tuning.state import Change, Hold, KnobChange, Phase, TuningState
+from kvpilot_operator.tuning.scaling import size, why_not_more
+from kvpilot_operator.tuning.state import Change, Hold, KnobChange, Phase, Told, TuningState
 
 MET_AGAIN = 3
 """Looks in a row with every latency objective met and no backlog that mean "met again"."""
 
 EMERGENCY_MEMORY = 0.95
 """Memory ratio at which the batch is cut at once."""
+
+INFEASIBLE = "infeasible"
+"""Key under which it is remembered that the infeasible target was told."""
 
 
 def decide(observation: Observation, state: TuningState, policy: Policy, now: float) -> Decision:
@@ -121,8 +125,16 @@ def forget(look: Look, draft: Draft) -> Draft:
     return draft.with_state(
         barred=tuple(item for item in state.barred if item.until > now),
         reversals=tuple(item for item in state.reversals if item.at > now - SIX_HOURS),
-        told=tuple(item for item in state.told if item.at > now - TOLD_COOLDOWNS * look.policy.pace.cooldown),
+        told=tuple(item for item in state.told if _still_told(item, look)),
     )
+
+
+def _still_told(item: Told, look: Look) -> bool:
+    """What cannot be cured is told once for as long as it stands; advice is repeated now and then."""
+    if item.key == INFEASIBLE:
+        hit_rate = next((one.state for one in look.objectives if one.name == "hitRate"), "Unknown")
+        return hit_rate in {"Infeasible", "Unknown"}
+    return item.at > look.now - TOLD_COOLDOWNS * look.policy.pace.cooldown
 
 
 def hold(look: Look, draft: Draft) -> Draft:
@@ -268,7 +280,7 @@ def _no_remedy(look: Look, draft: Draft, plan: Plan) -> Draft:
     """Tell why a breach is left alone."""
     if look.infeasible:
         draft = draft.told_once(
-            look, "infeasible", rule="cache-quota-up", outcome="Infeasible", summary=f"{look.infeasible}."
+            look, INFEASIBLE, rule="cache-quota-up", outcome="Infeasible", summary=f"{look.infeasible}."
         )
     if not any(item.state == "Breached" for item in look.objectives):
         return draft
@@ -276,11 +288,11 @@ def _no_remedy(look: Look, draft: Draft, plan: Plan) -> Draft:
         if item.reason == reasons.FLAP_BUDGET:
             draft = draft.held(look, reasons.FLAP_BUDGET, item.message)
     silent = {reasons.NOT_AT_FAULT, reasons.NOT_EFFECTIVE}
-    told = "; ".join(f"{item.rule}: {item.reason}" for item in plan.rejected if item.reason not in silent)
+    told = [f"{item.rule}: {item.reason}" for item in plan.rejected if item.reason not in silent]
+    told = [*told, why] if look.serving_badly and (why := why_not_more(look)) else told
     stage = look.diagnosis.stage or look.diagnosis.objective
-    return draft.held(
-        look, reasons.NO_REMEDY, f"no rule promises relief for {stage}" + (f" ({told})" if told else "")
-    )
+    more = f" ({'; '.join(told)})" if told else ""
+    return draft.held(look, reasons.NO_REMEDY, f"no rule promises relief for {stage}{more}")
 
 
 def converge(look: Look, draft: Draft) -> Draft:
@@ -337,7 +349,8 @@ def _met_ticks(look: Look, before: int) -> int:
     if len(measured) < len(latency) or not latency:
         return before
     held = all(short >= target for short, target in measured)
-    return min(MET_AGAIN, before + 1) if held and look.waiting <= len(look.ready) else 0
+    calm = backlog_gone(look.waiting, len(look.ready), value(look.config, "numWorkers"))
+    return min(MET_AGAIN, before + 1) if held and calm else 0
 
 
 BLOCKING = frozenset(

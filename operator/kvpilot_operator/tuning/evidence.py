@@ -109,11 +109,7 @@ def log_evidence(canary: Measure, control: Measure) -> float:
     t0 = canary.of / (canary.of + control.of)
     shift = log_beta_tail(t0, a + k, b + others) - log_beta_tail(t0, a, b)
     return (
-        _log_beta(a + k, b + others)
-        - _log_beta(a, b)
-        + shift
-        - k * math.log(t0)
-        - others * math.log(1 - t0)
+        _log_beta(a + k, b + others) - _log_beta(a, b) + shift - k * math.log(t0) - others * math.log(1 - t0)
     )
 
 

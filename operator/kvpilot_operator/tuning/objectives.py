@@ -59,10 +59,18 @@ def rates(observation: Observation, window: str) -> tuple[float, float]:
     return arrivals, completed
 
 
+def backlog_gone(waiting: float, engines: int, workers: int) -> bool:
+    """True when queues are what random arrivals leave: half of the worker slots, or one per engine."""
+    return waiting <= engines * max(1.0, workers / 2)
+
+
 def shortfall(objective: Objective) -> float:
-    """How far a breached objective is missed in the short window; attainments and ratios alike, 0 to 1."""
+    """How far a breached objective is missed in the short window, 0 to 1; a rate relative to its target."""
     measured = objective.measured_short
-    return 0.0 if measured is None else min(1.0, abs(objective.target - measured))
+    if measured is None:
+        return 0.0
+    unit = objective.target if objective.name == "throughput" else 1.0
+    return min(1.0, abs(objective.target - measured) / unit) if unit else 0.0
 
 
 def _judged(name: str, target: float, short: float | None, long: float | None, *, below: bool) -> Objective:

@@ -17,7 +17,6 @@ from kvpilot_operator.tuning.decision import Scale
 from kvpilot_operator.tuning.diagnosis import busy_share, occupancy
 from kvpilot_operator.tuning.look import Draft, Look, Plan
 from kvpilot_operator.tuning.objectives import rates
-from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.policy import Scaling
 from kvpilot_operator.tuning.state import ReplicaMark, Told
 
@@ -64,7 +63,7 @@ def size(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one 
 
 
 def needed_replicas(look: Look) -> int:
-    """Replicas that 1.15 times the present load needs; the higher one of both windows.
+    """Replicas that 1.15 times the load of the long window needs; the look-back remembers the peaks.
 
     Load per engine is the larger one of stepping time over wall time, and held worker slots over slots.
     """
@@ -72,11 +71,8 @@ def needed_replicas(look: Look) -> int:
         return 0
     workers: int = value(look.config, "numWorkers")
 
-    def load(counts: Counts) -> float:
-        return max(busy_share(counts), occupancy(counts) / workers)
-
-    worst = max(load(look.short), load(look.long))
-    return math.ceil(len(look.ready) * worst * GROWTH_MARGIN / UTILISATION - 1e-9)
+    load = max(busy_share(look.long), occupancy(look.long) / workers)
+    return math.ceil(len(look.ready) * load * GROWTH_MARGIN / UTILISATION - 1e-9)
 
 
 def _floor(look: Look, scaling: Scaling) -> int:
@@ -96,6 +92,20 @@ def _raised(look: Look, draft: Draft, scaling: Scaling, floor: int) -> Draft:
         names = ", ".join(sorted(b.name for b in look.observation.boosts if b.min_replicas > scaling.minimum))
         return _out(look, draft, floor, "boost", f"override {names} asks for at least {floor}")
     return _out(look, draft, floor, "replicas-bounds", f"the minimum is {floor}")
+
+
+def why_not_more(look: Look) -> str:
+    """Why a breach that only capacity cures gets none; "" where that is not the reason."""
+    scaling = look.policy.scaling
+    if scaling is None:
+        return "replicas are chosen by somebody else"
+    if look.observation.replicas >= scaling.maximum:
+        return f"replicas-up: {reasons.AT_BOUND}, the maximum is {scaling.maximum}"
+    if scaling.direction == "InOnly":
+        return "replicas-up: the direction is InOnly"
+    if len(look.ready) < look.observation.replicas:
+        return "replicas-up: pods that were asked for are not ready yet"
+    return ""
 
 
 def _wanted_up(look: Look, draft: Draft, plan: Plan, scaling: Scaling) -> tuple[int, str, str] | None:
@@ -150,15 +160,15 @@ def _down(look: Look, draft: Draft, scaling: Scaling, floor: int) -> Draft:
     if draft.state.change is not None or pending:
         return _without_marks(draft)
     draft = _marked(look, draft, needed)
+    marks, idle = draft.state.scale_down, look.policy.pace.idle
     if look.now < draft.state.cooldown_until:
         return draft
     if floor == scaling.minimum and scaling.minimum < asked <= draft.state.boosted:
         why = f"the boost has expired, and {needed} would do for 1.15 times the load"
         return _scaled(look, draft, asked - 1, "boost-decay", why)
-    marks, idle = draft.state.scale_down, look.policy.pace.idle
-    if look.now - marks[0].at < idle or max(mark.replicas for mark in marks) >= asked:
-        return draft
     most = max(mark.replicas for mark in marks)
+    if look.now - marks[0].at < idle or most >= asked:
+        return draft
     why = f"{most} would have done for 1.15 times the load during the last {idle:g} s"
     return _scaled(look, draft, asked - 1, "replicas-down", why)
 
@@ -166,9 +176,12 @@ def _down(look: Look, draft: Draft, scaling: Scaling, floor: int) -> Draft:
 def _marked(look: Look, draft: Draft, needed: int) -> Draft:
     """Remember the need, seldom enough that the status is not rewritten at every look.
 
-    A gap in the marks starts the look-back again: what nobody saw was not idle.
+    A gap in the marks starts the look-back again: what nobody saw was not idle. The newest mark that is older
+    than the look-back stays, as it proves the beginning.
     """
     marks, idle = draft.state.scale_down, look.policy.pace.idle
+    while len(marks) > 1 and marks[1].at <= look.now - idle:
+        marks = marks[1:]
     if not marks or look.now - marks[-1].at > max(idle / GAP_PARTS, 2 * look.policy.pace.tick):
         return draft.with_state(scale_down=(ReplicaMark(look.now, needed),))
     last = marks[-1]
@@ -176,7 +189,7 @@ def _marked(look: Look, draft: Draft, needed: int) -> Draft:
         marks = (*marks[:-1], replace(last, replicas=needed))
     elif look.now - last.at >= idle / REPEAT_PARTS:
         marks = (*marks, ReplicaMark(look.now, needed))
-    return draft.with_state(scale_down=(marks[0], *marks[1:][-(MOST_MARKS - 1) :]))
+    return draft.with_state(scale_down=marks[-MOST_MARKS:])
 
 
 def _without_marks(draft: Draft) -> Draft:

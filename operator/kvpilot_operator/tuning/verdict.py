@@ -156,7 +156,7 @@ def told_effect(objective: str, canary: Arm, control: Arm, wanted: Objectives) -
         now, before = canary.share(WASTE), control.share(WASTE)
         if now is None or before is None:
             return "wasted blocks could not be compared"
-        return f"wasted blocks per request {_verb(before, now)} from {before:.2f} to {now:.2f}"
+        return f"wasted blocks per request {_from_to(f'{before:.2f}', f'{now:.2f}', rose=now > before)}"
     return f"{_moved('errors', canary, control, 'errors')}, {_seconds(canary, control)}"
 
 
@@ -166,15 +166,16 @@ def _moved(name: str, canary: Arm, control: Arm, measure: str, *, good: bool = F
         return f"{name} could not be compared"
     if good:
         now, before = 1 - now, 1 - before
-    return f"{name} {_verb(before, now)} from {before:.0%} to {now:.0%}"
+    return f"{name} {_from_to(f'{before:.0%}', f'{now:.0%}', rose=now > before)}"
 
 
 def _seconds(canary: Arm, control: Arm) -> str:
     now, before = canary.share(SECONDS), control.share(SECONDS)
     if now is None or before is None:
         return "mean time unknown"
-    return f"mean time {_verb(before, now)} from {before:.2f} s to {now:.2f} s"
+    return f"mean time {_from_to(f'{before:.2f} s', f'{now:.2f} s', rose=now > before)}"
 
 
-def _verb(before: float, now: float) -> str:
-    return "rose" if now > before else "fell" if now < before else "stayed"
+def _from_to(before: str, now: str, *, rose: bool) -> str:
+    """``rose from 41% to 99%``; what people read alike stayed."""
+    return f"stayed at {now}" if before == now else f"{'rose' if rose else 'fell'} from {before} to {now}"
