@@ -106,3 +106,12 @@ def test_base_holds_what_was_given_and_nothing_else() -> None:
     assert dumped == {"cacheStrategy": "adaptive", "numWorkers": 8, "enableWarmup": True}
     assert [notice.field for notice in not_yet_effective(given)] == ["cacheStrategy", "enableWarmup"]
     assert not_yet_effective(spec()) == []
+
+
+def test_a_disabled_rule_must_be_one() -> None:
+    policy = policy_of(spec(tuning={"disabledRules": ["batch-up", "replicas-down"]}))
+    assert policy.disabled_rules == {"batch-up", "replicas-down"}
+    with pytest.raises(
+        ManifestError, match=r"spec\.tuning\.disabledRules: 'batch' is no rule; allowed: memory-re"
+    ):
+        policy_of(spec(tuning={"disabledRules": ["batch"]}))

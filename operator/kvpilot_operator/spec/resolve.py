@@ -13,9 +13,13 @@ from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.fields import ratio_of
 from kvpilot_operator.tuning.pace import PACES
 from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling
+from kvpilot_operator.tuning.rules import BESIDE_RULES, RULES
 
 ATTAINMENT: Mapping[str, float] = MappingProxyType({"p50": 0.5, "p95": 0.95, "p99": 0.99})
 """Share of the judged requests that must be within the edge of each latency objective."""
+
+RULE_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *(name for name, _ in BESIDE_RULES))
+"""What ``disabledRules`` may name."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,11 @@ def policy_of(spec: models.DeploymentSpec, pace_scale: float = 1.0) -> Policy:
     """Everything that ``decide`` must obey. ``pace_scale`` multiplies every duration but the scrape interval.
 
     Raises:
-        ManifestError: the objectives contradict each other once the profile's are filled in.
+        ManifestError: the objectives contradict each other once the profile's are filled in, a bound lies
+            beyond the catalogue's other one, or a disabled rule does not exist.
     """
     tuning = spec.tuning
+    _known_rules(tuning.disabled_rules)
     return Policy(
         objectives=objectives_of(spec),
         mode=tuning.mode,
@@ -136,6 +142,13 @@ def _bounds(given: tuple[models.KnobRange, ...]) -> dict[str, KnobBounds]:
             )
         bounds[name] = KnobBounds(name, low, high, item is None or item.tune)
     return bounds
+
+
+def _known_rules(given: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in RULE_NAMES]
+    if unknown:
+        allowed = ", ".join(RULE_NAMES)
+        raise ManifestError([f"spec.tuning.disabledRules: {unknown[0]!r} is no rule; allowed: {allowed}"])
 
 
 def _scaling(given: models.Scaling | None) -> Scaling | None:

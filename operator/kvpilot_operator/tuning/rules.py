@@ -177,3 +177,10 @@ RULES: tuple[Rule, ...] = (
     Rule("cache-quota-up", "costs the most memory, and pays only as the cache fills", cache_rules.quota_up),
 )
 """The rules in order of price."""
+
+BESIDE_RULES: tuple[tuple[str, str], ...] = (
+    ("memory-emergency", "memory is nearly exhausted: the batch is cut everywhere at once"),
+    ("replicas-up", "the device is saturated, or arrivals outrun completions: one more engine"),
+    ("replicas-down", "engines are idle for long: one engine less"),
+)
+"""What stands beside the ordered rules, for ``disabledRules``: name and what it does."""
