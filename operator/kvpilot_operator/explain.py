@@ -69,13 +69,14 @@ class Explanation:
         return told
 
 
-def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5) -> Explanation:
+def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5, now: float = 0.0) -> Explanation:
     """The explanation of a resource.
 
     Args:
         manifest: the whole object, status included.
         records: whole decision records, oldest first, as JSON holds them.
         last: how many actions are told.
+        now: s since the epoch; what has ended by then is not told as an obstacle.
     """
     spec, metadata = manifest.get("spec") or {}, manifest.get("metadata") or {}
     status = Status.model_validate(manifest.get("status") or {})
@@ -87,7 +88,7 @@ def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5) -> Expl
         state=status.tuning.state.value if status.tuning else "not looked at yet",
         actions=_actions(status, records)[-last:] if last > 0 else (),
         present=tuple(_present(status)),
-        why_not=tuple(_why_not(status, mode)),
+        why_not=tuple(_why_not(status, mode, now)),
     )
 
 
@@ -167,7 +168,7 @@ def _present(status: Status) -> Iterable[str]:
         yield f"Overrides in force: {', '.join(status.overrides)}."
 
 
-def _why_not(status: Status, mode: str) -> Iterable[str]:
+def _why_not(status: Status, mode: str, now: float) -> Iterable[str]:
     conditions = {item.type: item for item in status.conditions}
     if status.tuning is None and not conditions:
         yield "kvpilot has not looked at this resource yet: is the operator running?"
@@ -180,10 +181,10 @@ def _why_not(status: Status, mode: str) -> Iterable[str]:
         yield "spec.tuning.mode is Off: kvpilot measures and changes nothing."
     elif mode == "Recommend":
         yield "spec.tuning.mode is Recommend: kvpilot says what it would do and changes nothing."
-    yield from _obstacles(status, conditions)
+    yield from _obstacles(status, conditions, now)
 
 
-def _obstacles(status: Status, conditions: Mapping[str, Any]) -> Iterable[str]:
+def _obstacles(status: Status, conditions: Mapping[str, Any], now: float) -> Iterable[str]:
     tuning = status.tuning
     holds = tuning.holds if tuning else ()
     for hold in holds:
@@ -205,6 +206,8 @@ def _obstacles(status: Status, conditions: Mapping[str, Any]) -> Iterable[str]:
     if tuning and tuning.cooldown_until and tuning.state.value == "Cooldown":
         yield f"The last change is cooling down until {tuning.cooldown_until}."
     for barred in tuning.barred if tuning else ():
+        if from_rfc3339(barred.until) <= now:
+            continue
         yield f"{barred.knob} {barred.value} did harm or no good: not tried again before {barred.until}."
 
 

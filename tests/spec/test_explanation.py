@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kvpilot_operator.cli import app
 from kvpilot_operator.cli.explain import parse_records
 from kvpilot_operator.explain import explain
+from kvpilot_operator.spec.times import from_rfc3339
 from kvpilot_operator.tuning.decision import Diagnosis, Record, Rejected, StageShare
 from kvpilot_operator.tuning.state import KnobChange
 
@@ -93,10 +94,14 @@ def test_holds_and_bars_say_why_nothing_is_done() -> None:
             tuning={
                 "state": "Hold",
                 "holds": [{"reason": "MetricsStale", "since": "2026-11-22T09:40:00Z"}],
-                "barred": [{"knob": "batchSize", "value": "32", "until": "2026-11-23T09:00:00Z"}],
+                "barred": [
+                    {"knob": "batchSize", "value": "32", "until": "2026-11-23T09:00:00Z"},
+                    {"knob": "batchSize", "value": "16", "until": "2026-11-22T09:00:00Z"},
+                ],
             },
             objectives=[{"name": "p95", "state": "Breached", "since": "2026-11-22T09:30:00Z"}],
-        )
+        ),
+        now=from_rfc3339("2026-11-22T10:00:00Z"),
     )
     assert told.present == ("p95 is breached since 2026-11-22T09:30:00Z.",)
     assert told.why_not == (

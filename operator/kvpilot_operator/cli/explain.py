@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -51,7 +52,7 @@ def register(app: typer.Typer) -> None:
         except NotFoundError as error:
             _fail(str(error))
         try:
-            explanation = explained(manifest, records, last)
+            explanation = explained(manifest, records, last, time.time())
         except ValidationError as error:
             _fail(f"the status of {name} cannot be read: {'; '.join(config_errors(error))}")
         if output is Format.JSON:
