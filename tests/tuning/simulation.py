@@ -328,7 +328,7 @@ class Simulation:
         for _ in range(12):
             decision = decide(self.observe(), self.state, self.policy, self.now)
             self.decisions.append((self.now, decision))
-            if self.crash():
+            if (decision.state != self.state or decision.actions) and self.crash():
                 return decision
             self.state = decision.state
             for action in decision.actions:
