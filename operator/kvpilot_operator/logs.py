@@ -58,6 +58,6 @@ def configure(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    # What they say at INFO is one line per request.
-    for name in ("aiohttp.access", "urllib3", "kubernetes", "asyncio"):
+    # What they say at INFO is one line per request or watch event.
+    for name in ("aiohttp.access", "urllib3", "kubernetes", "asyncio", "kopf.objects"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -100,7 +100,7 @@ class KeyedQueue:
             for key, entry in self._entries.items():
                 if entry.due <= now and not entry.looks:
                     self._start(self._serve(key, entry))
-            await self._sleep(min(1.0, self._next_due() - self._clock()))
+            await self._sleep(min(1.0, min(self._next_due(), resync_at) - self._clock()))
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """Begin nothing more; wait for what is in progress, and cancel it after ``grace_s``."""

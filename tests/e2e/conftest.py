@@ -230,10 +230,13 @@ def definitions(cluster: Cluster) -> None:
 
 
 @pytest.fixture
-def namespace(cluster: Cluster, definitions: None, request: pytest.FixtureRequest) -> Iterator[str]:
+def namespace(cluster: Cluster, definitions: None, tmp_path: Path) -> Iterator[str]:
+    """A namespace of one test; what was in it at the end is described in the test's folder."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     yield name
+    told = cluster.kubectl("describe", "kvcd,kvco,deployments,pods", f"--namespace={name}", check=False)
+    (tmp_path / "described.txt").write_text(told)
     cluster.kubectl("delete", "namespace", name, "--wait=true", "--timeout=90s")
 
 
@@ -259,7 +262,7 @@ def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
             {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
             {"name": "OMP_NUM_THREADS", "value": "1"},
         ],
-        "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "2Gi"}},
+        "resources": {"requests": {"cpu": "400m", "memory": "64Mi"}, "limits": {"memory": "2Gi"}},
         "volumeMounts": [{"name": m["name"], "mountPath": m["path"], "readOnly": True} for m in mounts],
     }
     volumes = [{"name": m["name"], "hostPath": {"path": m["path"], "type": "Directory"}} for m in mounts]

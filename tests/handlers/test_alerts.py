@@ -1,0 +1,247 @@
+"""Alertmanager's payloads, over HTTP, against a cluster in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from kvpilot_operator.alerts import AlertReceiver, missed
+from kvpilot_operator.loop import Look
+from kvpilot_operator.ports import Key, Snapshot
+from kvpilot_operator.tuning.decision import Decision, Objective
+from kvpilot_operator.tuning.observation import Boost, Gauges, Observation, Pod, Sample
+from kvpilot_operator.tuning.pace import PACES
+from kvpilot_operator.tuning.policy import Objectives, Policy, Scaling
+from kvpilot_operator.tuning.state import TuningState
+
+CHAT = Key("team-a", "chat")
+NOW = 1_000_000.0
+POLICY = Policy(Objectives("request", {}, 0, 0, 0, 1, 1), "Auto", PACES["Fast"], {}, Scaling(1, 4))
+SLOW = Objective("p95", 0.95, 0.7, 0.96, "Met")
+FINE = Objective("p95", 0.95, 0.99, 0.99, "Met")
+
+
+@dataclass
+class World:
+    """One resource with two replicas, its boosts, and what a fresh look finds."""
+
+    objectives: tuple[Objective, ...] = (SLOW,)
+    replicas: int = 2
+    policy: Policy = POLICY
+    problem: str = ""
+    away: bool = False
+    boosts: dict[str, Boost] = field(default_factory=dict)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    counted: list[str] = field(default_factory=list)
+    looks: int = 0
+    woken: int = 0
+    now: float = NOW
+
+    async def read(self, key: Key) -> Snapshot | None:
+        if self.away:
+            raise ConnectionError("the API server is away")
+        if key != CHAT:
+            return None
+        return Snapshot(
+            CHAT, {"metadata": {"uid": "u"}}, self.replicas, (), None, boosts=tuple(self.boosts.values())
+        )
+
+    async def look(self, key: Key) -> Look | None:
+        self.looks += 1
+        snapshot = await self.read(key)
+        if snapshot is None:
+            return None
+        sample = None if self.problem else Sample({}, Gauges(), 0, 10)
+        pods = (Pod("p1", "chat-1", True, sample=sample),)
+        seen = Observation(self.now, pods, {}, None, self.replicas, metrics_problem=self.problem)
+        decision = Decision(TuningState(), objectives=() if self.problem else self.objectives)
+        return Look(CHAT, snapshot, self.policy, seen, decision)
+
+    def boost_name(self, key: Key, fingerprint: str) -> str:
+        return f"{key.name}-alert-{fingerprint}"
+
+    async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
+        name = self.boost_name(snapshot.key, fingerprint)
+        self.boosts[name] = Boost(name, minimum, until)
+        return name
+
+    async def event(self, snapshot: Snapshot, kind: str, reason: str, message: str) -> None:
+        self.events.append((reason, message))
+
+    async def wake(self) -> None:
+        self.woken += 1
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+Send = Callable[..., Awaitable[tuple[int, Any]]]
+
+
+@pytest.fixture
+async def send(world: World, tmp_path: Path) -> AsyncIterator[Send]:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    receiver = AlertReceiver(
+        world, world.look, world.wake, world.counted.append, token_file=token, ttl_s=600, resolved_s=60,
+        clock=lambda: world.now,
+    )  # fmt: skip
+    runner = web.AppRunner(receiver.app())
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/alerts"
+    async with aiohttp.ClientSession() as session:
+
+        async def post(body: Any, authorization: str | None = "Bearer secret") -> tuple[int, Any]:
+            headers = {"Authorization": authorization} if authorization else {}
+            data = body if isinstance(body, str) else json.dumps(body)
+            async with session.post(url, data=data, headers=headers) as answer:
+                return answer.status, (await answer.json())
+
+        yield post
+    await runner.cleanup()
+
+
+def alert(status: str = "firing", fingerprint: str = "f1", **labels: str) -> dict[str, Any]:
+    given = {"alertname": "CriticalLatency", "namespace": "team-a", "kvpilot_name": "chat", **labels}
+    return {
+        "status": status,
+        "labels": given,
+        "startsAt": "T1",
+        "fingerprint": fingerprint,
+        "generatorURL": "x",
+    }
+
+
+def payload(*alerts: dict[str, Any], truncated: int = 0) -> dict[str, Any]:
+    return {"version": "4", "groupKey": "g", "truncatedAlerts": truncated, "alerts": list(alerts), "new": 1}
+
+
+async def test_a_verified_alert_becomes_one_expiring_boost_and_brings_the_look_forward(
+    world: World, send: Send
+) -> None:
+    assert await send(payload(alert())) == (200, {"results": ["boosted"]})
+    (boost,) = world.boosts.values()
+    assert (boost.min_replicas, boost.expires_at) == (3, NOW + 600)
+    assert world.looks == 2, "one to verify, one to act"
+    ((reason, message),) = world.events
+    assert reason == "AlertBoost"
+    assert message.startswith("Alert CriticalLatency: at least 3 replicas until ")
+
+
+async def test_the_same_alert_again_refreshes_its_boost_and_never_raises_it(world: World, send: Send) -> None:
+    await send(payload(alert()))
+    world.replicas = 3
+    assert (await send(payload(alert())))[1] == {"results": ["duplicate"]}
+    world.now += 400
+    assert (await send(payload(alert())))[1] == {"results": ["refreshed"]}
+    (boost,) = world.boosts.values()
+    assert (boost.min_replicas, boost.expires_at) == (3, NOW + 1000)
+    assert len(world.events) == 1
+
+
+async def test_resolved_lets_the_boost_expire_soon(world: World, send: Send) -> None:
+    await send(payload(alert()))
+    assert (await send(payload(alert("resolved"))))[1] == {"results": ["shortened"]}
+    (boost,) = world.boosts.values()
+    assert boost.expires_at == NOW + 60
+    assert (await send(payload(alert("resolved", "f2"))))[1] == {"results": ["resolved"]}
+
+
+async def test_an_alert_is_a_hint_and_measurements_decide(world: World, send: Send) -> None:
+    world.objectives = (
+        FINE,
+        Objective("throughput", 100, 3, 3, "Met"),
+        Objective("memory", 0.9, 0.4, 0.4, "Met"),
+    )
+    assert await send(payload(alert())) == (200, {"results": ["unconfirmed"]})
+    assert world.boosts == {}
+
+
+async def test_without_measurements_alertmanager_shall_repeat_it(world: World, send: Send) -> None:
+    world.problem = "metrics source default did not answer"
+    assert await send(payload(alert())) == (503, {"results": ["unavailable"]})
+    world.problem, world.away = "", True
+    assert await send(payload(alert())) == (503, {"results": ["unavailable"]})
+    world.away = False
+    assert (await send(payload(alert())))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("labels", "result"),
+    [
+        ({"kvpilot_name": "nobody"}, "unknown_resource"),
+        ({"namespace": ""}, "unknown_resource"),
+        ({"kvpilot_name": "", "name": "chat"}, "boosted"),
+    ],
+)
+async def test_which_resource_is_meant(world: World, send: Send, labels: dict[str, str], result: str) -> None:
+    assert await send(payload(alert(**labels))) == (200, {"results": [result]})
+
+
+async def test_nothing_is_boosted_beyond_the_maximum_or_where_others_scale(world: World, send: Send) -> None:
+    world.replicas = 4
+    assert (await send(payload(alert())))[1] == {"results": ["at_maximum"]}
+    world.policy = replace(POLICY, scaling=None)
+    assert (await send(payload(alert())))[1] == {"results": ["not_scalable"]}
+    assert world.boosts == {}
+
+
+@pytest.mark.parametrize("token", [None, "Bearer wrong", "secret", "Bearer ", "Bearer sécret"])
+async def test_without_the_token_nobody_gets_in(world: World, send: Send, token: str | None) -> None:
+    status, body = await send(payload(alert()), authorization=token)
+    assert (status, body) == (401, {"error": "a valid bearer token is required"})
+    assert world.counted == ["unauthorized"]
+    assert world.boosts == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{",
+        "[]",
+        {"alerts": "x"},
+        {"alerts": [{"status": "odd", "fingerprint": "f"}]},
+        '{"alerts": [' + "1," * 700_000,
+    ],
+)
+async def test_what_can_never_succeed_is_answered_with_200_and_recorded(
+    world: World, send: Send, body: Any
+) -> None:
+    assert await send(body) == (200, {"results": ["malformed"]})
+    assert world.counted == ["malformed"]
+
+
+async def test_a_truncated_notification_wakes_every_resource(world: World, send: Send) -> None:
+    await send(payload(truncated=7))
+    assert world.woken == 1
+
+
+async def test_one_group_may_mix_firing_and_resolved(world: World, send: Send) -> None:
+    _, body = await send(payload(alert(), alert("resolved", "f2"), alert(fingerprint="f3", kvpilot_name="x")))
+    assert body == {"results": ["boosted", "resolved", "unknown_resource"]}
+    assert world.counted == body["results"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "is_missed"),
+    [
+        (Objective("p50", 0.5, 0.4, 0.9, "Met"), True),
+        (Objective("p50", 0.5, None, None, "Unknown"), False),
+        (Objective("errors", 0.01, 0.05, 0.0, "Met"), True),
+        (Objective("memory", 0.8, 0.7, 0.7, "Met"), False),
+        (Objective("throughput", 100, 3, 3, "Breached"), True),
+        (Objective("hitRate", 0.7, 0.2, 0.9, "Met"), False),
+    ],
+)
+def test_what_counts_as_missed(objective: Objective, is_missed: bool) -> None:
+    assert missed(objective) is is_missed
