@@ -32,6 +32,7 @@ from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import KVCacheDeployment
 from kvpilot_operator.spec.resolve import base_config, policy_of
 from kvpilot_operator.spec.status import invalid_status, state_from_status, status_of
+from kvpilot_operator.tuning.configuration import with_cold
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Action, Decision, Push, Scale, WriteConfig
 from kvpilot_operator.tuning.observation import EngineView, Observation, Pod, Promoted, Sample
@@ -163,8 +164,14 @@ class Loop:
         """Apply the owned objects once per generation of the spec; replicas follow ``spec.replicas``."""
         seen = (snapshot.manifest["metadata"].get("uid"), snapshot.manifest["metadata"].get("generation"))
         if self._rolled_out.get(snapshot.key) != seen or snapshot.promoted is None:
-            first = Promoted(1, base_config(resource.spec).model_dump(**DUMP))
-            await self._cluster.roll_out(snapshot, snapshot.promoted or first)
+            base = base_config(resource.spec).model_dump(**DUMP)
+            config = Promoted(1, base)
+            if (promoted := snapshot.promoted) is not None:
+                # Before the workload: a pod that it starts at once must find the new cold fields.
+                config = replace(promoted, config=with_cold(promoted.config, base))
+                if config != promoted:
+                    await self._cluster.write_config(snapshot, config)
+            await self._cluster.roll_out(snapshot, config)
             self._rolled_out[snapshot.key] = seen
             snapshot = await self._cluster.read(snapshot.key) or snapshot
         wanted = resource.spec.replicas

@@ -35,6 +35,12 @@ def effective(base: Mapping[str, Any], overlay: Iterable[OverlayEntry]) -> dict[
     return {**base, **{entry.knob: entry.value for entry in overlay}}
 
 
+def with_cold(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the fields that need a restart as the user has them: what the next pod starts with."""
+    hot = {name: item for name, item in config.items() if name in HOT_FIELDS}
+    return {**hot, **{name: item for name, item in base.items() if name not in HOT_FIELDS}}
+
+
 def candidate(config: Mapping[str, Any], changes: Iterable[KnobChange]) -> dict[str, Any]:
     """``config`` with a change made."""
     return {**config, **{change.knob: change.after for change in changes}}
