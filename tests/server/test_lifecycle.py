@@ -53,6 +53,7 @@ def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
         "/v1/completions", json={"prompt": "Late, before the door closed", "max_tokens": 2}
     )
     assert late.status_code == 200
+    assert late.headers["connection"] == "close"
     thread.join(30)
     assert errors == []
     assert sum(map(len, text)) == 600
@@ -93,6 +94,15 @@ def test_front_killed_while_the_core_still_loads_leaves_no_orphan(tmp_path: Path
     front.kill()
     front.wait(5)
     wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5)
+
+
+def test_sigterm_while_the_core_still_loads_ends_both(tmp_path: Path, wait_until: Any) -> None:
+    command = [sys.executable, "-m", "kvpilot_engine", "--port", "0", "--admin-port", "0"]
+    front = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    core = wait_until(lambda: psutil.Process(front.pid).children(), 30)[0]
+    front.send_signal(signal.SIGTERM)
+    assert front.wait(20) == 0
+    assert not core.is_running()
 
 
 def started(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:

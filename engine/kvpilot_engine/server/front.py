@@ -131,6 +131,11 @@ class Front:
         rate = (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
         return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(waiting / rate)))
 
+    @property
+    def farewell(self) -> list[tuple[bytes, bytes]]:
+        """Headers of an answer that tell its client to come back on another connection, while draining."""
+        return [(b"connection", b"close")] if self.draining else []
+
     def send(self, request: protocol.Generate) -> tuple[Generation, asyncio.TimerHandle]:
         """Send a request, guarded by a timer in case that the core hangs."""
         generation = self.core().generate(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import sys
@@ -154,6 +155,8 @@ class Service:
         _say(
             f"ready: {options.model} on {client.described.device}, context {client.described.context_length}"
         )
+        gc.collect()
+        gc.freeze()  # what exists now stays: no collection has to look at it again
         lost = asyncio.create_task(client.lost_event.wait())
         await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if not lost.done():

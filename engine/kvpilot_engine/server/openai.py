@@ -186,7 +186,9 @@ class Endpoint:
             "choices": [choice],
             "usage": usage(message, generation, finished),
         }
-        return _Counted(_encode(answer), ticket, generation)
+        response = _Counted(_encode(answer), ticket, generation)
+        response.raw_headers.extend(self._front.farewell)
+        return response
 
     async def _collect(
         self, generation: Generation, stops: tuple[str, ...]

@@ -151,7 +151,8 @@ class Stream(Response):
 
     async def _start(self, send: Send) -> None:
         self._started = True
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        headers = _HEADERS + self._front.farewell
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _finish(self, generation: Generation, body: bytes, reason: str, send: Send) -> None:
         assert generation.finished is not None

@@ -1,0 +1,186 @@
+"""The seam between front and core, with an engine that does as a test tells it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvpilot_engine import protocol
+from kvpilot_engine.client import CoreClient
+from kvpilot_engine.core import CoreLoop, CoreStart, CoreThread
+from kvpilot_engine.errors import ChangeRefusedError, CoreUnavailableError, RequestCancelledError, StartError
+from kvpilot_engine.wire import FrameReader, frame
+
+
+class Puppet:
+    """Gives each request its prompt back, one id for each step."""
+
+    def __init__(self, start: CoreStart, fail_at: int | None = None) -> None:
+        self.steps = 0
+        self.closed = False
+        self.aborted: list[str] = []
+        self._start = start
+        self._fail_at = fail_at
+        self._live: dict[str, deque[int]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def submit(self, request: protocol.Generate) -> None:
+        self._live[request.id] = deque(request.prompt)
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self._live[request_id] = deque()
+
+    def step(self) -> list[protocol.Tokens | protocol.Finished]:
+        self.steps += 1
+        if self.steps == self._fail_at:
+            raise ValueError("a fault\nin the puppet")
+        out: list[protocol.Tokens | protocol.Finished] = []
+        for name, rest in list(self._live.items()):
+            if rest:
+                out.append(protocol.Tokens(name, [rest.popleft()]))
+            if not rest:
+                del self._live[name]
+                out.append(protocol.Finished(name, "cancelled" if name in self.aborted else "length"))
+        return out
+
+    def apply(self, change: protocol.Apply) -> protocol.Applied | protocol.Refused:
+        if change.epoch < 3:
+            return protocol.Refused(change.id, "stale_epoch", f"epoch: {change.epoch} is below 3")
+        return protocol.Applied(change.id, change.generation, change.epoch, ["numWorkers"], 5, 1, True)
+
+    def describe(self, request_id: str, /) -> protocol.Described:
+        return protocol.Described(
+            request_id, "i", self._start.model, "cpu", 99, 1, 3, self._start.config, False, {"maxTokens": 7}
+        )
+
+    def sample(self, request_id: str, /) -> protocol.Sampled:
+        return protocol.Sampled(request_id, {"steps": float(self.steps)}, {}, 1, 0, 0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def client_of(**options: Any) -> CoreClient:
+    return await CoreClient.start(
+        CoreStart(model="puppet"), lambda start: CoreThread(start, lambda s: Puppet(s, **options))
+    )
+
+
+def ask(name: str, prompt: list[int]) -> protocol.Generate:
+    return protocol.Generate(name, prompt, 1)
+
+
+async def test_messages_of_two_requests_reach_their_own_iterators() -> None:
+    async with await client_of() as client:
+        assert client.described.context_length == 99
+        generations = [client.generate(ask("a", [1, 2, 3])), client.generate(ask("b", [9]))]
+        ids: list[list[int]] = []
+        for generation in generations:
+            messages = [message async for message in generation]
+            assert isinstance(messages[-1], protocol.Finished)
+            ids.append([i for m in messages if isinstance(m, protocol.Tokens) for i in m.ids])
+        assert ids == [[1, 2, 3], [9]]
+        assert client.open_requests == 0
+        assert (await client.sample()).counters["steps"] >= 3
+
+
+async def test_change_and_its_refusal() -> None:
+    async with await client_of() as client:
+        report = await client.apply(3, 8, {"numWorkers": 4})
+        assert (report.generation, report.blocks_kept, report.blocks_lost, report.converging) == (
+            8,
+            5,
+            1,
+            True,
+        )
+        with pytest.raises(ChangeRefusedError, match="epoch: 2 is below 3") as caught:
+            await client.apply(2, 9, {})
+        assert caught.value.code == "stale_epoch"
+
+
+async def test_leaving_an_iterator_aborts_in_the_core() -> None:
+    async with await client_of() as client:
+        generation = client.generate(ask("long", [7] * 200_000))
+        async for _ in generation:
+            break
+        await generation.aclose()
+        with pytest.raises(RequestCancelledError):
+            await generation.result()
+        while client.open_requests:
+            await client.sample()
+
+
+async def test_fault_in_a_step_ends_every_request_with_one_line() -> None:
+    client = await client_of(fail_at=3)
+    generations = [client.generate(ask(name, [1] * 100)) for name in "ab"]
+    for generation in generations:
+        with pytest.raises(CoreUnavailableError, match=r"^ValueError: a fault in the puppet$"):
+            await generation.result()
+    with pytest.raises(CoreUnavailableError, match="a fault in the puppet"):
+        client.generate(ask("c", [1]))
+    await client.close()
+
+
+async def test_core_that_cannot_start_says_why() -> None:
+    def build(start: CoreStart) -> Puppet:
+        raise StartError("model: no such thing")
+
+    with pytest.raises(StartError, match="model: no such thing"):
+        await CoreClient.start(CoreStart(), lambda start: CoreThread(start, build))
+
+
+async def test_stop_finishes_what_runs() -> None:
+    client = await client_of()
+    generation = client.generate(ask("last", [1] * 5000))
+    await client.close()
+    assert (await generation.result()).reason == "length"
+    assert len(generation.ids) == 5000
+    with pytest.raises(CoreUnavailableError, match="the engine was shut down"):
+        client.generate(ask("late", [1]))
+
+
+def test_front_that_does_not_read_holds_up_no_step_and_loses_nothing() -> None:
+    front, core = socket.socketpair()
+    puppet = Puppet(CoreStart())
+    loop = CoreLoop(puppet, core)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    ids = list(range(50_000))  # far more than a socket's buffer holds
+    front.sendall(frame(ask("a", ids)))
+    front.settimeout(10)
+    reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
+    while puppet.has_work or puppet.steps < len(ids):
+        assert thread.is_alive()
+    got: list[int] = []
+    ended = False
+    while not ended:
+        for message in reader.feed(front.recv(1 << 16)):
+            if isinstance(message, protocol.Tokens):
+                got += message.ids
+            ended = ended or isinstance(message, protocol.Finished)
+    assert got == ids
+    front.close()
+    thread.join(5)
+    assert not thread.is_alive(), "a core whose front is gone must end"
+    core.close()
+
+
+@given(texts=st.lists(st.text(max_size=40), max_size=6), cuts=st.lists(st.integers(1, 30), max_size=40))
+def test_frames_survive_any_cut(texts: list[str], cuts: list[int]) -> None:
+    stream = b"".join(frame(protocol.Failed(text)) for text in texts)
+    reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
+    got: list[protocol.FromCore] = []
+    for cut in [*cuts, len(stream)]:
+        piece, stream = stream[:cut], stream[cut:]
+        got += reader.feed(piece)
+    assert got == [protocol.Failed(text) for text in texts]
