@@ -79,8 +79,8 @@ class Model:
     ``prefetched``: blocks used and wasted per request; ``hits``: share of the prompt tokens.
     """
 
-    step_s: Callable[[int], float] = lambda rows: 0.004 + 0.0002 * rows
-    tokens: int = 16
+    step_s: Callable[[int], float] = lambda rows: 0.016 + 0.0008 * rows
+    tokens: int = 4
     marginal_gain: Callable[[int], float] = lambda rows: 0.9 if rows < 16 else 0.05
     tax: Callable[[Mapping[str, Any]], float] = lambda config: 0.0
     memory: Callable[[Mapping[str, Any]], float] = lambda config: 0.3

@@ -116,7 +116,7 @@ def test_busy_with_few_rows_is_not_saturated(busy: float, gain: float) -> None:
 
 def test_waits_for_pages_are_not_waits_for_workers() -> None:
     config = {"numWorkers": 16, "batchSize": 16, "maxTokens": 2048}
-    starved = gauges(waiting=5.0, running=6.0)
+    starved = gauges(waiting=20.0, running=6.0)
     found = plan(config, stages=QUEUED, gauges=starved)
     assert why_not(found, "workers-up") == (
         "PagesShort",

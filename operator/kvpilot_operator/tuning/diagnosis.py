@@ -107,12 +107,13 @@ def occupancy(counts: Counts) -> float:
 
 
 def pages_short(observation: Observation, workers: int) -> bool:
-    """True when requests wait for admission although worker slots are free: they wait for pages."""
+    """True when long queues stand before free worker slots: free pages are what they wait for.
+
+    Slots are taken at step boundaries, so one or two that are free at the moment of a scrape prove nothing.
+    """
     gauges = [pod.sample.gauges for pod in observation.ready if pod.sample is not None]
-    if not gauges or not sum(gauge.waiting for gauge in gauges):
-        return False
-    running = sum(gauge.running for gauge in gauges) / len(gauges)
-    return max(occupancy(observation.counts("short")), running) < SLOTS_IDLE * workers
+    running = [gauge.running for gauge in gauges if gauge.waiting >= workers]
+    return bool(running) and sum(running) / len(running) < min(SLOTS_IDLE * workers, workers - 1.5)
 
 
 def _felt(objective: str, stages: tuple[StageShare, ...], hot: bool) -> Diagnosis:
