@@ -34,6 +34,7 @@ THREADS_VARIABLE = "KVPILOT_TORCH_THREADS"
 _RECEIVE_BYTES = 1 << 18
 _SOCKET_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
+_LAST_WORDS_S = 1.0
 
 
 class CoreStart(msgspec.Struct, frozen=True):
@@ -136,12 +137,7 @@ class CoreLoop:
 
     def fail(self, message: str) -> None:
         """Tell the front, as far as it still listens, why the core ends."""
-        self._sock.settimeout(1.0)
-        self._unsent += frame(protocol.Failed(message))
-        try:
-            self._sock.sendall(self._unsent)
-        except OSError:
-            return
+        _last_words(self._sock, self._unsent + frame(protocol.Failed(message)))
 
     def _wait_when_idle(self) -> None:
         if self._engine.has_work or (self._stopping and not self._unsent):
@@ -199,6 +195,18 @@ class CoreLoop:
         del self._unsent[:sent]
 
 
+def _last_words(sock: socket.socket, data: bytes | bytearray) -> None:
+    """Send, and read until the front has closed: to close with unread input would throw away the output."""
+    sock.settimeout(_LAST_WORDS_S)
+    try:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(_RECEIVE_BYTES):
+            continue
+    except OSError:
+        return  # the front is gone, or does not listen
+
+
 def run_core(start: CoreStart, sock: socket.socket, build: Callable[[CoreStart], SteppingEngine]) -> int:
     """Build the engine and serve; the exit status of the process.
 
@@ -208,7 +216,7 @@ def run_core(start: CoreStart, sock: socket.socket, build: Callable[[CoreStart],
     try:
         engine = build(start)
     except StartError as error:
-        sock.sendall(frame(protocol.Failed(str(error))))
+        _last_words(sock, frame(protocol.Failed(str(error))))
         return 2
     loop = CoreLoop(engine, sock)
     try:
