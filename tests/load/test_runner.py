@@ -28,6 +28,7 @@ class Even:
     gap: float
     answers: list[str]
     title: str = "even"
+    probes: tuple[Ask, ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -10,6 +10,9 @@ from typing import Any
 from kvpilot_operator.load.text import text_of
 from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Phase, poisson
 
+PROBES = 9
+"""Requests that measure the machine before a load that is sized to it."""
+
 
 @dataclass(frozen=True)
 class ChatShape:
@@ -75,6 +78,15 @@ class ChatWorkload:
     def seconds(self) -> float:
         """How long it sends."""
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def probes(self) -> tuple[Ask, ...]:
+        """First turns of other sessions, where a phase is sized to the machine."""
+        if all(phase.in_flight is None for phase in self.phases):
+            return ()
+        sizes = random.Random(self.seed + 2)
+        other = ChatWorkload([Phase("probe", 1.0, rate=1.0)], self.shape, self.seed + 1)
+        return tuple(other._turn(0.0, "probe", sizes).ask() for _ in range(PROBES))
 
     def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
         """The schedule; a phase that is sized to the machine takes its rate when it begins."""

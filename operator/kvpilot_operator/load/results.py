@@ -67,10 +67,11 @@ def quantiles(values: Iterable[float]) -> dict[str, float | None]:
 
 @dataclass
 class Tally:
-    """Everything sent so far."""
+    """Everything sent so far. ``probed``: latencies of the probes, s, which are no part of the figures."""
 
     offered: int = 0
     results: list[Result] = field(default_factory=list)
+    probed: list[float] = field(default_factory=list)
 
     @property
     def in_flight(self) -> int:
@@ -78,8 +79,9 @@ class Tally:
         return self.offered - len(self.results)
 
     def calm_latency(self) -> float | None:
-        """Median latency of the answers so far, s."""
-        return percentile(sorted(r.seconds for r in self.results if r.kind == OK), 0.5)
+        """Median latency of the answers so far, s; of the probes while there are none."""
+        answered = [r.seconds for r in self.results if r.kind == OK]
+        return percentile(sorted(answered or self.probed), 0.5)
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Everything about a load of ``seconds`` (from its start to the last answer)."""

@@ -40,6 +40,7 @@ class LoadRun:
 
     async def run(self) -> None:
         """Send everything that is due, then wait for the answers."""
+        await self._probe()
         self._started = time.monotonic()
         try:
             for arrival in self._workload.arrivals(self.tally.calm_latency):
@@ -52,6 +53,18 @@ class LoadRun:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._ended = time.monotonic()
+
+    async def _probe(self) -> None:
+        """Send the workload's probes one after another."""
+        for ask in self._workload.probes:
+            if self._stopping.is_set():
+                return
+            began = time.monotonic()
+            try:
+                await self._client.send(ask)
+            except RequestError:
+                continue  # what is wrong shows in the load itself
+            self.tally.probed.append(time.monotonic() - began)
 
     def stop(self) -> None:
         """Send nothing more; what is in flight is cut off and counted as cancelled."""

@@ -165,6 +165,11 @@ class TraceWorkload:
         """How long it sends."""
         return self._seconds
 
+    @property
+    def probes(self) -> tuple[Ask, ...]:
+        """None: a trace has its own times."""
+        return ()
+
     def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
         """The schedule of the trace."""
         for index, request in enumerate(self._requests):

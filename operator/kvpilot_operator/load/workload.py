@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,11 +53,15 @@ class Workload(Protocol):
     def seconds(self) -> float:
         """How long it sends."""
 
+    @property
+    def probes(self) -> Sequence[Ask]:
+        """Requests to send one after another before it begins, to learn how long an answer takes."""
+
     def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
         """The schedule.
 
         Args:
-            calm_latency: median latency of the answers so far, s; None before the first one.
+            calm_latency: median latency of the answers so far, those of the probes before the first one, s.
         """
 
 

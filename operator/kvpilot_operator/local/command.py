@@ -33,13 +33,11 @@ from kvpilot_operator.spec.resolve import policy_of
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
-CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=48, output_tokens=64)
-CALM_RATE = 4.0
-CALM_S = 60.0
-RISE_S = 190.0
-RISE_IN_FLIGHT = 6.0
-"""The chat load without a rate: calm for a minute, then a rise that is sized by what an answer took when calm,
-so that it would keep so many requests in flight if answers went on taking as long."""
+CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=64)
+CALM_S, CALM_IN_FLIGHT = 50.0, 0.9
+RISE_S, RISE_IN_FLIGHT = 190.0, 3.0
+"""The chat load without a rate: calm first, then a rise to more than three times as much. Both are sized to
+the machine: so many requests would be in flight if answers went on taking as long as before the phase."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def workload_of(options: UpOptions) -> Workload | None:
     calm = seconds * CALM_S / (CALM_S + RISE_S)
     return ChatWorkload(
         [
-            Phase("calm", calm, rate=CALM_RATE),
+            Phase("calm", calm, in_flight=CALM_IN_FLIGHT),
             Phase("rise", seconds - calm, in_flight=RISE_IN_FLIGHT),
         ],
         CHAT,
@@ -157,7 +155,7 @@ def _conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome,
         print(f"figures: {options.json_out}")
     if outcome.points and (outcome.load is not None or options.report is not None):
         report = options.report or directory / "report.html"
-        write_report(report, figures)
+        write_report(report, figures, checked=options.check)
         print(f"report: {report.resolve()}")
     if not options.check:
         return EXIT_OK

@@ -1,11 +1,27 @@
-"""The HTML report."""
+"""The report of a run: one HTML file that needs nothing else, light and dark."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 
-def write_report(path: Path, figures: dict[str, Any]) -> None:
-    """Write it."""
-    path.write_text("")
+def report_html(figures: Mapping[str, Any], *, checked: bool) -> str:
+    """The page of a run.
+
+    Args:
+        figures: as ``figures.figures_of`` makes them.
+        checked: show the verdict as passed or failed.
+    """
+    template = files("kvpilot_operator.local").joinpath("report.html").read_text(encoding="utf-8")
+    data = json.dumps({**figures, "checked": checked}, separators=(",", ":"))
+    # Inside a script element only "</" and "<!--" could end or change it.
+    return template.replace("__DATA__", data.replace("<", "\\u003c"))
+
+
+def write_report(path: Path, figures: Mapping[str, Any], *, checked: bool) -> None:
+    """Write the page of a run to ``path``."""
+    path.write_text(report_html(figures, checked=checked), encoding="utf-8")

@@ -125,7 +125,7 @@ class Session:
             loop.add_signal_handler(number, self._on_signal)
         await self._metrics.start()
         self._display.open()
-        self._tell(f"{self._cluster.key} at {self._router.url} (OpenAI API)")
+        self._tell(f"{self._cluster.key} at {self._router.url} (OpenAI API); starting its engines")
         background = [
             asyncio.create_task(self._tick()),
             asyncio.create_task(
@@ -247,12 +247,17 @@ class Session:
             self._tell(f"diagnosis: {record.diagnosis.message}")
 
     def _event(self, kind: str, reason: str, message: str) -> None:
+        if not self._all_ready.is_set():  # that engines which only start do not serve yet is no news
+            log.info("event", kind=kind, reason=reason, message=message)
+            return
         self._tell(f"{'! ' if kind == 'Warning' else ''}{reason}: {message}")
 
     def _backends(self, backends: list[Backend]) -> None:
         self._router.use(backends)
         self._look.set()
         if backends and len(backends) >= self._cluster.replica_set.wanted:
+            if not self._all_ready.is_set():
+                self._tell(f"{len(backends)} engines ready")
             self._all_ready.set()
 
     def _refused(self, words: str) -> None:

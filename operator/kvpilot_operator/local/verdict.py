@@ -55,7 +55,7 @@ def judge_run(
         mode: of tuning, to say why nothing was done.
     """
     breach = _breach(points, latency)
-    starts = [r for r in records if _after(r.at, breach) and _diagnosed(r, latency)]
+    starts = [r for r in records if _after(r.at, breach) and _diagnosed(r)]
     # A first attempt may be taken back; the cure is the first one that was promoted.
     start = next((r for r in starts if _promotion(r, records)), starts[0] if starts else None)
     promoted = _promotion(start, records)
@@ -85,13 +85,12 @@ def _breach(points: Sequence[Point], latency: Sequence[str]) -> Step:
     return Step("breach", None, "no latency objective was breached")
 
 
-def _diagnosed(record: Record, latency: Sequence[str]) -> bool:
+def _diagnosed(record: Record) -> bool:
     diagnosis = record.diagnosis
     return (
         record.outcome == "Started"
         and bool(record.changes)
         and diagnosis is not None
-        and diagnosis.objective in latency
         and bool(diagnosis.stage)
     )
 

@@ -1,0 +1,239 @@
+"""``kvpilot up`` as a user runs it: real engines, one port, edits, signals, bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from kvpilot_operator.cli import app
+
+MANIFEST: dict[str, Any] = {
+    "apiVersion": "kvpilot.io/v1alpha1",
+    "kind": "KVCacheDeployment",
+    "metadata": {"name": "small"},
+    "spec": {
+        "profile": "development",
+        "engine": {"config": {"dtype": "float32", "maxTokens": 2048, "numWorkers": 2}},
+        "tuning": {"mode": "Off", "pace": "Fast"},
+        "replicas": 1,
+        "rollout": {"drainSeconds": 5},
+        "template": {
+            "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "2Gi"}}}]}
+        },
+    },
+}
+
+
+def manifest(path: Path, **spec: Any) -> Path:
+    path.write_text(yaml.safe_dump({**MANIFEST, "spec": {**MANIFEST["spec"], **spec}}))
+    return path
+
+
+class Up:
+    """A running ``kvpilot up`` and what it has said."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+
+    async def until(self, pattern: str, seconds: float = 90) -> re.Match[str]:
+        """The first line from now on that matches."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            async for line in self.process.stdout:
+                self.lines.append(line.decode().rstrip())
+                if found := re.search(pattern, self.lines[-1]):
+                    return found
+        raise AssertionError(f"it ended without {pattern!r}: {self.lines}")
+
+    async def ended(self, seconds: float = 30) -> int:
+        """Its exit code."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            async for line in self.process.stdout:
+                self.lines.append(line.decode().rstrip())
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def up(directory: Path, *arguments: str) -> AsyncIterator[Up]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        "from kvpilot_operator.cli import app; app()",
+        "up",
+        *arguments,
+        cwd=directory,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        yield Up(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "small.yaml")
+    async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
+        url = (await run.until(r"at (http://\S+) "))[1]
+        await run.until("1 engines ready")
+        async with session.get(f"{url}/v1/models") as answer:
+            model = (await answer.json())["data"][0]["id"]
+        body = {"model": model, "prompt": "hello", "max_tokens": 4}
+        async with session.post(f"{url}/v1/completions", json=body) as answer:
+            assert answer.status == 200
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        assert len(family) == 2
+
+        path.write_text(path.read_text().replace("numWorkers: 2", "numWorkers: none"))
+        told = await run.until("edit refused")
+        assert "spec.engine.config.numWorkers" in told.string
+        assert "the old manifest stays" in told.string
+
+        config = {**MANIFEST["spec"]["engine"]["config"], "numWorkers": 3}
+        manifest(path, engine={"config": config})
+        await run.until("edit of .* applied")
+        await run.until(r"numWorkers 3\b")
+        assert psutil.Process(run.process.pid).children(recursive=True) == family
+
+        run.process.send_signal(signal.SIGINT)
+        assert await run.ended() == 0
+        assert not any(process.is_running() for process in family)
+    state = json.loads((tmp_path / ".kvpilot/small/resource.json").read_text())
+    assert state["metadata"]["generation"] == 2
+    assert state["status"]["observedGeneration"] == 2
+    promoted = yaml.safe_load((tmp_path / ".kvpilot/small/config.yaml").read_text())
+    assert promoted["config"]["numWorkers"] == 3
+
+
+async def test_a_second_signal_does_not_wait_and_a_second_run_is_refused(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "small.yaml", rollout={"drainSeconds": 100})
+    async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
+        url = (await run.until(r"at (http://\S+) "))[1]
+        await run.until("1 engines ready")
+        async with up(tmp_path, str(path)) as second:
+            assert await second.ended() == 2
+            assert f"small is already up in .kvpilot/small (process {run.process.pid})" in second.lines[-1]
+        family = psutil.Process(run.process.pid).children(recursive=True)
+        body = {"model": "builtin/tiny-llama", "prompt": "hello", "max_tokens": 1900}
+        slow = asyncio.create_task(_status(session, f"{url}/v1/completions", body))
+        await asyncio.sleep(0.5)
+        run.process.send_signal(signal.SIGTERM)
+        await run.until("draining")
+        run.process.send_signal(signal.SIGTERM)
+        assert await run.ended(15) == 0
+        assert not any(process.is_running() for process in family)
+        await asyncio.gather(slow, return_exceptions=True)
+
+
+async def _status(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> int:
+    async with session.post(url, json=body) as answer:
+        await answer.read()
+        return answer.status
+
+
+async def test_a_model_that_is_not_there_ends_it_with_the_engines_words(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "small.yaml", engine={"model": {"source": "/no/such/model"}})
+    async with up(tmp_path, str(path)) as run:
+        assert await run.ended(90) == 2
+        assert run.lines[-1].startswith("kvpilot up: ")
+        assert "/no/such/model" in run.lines[-1]
+
+
+@pytest.mark.slow
+async def test_a_trace_is_replayed_and_reported(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "small.yaml")
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "timestamp": index * 400,
+                    "input_length": 2048,
+                    "output_length": 160,
+                    "hash_ids": [1, 2, 3, index % 5],
+                }
+            )
+            + "\n"
+            for index in range(40)
+        )
+    )
+    arguments = ("--trace", str(trace), "--speed", "2", "--shrink", "32", "--json", "figures.json")
+    async with up(tmp_path, str(path), *arguments, "--report", "report.html") as run:
+        assert await run.ended(120) == 0, run.lines
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["load"]["completed"] == 40
+    assert figures["load"]["errors"] == {}
+    assert figures["load"]["tokens"]["prompt"] == 40 * 64
+    assert figures["load"]["hit_rate"] > 0.5
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?http|@import|url\(""", page)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"replicas": -1}, "spec.replicas: Input should be greater than or equal to 0, got -1"),
+        ({"tuning": {"mode": "Sometimes"}}, "spec.tuning.mode"),
+        ({"engine": {"config": {"numWorkers": 0}}}, "spec.engine.config.numWorkers"),
+        ({"objectives": {"latency": {"p50Ms": 120}}}, "must be one of the published edges"),
+        (
+            {
+                "template": {
+                    "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "x"}}}]}
+                }
+            },
+            "resources.limits.memory: must be a quantity of bytes like 2Gi, got 'x'",
+        ),
+    ],
+)
+def test_a_bad_manifest_exits_2_with_the_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = manifest(tmp_path / "small.yaml", **change)
+    result = CliRunner().invoke(app, ["up", str(path)])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert f"kvpilot up: {path}: " in result.output or "spec.template" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--load", "trace"], "--load trace: needs --trace FILE"),
+        (["--check"], "--check: needs --load or --trace"),
+        (["--rate", "3"], "--rate: needs --load or --trace"),
+        (["--load", "chat", "--duration", "0"], "--duration: must be above 0, got 0"),
+        (["--load", "chat", "--report", "/no/such/report.html"], "--report: must be a file in a directory"),
+        (["--trace", "/no/such/trace"], "trace /no/such/trace: cannot be read: No such file"),
+    ],
+)
+def test_bad_options_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = manifest(tmp_path / "small.yaml")
+    result = CliRunner().invoke(app, ["up", str(path), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / ".kvpilot").exists()
+
+
+def test_a_missing_manifest_exits_2() -> None:
+    result = CliRunner().invoke(app, ["up", "/no/such.yaml"])
+    assert result.exit_code == 2
+    assert "/no/such.yaml: cannot be read: No such file or directory" in result.output
