@@ -36,7 +36,7 @@ class Running:
 changes = st.fixed_dictionaries(
     {},
     optional={
-        "max_tokens": st.sampled_from([128, 256, 384, 512]),
+        "max_tokens": st.sampled_from([128, 256, 512, 768]),
         "host_memory_mb": st.sampled_from([0, 1, 4]),
         "cache_strategy": st.sampled_from(["lru", "lfu", "fifo", "adaptive"]),
         "use_compression": st.booleans(),
@@ -45,7 +45,8 @@ changes = st.fixed_dictionaries(
         "prefetch_size": st.sampled_from([0, 1, 3]),
     },
 )
-START = {"max_tokens": 256, "host_memory_mb": 4, "use_compression": True, "enable_prefetch": True}
+MOST_LIVE = 3
+START = {"max_tokens": 512, "host_memory_mb": 4, "use_compression": True, "enable_prefetch": True}
 prompts = st.builds(
     lambda trunk, shared, branch, own: (trunk, shared, branch, own),
     trunk=st.integers(0, 1),
@@ -71,7 +72,7 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
         @rule(
             target=running,
             which=prompts,
-            salt=st.sampled_from(["", "", "tenant"]),
+            salt=st.sampled_from(["", "", "", "tenant"]),
             exact_only=st.booleans(),
             ahead=st.booleans(),
         )
@@ -81,19 +82,30 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
                 self.h.cache.prefetch(sequence.tokens, salt, exact_only)
             sequence.lease = self.h.cache.lease(sequence.tokens, salt, exact_only)
             self.live.append(sequence)
+            if len(self.live) > MOST_LIVE:
+                self.h.cache.release(self.live.pop(0).lease)
             return sequence
 
         @rule(which=prompts, exact_only=st.booleans(), others=st.lists(st.integers(20, 25), max_size=3))
         def pass_through(self, which, exact_only, others):
             """Whole requests, so that pages come, go to the host tier and come back."""
             for tokens in (self.tokens(which), *(self.h.prompt(seed, 140) for seed in others)):
-                if self.h.cache.pages_available * 16 >= len(tokens) + 256:
+                if self.h.cache.pages_available * 16 >= len(tokens) + 16:
                     self.h.serve(tokens, exact_only=exact_only)
                     self.h.flush()
+
+        @rule(seed=st.integers(30, 40))
+        def wash(self, seed):
+            """Fill every page that nobody holds with something else."""
+            if self.h.cache.pages_available:
+                self.h.serve(self.h.prompt(seed, 16 * min(self.h.cache.pages_available, 32)))
+                self.h.flush()
 
         @rule(sequence=running, chunk=st.sampled_from([1, 16, 40, 200]))
         def compute(self, sequence, chunk):
             lease, cache = sequence.lease, self.h.cache
+            if lease.released:
+                return
             if not sequence.computed:
                 self.h.loaded(lease)
                 cache.relook(lease)
@@ -109,17 +121,15 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
             sequence.computed = end
             cache.commit(lease, sequence.tokens, end)
 
-        @rule(sequence=running)
-        def relook(self, sequence):
-            self.h.cache.relook(sequence.lease)
-
         @rule(sequence=consumes(running))
         def leave(self, sequence):
             self.h.cache.release(sequence.lease)
-            self.live.remove(sequence)
+            self.live = [other for other in self.live if other is not sequence]
 
         @rule(sequence=consumes(running), target=running)
         def preempt(self, sequence):
+            if sequence.lease.released:
+                return multiple()
             self.h.cache.release(sequence.lease)
             sequence.lease = self.h.cache.lease(
                 sequence.tokens, sequence.salt, sequence.exact_only, count=False
@@ -133,13 +143,10 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
             assert kept >= 0
             assert lost == 0
 
-        @rule()
-        def poll(self):
-            self.h.cache.poll()
-
-        @rule()
-        def settle(self):
-            self.h.cache.wait(5)
+        @rule(blocking=st.booleans())
+        def poll(self, blocking):
+            if blocking:
+                self.h.cache.wait(5)
             self.h.cache.poll()
 
         @invariant()
@@ -181,7 +188,7 @@ def test_random_use_keeps_the_cache_whole(harness_class):
     run_state_machine_as_test(
         machine(harness_class),
         settings=settings(
-            max_examples=60,
+            max_examples=40,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],

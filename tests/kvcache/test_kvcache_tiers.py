@@ -91,8 +91,10 @@ def test_what_is_computed_behind_a_lossy_prefix_is_lossy(make):
     spill(h, range(10, 14), tokens=128)
     longer = [*h.prompt(0, 128), *h.prompt(7, 100)]
     assert h.serve(longer) == (128, Fidelity.INT8)
-    assert h.serve(longer) == (224, Fidelity.INT8)
-    assert h.serve(longer, exact_only=True) == (0, Fidelity.EXACT)
+    assert h.serve(h.prompt(0, 129), exact_only=True) == (0, Fidelity.EXACT)
+    assert h.serve(longer) == (224, Fidelity.INT8), "its own pages stay lossy behind a prefix made exact"
+    assert h.serve(longer, exact_only=True) == (128, Fidelity.EXACT)
+    assert h.serve(longer) == (224, Fidelity.EXACT)
 
 
 def test_a_raw_copy_of_lossy_pages_is_still_lossy(make):
@@ -103,8 +105,9 @@ def test_a_raw_copy_of_lossy_pages_is_still_lossy(make):
     assert h.serve(longer) == (128, Fidelity.INT8)
     h.apply(use_compression=False)
     spill(h, range(20, 26))
+    assert h.serve(h.prompt(0, 129), exact_only=True) == (0, Fidelity.EXACT)
     assert h.serve(longer) == (256, Fidelity.INT8)
-    assert h.serve(longer, exact_only=True) == (0, Fidelity.EXACT)
+    assert h.serve(longer, exact_only=True) == (128, Fidelity.EXACT)
 
 
 def test_exact_pages_replace_lossy_ones_and_never_the_other_way_round(make):
