@@ -5,6 +5,8 @@ The operator, local mode, the simulations and the property tests call this one f
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import replace
 
 from kvpilot_operator.tuning import reasons
@@ -24,6 +26,7 @@ from kvpilot_operator.tuning.diagnosis import diagnose
 from kvpilot_operator.tuning.guards import SIX_HOURS, distrust, no_traffic, stalled_pods
 from kvpilot_operator.tuning.look import (
     IN_FLIGHT,
+    MOST_TOLD,
     TOLD_COOLDOWNS,
     Draft,
     Look,
@@ -163,16 +166,28 @@ def adopt_edit(look: Look, draft: Draft) -> Draft:
         return draft
     if draft.state.change is not None:
         draft = abort(look, draft, reasons.SPEC_CHANGED, "the user changed the configuration")
-    generation = draft.state.last_generation + 1
+    latest, digest = (
+        draft.state.last_generation,
+        f"{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}",
+    )
+    if any(item.key == _edit_key(latest, digest) for item in draft.state.told):
+        return draft.acting(WriteConfig(latest, wanted))  # written a moment ago, and not seen yet
+    generation = latest + 1
     gone = ", ".join(f"{item.knob} (tuned to {told_value(item.value)})" for item in dropped)
-    told = f"; back to the user's value: {gone}" if gone else ""
+    back = f"; back to the user's value: {gone}" if gone else ""
     edited = sorted(
         name for name in {*wanted, *promoted.config} if wanted.get(name) != promoted.config.get(name)
     )
-    summary = f"The user's configuration changed in {', '.join(edited)}{told}; generation {generation}."
+    summary = f"The user's configuration changed in {', '.join(edited)}{back}; generation {generation}."
     draft = draft.recorded(look, rule="user-edit", outcome="Reset", summary=summary, generation=generation)
-    draft = draft.with_state(overlay=kept, last_generation=generation)
+    told_edit = Told(_edit_key(generation, digest), look.now)
+    told = (*draft.state.told, told_edit)[-MOST_TOLD:]
+    draft = draft.with_state(overlay=kept, last_generation=generation, told=told)
     return draft.acting(WriteConfig(generation, wanted))
+
+
+def _edit_key(generation: int, digest: str) -> str:
+    return f"edit:{generation}:{digest}"
 
 
 def relieve(look: Look, draft: Draft) -> Draft:

@@ -15,7 +15,7 @@ from kvpilot_operator.tuning.canary import TRIED, abort
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.decision import Scale
 from kvpilot_operator.tuning.diagnosis import busy_share, occupancy
-from kvpilot_operator.tuning.look import Draft, Look, Plan
+from kvpilot_operator.tuning.look import MOST_TOLD, Draft, Look, Plan
 from kvpilot_operator.tuning.objectives import rates
 from kvpilot_operator.tuning.policy import Scaling
 from kvpilot_operator.tuning.state import ReplicaMark, Told
@@ -216,6 +216,6 @@ def _scaled(look: Look, draft: Draft, target: int, rule: str, why: str) -> Draft
     if any(item.key == key and look.now - item.at < look.policy.pace.settle for item in draft.state.told):
         return draft  # asked for a moment ago, and not seen yet
     outcome = "ScaledOut" if target > asked else "ScaledIn"
-    told = (*(item for item in draft.state.told if item.key != key), Told(key, look.now))
+    told = (*(item for item in draft.state.told if item.key != key), Told(key, look.now))[-MOST_TOLD:]
     draft = draft.recorded(look, outcome=outcome, summary=f"{text}.", **fields)
     return draft.with_state(told=told, cooldown_until=look.now + look.policy.pace.cooldown)
