@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -189,6 +190,19 @@ class Load:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
 
+    def calm_seconds(self, output_tokens: int = 16) -> float:
+        """Median time of one request at a time: what this machine can do now."""
+        times = []
+        for number in range(7):
+            body = {"model": "builtin/tiny-llama", "prompt": f"{number}: " + "how do you do? " * 8,
+                    "max_tokens": output_tokens}  # fmt: skip
+            started = time.monotonic()
+            http(
+                f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            times.append(time.monotonic() - started)
+        return sorted(times)[3]
+
     def start(self, rate: float, seconds: float, output_tokens: int = 16, system_tokens: int = 64) -> None:
         command = [
             str(Path(sys.executable).parent / "kvpilot"), "load", self.url, f"--rate={rate}",
@@ -262,12 +276,15 @@ def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
             {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
             {"name": "OMP_NUM_THREADS", "value": "1"},
         ],
-        "resources": {"requests": {"cpu": "400m", "memory": "64Mi"}, "limits": {"memory": "2Gi"}},
+        "resources": {"requests": {"memory": "64Mi"}, "limits": {"memory": "2Gi"}},
         "volumeMounts": [{"name": m["name"], "mountPath": m["path"], "readOnly": True} for m in mounts],
     }
     volumes = [{"name": m["name"], "hostPath": {"path": m["path"], "type": "Directory"}} for m in mounts]
 
-    def make(name: str = "chat", **spec: Any) -> dict[str, Any]:
+    def make(name: str = "chat", *, cpu: str = "300m", nowhere: bool = False, **spec: Any) -> dict[str, Any]:
+        """``cpu`` is a pod's weight beside the machine's other work; ``nowhere`` leaves pods unscheduled."""
+        container["resources"]["requests"]["cpu"] = cpu
+        placed = {"nodeSelector": {"kvpilot.io/no-such-node": "true"}} if nowhere else {}
         tuning = {"pace": "Fast", **spec.pop("tuning", {})}
         config = {"dtype": "float32", "device": "cpu", "cacheStrategy": "lru", **spec.pop("config", {})}
         whole: dict[str, Any] = {
@@ -279,7 +296,7 @@ def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
             },
             "tuning": tuning,
             "rollout": {"maxSurge": 0, "maxUnavailable": 1, "drainSeconds": 5},
-            "template": {"spec": {"containers": [container], "volumes": volumes}},
+            "template": {"spec": {"containers": [copy.deepcopy(container)], "volumes": volumes, **placed}},
             **spec,
         }
         if "replicas" not in whole:
@@ -302,7 +319,29 @@ def load(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Load]:
     made.stop()
 
 
+def trusted(cluster: Cluster, namespace: str, name: str = "chat") -> bool:
+    """Whether every ready engine of the resource is measured."""
+    item = cluster.get("kvcd", name, namespace)
+    return (
+        condition(item, "MetricsTrusted").get("status") == "True"
+        and condition(item, "Ready").get("status") == "True"
+    )
+
+
+@pytest.fixture
+def serve(cluster: Cluster, namespace: str, load: Load) -> Callable[[dict[str, Any]], None]:
+    """Apply a resource, wait until it serves and is measured, and point the load at its Service."""
+
+    def apply(document: dict[str, Any]) -> None:
+        cluster.apply(document)
+        eventually(lambda: trusted(cluster, namespace), 150, "its engines serve and are measured")
+        address = cluster.get("service", "chat", namespace)["spec"]["clusterIP"]
+        load.url = f"http://{address}:8000"
+
+    return apply
+
+
 @pytest.fixture
 def kit() -> dict[str, Any]:
     """Helpers of this file for the test modules, which cannot import it."""
-    return {"eventually": eventually, "condition": condition, "http": http}
+    return {"eventually": eventually, "condition": condition, "http": http, "trusted": trusted}

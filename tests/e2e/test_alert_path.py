@@ -1,0 +1,82 @@
+"""A real Alertmanager fires: boost, more pods, expiry, decay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# ruff: noqa: PLR0917 - fixtures are taken by name
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+
+
+@pytest.fixture
+def alerting(cluster, namespace, operator, kit) -> Iterator[None]:
+    """A rule that fires while requests take longer than 50 ms, and Alertmanager's way to the operator."""
+    rules = Path(cluster.state["prometheus"]["rules_dir"]) / f"{namespace}.yaml"
+    config = Path(cluster.state["alertmanager"]["config"])
+    before = config.read_text()
+    match = f'{{namespace="{namespace}"'
+    expression = (
+        f'sum by (namespace, kvpilot_name) (rate(kvpilot_request_seconds_bucket{match},le="0.05"}}[5s]))'
+        f" < 0.5 * sum by (namespace, kvpilot_name) (rate(kvpilot_request_seconds_count{match}}}[5s]))"
+    )
+    rule = {"alert": "CriticalLatency", "expr": expression, "labels": {"severity": "critical"}}
+    rules.write_text(json.dumps({"groups": [{"name": "e2e", "interval": "1s", "rules": [rule]}]}))
+    url = f"http://{cluster.state['host_ip']}:{operator.ports['alerts']}/alerts"
+    authorization = {"authorization": {"credentials": (operator.folder / "token").read_text()}}
+    receiver = {
+        "name": "kvpilot",
+        "webhook_configs": [{"url": url, "send_resolved": True, "http_config": authorization}],
+    }
+    route = {"receiver": "kvpilot", "group_by": ["namespace", "kvpilot_name"], "group_wait": "1s",
+             "group_interval": "2s", "repeat_interval": "20s"}  # fmt: skip
+    config.write_text(json.dumps({"route": route, "receivers": [receiver]}))
+    reload(cluster, kit)
+    yield
+    rules.unlink()
+    config.write_text(before)
+    reload(cluster, kit)
+
+
+def reload(cluster: Any, kit: Any) -> None:
+    for name in ("prometheus", "alertmanager"):
+        kit["http"](f"{cluster.state[name]['url']}/-/reload", data=b"")
+
+
+def replicas(cluster: Any, namespace: str) -> int:
+    return int(cluster.get("deployment", "chat", namespace)["spec"]["replicas"])
+
+
+def test_an_alert_rescales_and_its_boost_decays(
+    cluster, namespace, operator, manifest, serve, load, kit, alerting
+) -> None:
+    limits = {"latency": {"p50Ms": 50}, "throughput": {"target": 0}, "hitRate": "0%"}
+    serve(manifest(scaling={"min": 1, "max": 2}, objectives=limits))
+    assert replicas(cluster, namespace) == 1
+    load.start(rate=5, seconds=60, output_tokens=64)
+    override = kit["eventually"](lambda: cluster.list("kvco", namespace), 50, "an override")[0]
+    assert override["spec"]["target"] == "chat"
+    assert override["spec"]["boost"] == {"minReplicas": 2}
+    assert override["spec"]["reason"].startswith("alert CriticalLatency")
+    kit["eventually"](lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
+    assert override["metadata"]["name"] in cluster.get("kvcd", "chat", namespace)["status"]["overrides"]
+    reasons = [event["reason"] for event in cluster.list("events.events.k8s.io", namespace)]
+    assert "AlertBoost" in reasons
+    assert operator.metrics("kvpilot_operator_alerts_total")['{result="boosted"}'] == 1
+    load.stop()
+
+    kit["eventually"](lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")
+    kit["eventually"](lambda: replicas(cluster, namespace) == 1, 150, "idle: back to one replica")
+    assert len(reasons) == len(set(reasons)) or reasons.count("AlertBoost") == 1
+
+
+def test_without_the_token_nothing_happens(cluster, namespace, operator, kit) -> None:
+    import urllib.error
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        kit["http"](f"http://127.0.0.1:{operator.ports['alerts']}/alerts", data=b"{}")
+    assert operator.metrics("kvpilot_operator_alerts_total")['{result="unauthorized"}'] == 1

@@ -1,0 +1,110 @@
+"""No data is not zero: without Prometheus nothing is scaled in. A GPU that is not there is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# ruff: noqa: PLR0917 - fixtures are taken by name
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def without_prometheus(cluster) -> Iterator[None]:
+    """Starts it again, whatever happens."""
+    yield
+    cluster.process("start", "prometheus")
+
+
+def replicas(cluster: Any, namespace: str) -> int:
+    return int(cluster.get("deployment", "chat", namespace)["spec"]["replicas"])
+
+
+def test_without_prometheus_it_holds_and_scales_nothing_in(
+    cluster, namespace, operator, manifest, serve, kit, without_prometheus
+) -> None:
+    serve(manifest(scaling={"min": 2, "max": 3}))
+    cluster.process("stop", "prometheus")
+    cluster.apply(manifest(scaling={"min": 1, "max": 3}))
+    untrusted = kit["eventually"](
+        lambda: (
+            found
+            if (found := kit["condition"](cluster.get("kvcd", "chat", namespace), "MetricsTrusted")).get(
+                "status"
+            )
+            == "False"
+            else None
+        ),
+        30,
+        "MetricsTrusted is False",
+    )
+    assert "metrics source default" in untrusted["message"]
+    holds = cluster.get("kvcd", "chat", namespace)["status"]["tuning"]["holds"]
+    assert "MetricsUnavailable" in [hold["reason"] for hold in holds]
+    idle_s = 120 * 0.5
+    until = time.monotonic() + idle_s + 15
+    while time.monotonic() < until:
+        assert replicas(cluster, namespace) == 2
+        time.sleep(1)
+    cluster.process("start", "prometheus")
+    kit["eventually"](lambda: replicas(cluster, namespace) == 1, idle_s + 90, "idle and measured: scaled in")
+
+
+@pytest.fixture
+def one_gpu(cluster) -> Iterator[None]:
+    """The node has one GPU, as far as Kubernetes knows."""
+
+    def gpus(number: int) -> None:
+        subprocess.run([sys.executable, "-m", "scripts.cluster", "gpu", str(number)], cwd=ROOT, check=True)
+
+    gpus(1)
+    yield
+    gpus(0)
+
+
+def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
+    cluster, namespace, operator, manifest, kit, load, one_gpu
+) -> None:
+    document = manifest(scaling={"min": 2, "max": 4}, objectives={"latency": {"p50Ms": 50}}, cpu="100m")
+    (container,) = document["spec"]["template"]["spec"]["containers"]
+    container["resources"]["limits"]["nvidia.com/gpu"] = "1"
+    cluster.apply(document)
+    told = kit["eventually"](
+        lambda: (
+            found
+            if (found := kit["condition"](cluster.get("kvcd", "chat", namespace), "Progressing")).get(
+                "reason"
+            )
+            == "PodsPending"
+            else None
+        ),
+        60,
+        "a pending pod is told",
+    )
+    assert "Insufficient nvidia.com/gpu" in told["message"]
+    ready = kit["eventually"](
+        lambda: [
+            pod
+            for pod in cluster.pods(namespace)
+            if any(
+                c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ())
+            )
+        ],
+        120,
+        "one engine runs on the GPU that there is",
+    )
+    assert len(ready) == 1
+    address = cluster.get("service", "chat", namespace)["spec"]["clusterIP"]
+    load.url = f"http://{address}:8000"
+    load.start(rate=6, seconds=40)
+    until = time.monotonic() + 40
+    while time.monotonic() < until:
+        assert replicas(cluster, namespace) == 2, "the pending pod counts as capacity"
+        time.sleep(1)
