@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.protocol import Sampled
 from kvpilot_engine.server.admin import build_admin
 from kvpilot_engine.server.front import Front
+from kvpilot_engine.server.lifecycle import bind
 from kvpilot_engine.server.metrics import split_key
 from kvpilot_engine.tokenizer import load_tokenizer
 
@@ -110,3 +112,9 @@ def test_probes_tell_loading_ready_draining_and_dead_apart(front: Front) -> None
     assert front.not_ready() == "draining"
     front.fatal = "the core died"
     assert front.not_ready() == "the core died"
+
+
+def test_small_writes_are_not_held_back() -> None:
+    """asyncio turns Nagle's algorithm off only for a socket that names its protocol."""
+    with bind("--port", "127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

@@ -71,7 +71,9 @@ def bind(what: str, host: str, port: int) -> socket.socket:
         StartError: naming the option and the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol by number: asyncio sets TCP_NODELAY only where it is given, and without that a stream's
+    # small writes wait 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
