@@ -33,10 +33,10 @@ from kvpilot_operator.spec.resolve import policy_of
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
-CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=64)
+CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=48)
 CALM_S, CALM_IN_FLIGHT = 50.0, 0.9
-RISE_S, RISE_IN_FLIGHT = 190.0, 3.0
-"""The chat load without a rate: calm first, then a rise to more than three times as much. Both are sized to
+RISE_S, RISE_IN_FLIGHT = 190.0, 2.6
+"""The chat load without a rate: calm first, then a rise to almost three times as much. Both are sized to
 the machine: so many requests would be in flight if answers went on taking as long as before the phase."""
 
 

@@ -35,8 +35,8 @@ log = structlog.get_logger(__name__)
 TAIL_S = 12.0
 """How long a cured run goes on, so that the report shows what came after, s."""
 
-HURRY_S = 1.0
-"""Time that a second signal leaves to the engines, s."""
+ANSWERS_S = 30.0
+"""How long answers are waited for after the last request was sent, s."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,11 @@ class Session:
             self._tell(f"load: {workload.title}, {workload.seconds:.0f} s")
             self._run = LoadRun(client, workload)
             self.outcome.load_started = time.time()
+            late = asyncio.get_running_loop().call_later(workload.seconds + ANSWERS_S, self._run.stop)
             try:
                 await self._run.run()
             finally:
+                late.cancel()
                 self.outcome.results = self._run.tally.results
                 self.outcome.load = self._run.summary()
 

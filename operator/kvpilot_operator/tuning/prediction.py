@@ -11,8 +11,9 @@ from kvpilot_operator.tuning.observation import Counts
 LEAST_GAIN = 0.05
 """A proposal must promise at least this much."""
 
-HEADROOM = 1.25
-"""Concurrency beyond the mean need, for arrivals that come in bursts."""
+HEADROOM = 2.0
+"""Concurrency beyond the mean need: arrivals come in bursts, a backlog has to drain, and rows that share a
+step make each other slower. A slot too many costs nothing; one too few costs another experiment."""
 
 SMALLEST_STEP, LARGEST_STEP = 2, 4
 """A queue's servers at least double, as the load that made them short may still be rising, and grow at most
