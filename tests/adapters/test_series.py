@@ -81,12 +81,15 @@ def test_memory_is_the_fullest_kind_and_bytes_are_all_tiers() -> None:
     values = gauges() | {
         key(names.MEMORY_RATIO, kind="host"): 0.4,
         key(names.MEMORY_RATIO, kind="device"): 1.2,
+        key(names.MEMORY_LIMIT_BYTES, kind="host"): 100.0,
+        key(names.MEMORY_LIMIT_BYTES, kind="device"): 70.0,
         key(names.CACHE_BYTES, tier="pool"): 10.0,
         key(names.CACHE_BYTES, tier="host"): 5.0,
         key(names.CONFIG_GENERATION): 17.0,
     }
     got = sample_from({}, values, {}, 0, 0).gauges
     assert (got.memory_ratio, got.cached_bytes, got.generation) == (1.2, 16.0, 17)
+    assert got.memory_limit_bytes == 70.0
 
 
 def test_a_window_without_series_is_absent_and_not_zero() -> None:

@@ -25,6 +25,7 @@ GAUGES: tuple[str, ...] = (
     names.REQUESTS_WAITING,
     names.REQUESTS_RUNNING,
     names.MEMORY_RATIO,
+    names.MEMORY_LIMIT_BYTES,
     names.STEP_MARGINAL_GAIN,
     names.CACHE_BYTES,
     names.CACHE_BUDGET_BYTES,
@@ -125,10 +126,13 @@ def _counts(increases: Mapping[SeriesKey, float], pod_seconds: float, window: st
 
 def _gauges(values: Mapping[SeriesKey, float]) -> Gauges:
     _check(values, GAUGES, "last values")
+    tightest, ratio = max(_of(values, names.MEMORY_RATIO), key=lambda item: item[1])
+    limits = [limit for labels, limit in _of(values, names.MEMORY_LIMIT_BYTES) if labels == tightest]
     return Gauges(
         waiting=_sum(values, names.REQUESTS_WAITING),
         running=_sum(values, names.REQUESTS_RUNNING),
-        memory_ratio=max(value for _, value in _of(values, names.MEMORY_RATIO)),
+        memory_ratio=ratio,
+        memory_limit_bytes=max(limits, default=0.0),
         marginal_gain=_sum(values, names.STEP_MARGINAL_GAIN),
         cached_bytes=_sum(values, names.CACHE_BYTES),
         budget_bytes=_sum(values, names.CACHE_BUDGET_BYTES),

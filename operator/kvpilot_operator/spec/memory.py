@@ -107,6 +107,7 @@ def _change(change: model.ChangeStatus) -> Change:
         predicted_gain=float(change.predicted_gain),
         verdict=change.verdict,
         before=tuple(Measure(m.name, float(m.bad), float(m.of)) for m in change.measured_before),
+        why=change.why,
     )
 
 
@@ -179,4 +180,5 @@ def _change_status(change: Change) -> model.ChangeStatus:
         measured_before=tuple(
             model.MeasureStatus(name=m.name, bad=repr(m.bad), of=repr(m.of)) for m in change.before
         ),
+        why=change.why,
     )

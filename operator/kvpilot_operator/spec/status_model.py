@@ -93,6 +93,8 @@ class ChangeStatus(_Status):
         (), description="What a change without controls is compared with."
     )
 
+    why: str = Field("", description="What was found when it began, in one clause with figures.")
+
     @property
     def leading(self) -> tuple[CompanionStatus, ...]:
         """The leading knob, in the form of its companions."""
