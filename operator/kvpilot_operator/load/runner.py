@@ -57,6 +57,7 @@ class LoadRun:
     async def _probe(self) -> None:
         """Send the workload's probes one after another."""
         for ask in self._workload.probes:
+            self.phase = "probe"
             if self._stopping.is_set():
                 return
             began = time.monotonic()
