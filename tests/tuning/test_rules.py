@@ -64,9 +64,9 @@ def test_rules_stand_in_order_of_price_and_say_why() -> None:
 
 
 def test_workers_are_sized_by_littles_law_and_carry_the_batch() -> None:
-    # 20 requests/s x 0.29 s of work = 5.8 at once; a quarter of headroom makes 7.25: the next value is 8.
-    found = plan(SMALL, stages=QUEUED)
-    assert values(found) == {"numWorkers": (2, 8), "batchSize": (2, 8)}
+    # 20 requests/s x 0.29 s of work = 5.8 at once; with headroom 11.6: from 3 the next value is 12, fourfold.
+    found = plan({"numWorkers": 3, "batchSize": 2}, stages=QUEUED)
+    assert values(found) == {"numWorkers": (3, 12), "batchSize": (2, 12)}
     proposal = proposed(found)
     assert (proposal.rule, proposal.objective) == ("workers-up", "p95")
     assert proposal.predicted_gain == pytest.approx(0.71)
