@@ -45,6 +45,7 @@ class Engine:
         revision: of the weights; part of the identity of cached pages.
         clock: monotonic, s.
         on_logits: observer of every row that is sampled.
+        on_cache: observer of lookups and insertions, see :class:`~kvpilot_engine.kvcache.KVCache`.
 
     Raises:
         models.ModelError: when the model cannot be served.
@@ -58,7 +59,9 @@ class Engine:
         model: str = "builtin/tiny-llama",
         revision: str = "",
         clock: Callable[[], float] = time.monotonic,
+        *,
         on_logits: LogitsObserver | None = None,
+        on_cache: Callable[..., None] | None = None,
     ) -> None:
         self.config = config
         self.generation = 0
@@ -79,7 +82,7 @@ class Engine:
             dtype=self._model.dtype,
             device=self._model.device,
         )
-        self.cache = KVCache(layout, config, self._model.root, clock)
+        self.cache = KVCache(layout, config, self._model.root, clock, observer=on_cache)
         self._scheduler = Scheduler(self.cache, config)
         self.meter = StepMeter()
         for rows, seconds in measure_decode(self._runner).items():
@@ -115,6 +118,7 @@ class Engine:
         total = len(request.prompt) + request.max_new_tokens
         vocabulary = int(self._model.module.config.vocab_size)
         size = f"prompt of {len(request.prompt)} tokens and max_new_tokens {request.max_new_tokens}"
+        wrong_id = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         checks = (
             (not request.prompt, "prompt: is empty; at least one token is needed"),
             (
@@ -125,10 +129,7 @@ class Engine:
             (not 0.0 < request.top_p <= 1.0, f"top_p: must be above 0 and at most 1, got {request.top_p}"),
             (request.timeout_s <= 0.0, f"timeout_s: must be above 0, got {request.timeout_s}"),
             (request.id in self._live, f"id: {request.id!r} is already in use"),
-            (
-                any(not 0 <= token < vocabulary for token in request.prompt),
-                f"prompt: token ids must be 0 to {vocabulary - 1}",
-            ),
+            (wrong_id is not None, f"prompt: token ids must be 0 to {vocabulary - 1}, got {wrong_id}"),
             (
                 total > self._model.context_length,
                 f"{size} make {total}; the model's context length is {self._model.context_length}",

@@ -21,7 +21,7 @@ _SPLIT_TOKENS = 1024
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MEASURED_TOKENS = 256
-_MEASURED_RUNS = 5
+_MEASURED_RUNS = 3
 
 
 @dataclass(frozen=True)

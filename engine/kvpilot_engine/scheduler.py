@@ -47,6 +47,7 @@ class Scheduler:
         self._cache = cache
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._step = 0
+        self._releases = 0  # leases given back: only then can a blocked sequence find more pages than before
 
     @property
     def live(self) -> int:
@@ -91,7 +92,8 @@ class Scheduler:
         self._admit(now)
         self._give_rows(now)
         plan = self._decodes(now)
-        plan += self._prefills(self.config.max_step_tokens - len(plan))
+        plan += self._prefills(self.config.max_step_tokens - len(plan), now)
+        plan = [item for item in plan if item.sequence.phase is Phase.RUNNING]
         for item in plan:
             item.sequence.last_step = self._step
             item.sequence.enter(Stage.DECODE if item.sequence.output_tokens else Stage.PREFILL, now)
@@ -109,8 +111,8 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         while self.waiting and len(self.admitted) < self.config.num_workers:
             sequence = self.waiting[0]
-            if sequence.blocked and self.admitted and not self._pages_for(sequence):
-                return
+            if sequence.blocked_at == self._releases and self.admitted:
+                return  # it found no page, and none has come free since
             del self.waiting[0]
             request = sequence.request
             first = not sequence.leased
@@ -123,11 +125,6 @@ class Scheduler:
             else:
                 self._ready(sequence, now)
 
-    def _pages_for(self, sequence: Sequence) -> bool:
-        """Whether all its pages are to be had, one to spare for each running row."""
-        needed = -(-(len(sequence.tokens) + 1) // PAGE_TOKENS)
-        return self._cache.pages_available >= needed + self.rows
-
     def _give_rows(self, now: float) -> None:
         rows = self.rows
         for sequence in list(self.admitted):
@@ -136,25 +133,32 @@ class Scheduler:
             if sequence.phase is not Phase.READY or sequence.lease is None:
                 continue
             self._cache.relook(sequence.lease)
-            while not self._cache.extend(sequence.lease, len(sequence.tokens)):
+            while not self._room_for(sequence):
                 # Nobody who runs is disturbed for a newcomer; with no row in use, another newcomer gives way.
                 if rows:
                     self._send_back(sequence, now)
                     return
                 if self._preempt(now, besides=sequence) is None:
-                    return  # alone: blocks on their way hold the pages until they have landed
+                    break  # alone: pages come free as loads land, or go beyond a quota lowered since
             sequence.phase = Phase.RUNNING
-            sequence.blocked = False
             rows += 1
 
-    def _prefills(self, budget: int) -> list[Scheduled]:
+    def _room_for(self, newcomer: Sequence) -> bool:
+        """Whether pages suffice for all prompts under way and this one, with one more for each row."""
+        wanted = self.rows
+        for sequence in self.admitted:
+            if sequence.lease and (sequence is newcomer or sequence.phase is Phase.RUNNING):
+                wanted += max(0, -(-len(sequence.tokens) // PAGE_TOKENS) - len(sequence.lease.pages))
+        return self._cache.pages_available >= wanted
+
+    def _prefills(self, budget: int, now: float) -> list[Scheduled]:
         """Chunks of prefill, most urgent first.
 
         Of several sequences that miss the same page, one computes it and the others wait to take it over.
         """
         plan: list[Scheduled] = []
         underway: set[bytes] = set()
-        for sequence in self.admitted:
+        for sequence in list(self.admitted):
             if budget <= 0:
                 break
             if sequence.phase is not Phase.RUNNING or sequence.decoding:
@@ -168,6 +172,8 @@ class Scheduler:
                     continue
             left = len(sequence.tokens) - sequence.computed
             count = min(budget, left)
+            if not self._grow(sequence, sequence.computed + count, now):
+                continue
             plan.append(Scheduled(sequence, count, decode=False, samples=count == left))
             budget -= count
             underway.update(lease.hashes[sequence.computed // PAGE_TOKENS : lease.usable])
@@ -179,18 +185,18 @@ class Scheduler:
         if len(decoding) > self.config.max_step_tokens:
             decoding.sort(key=attrgetter("last_step"))
             del decoding[self.config.max_step_tokens :]
-        grown = [s for s in decoding if s.phase is Phase.RUNNING and self._grow(s, now)]
+        grown = [s for s in decoding if s.phase is Phase.RUNNING and self._grow(s, len(s.tokens), now)]
         return [Scheduled(s, 1, decode=True, samples=True) for s in grown if s.phase is Phase.RUNNING]
 
-    def _grow(self, sequence: Sequence, now: float) -> bool:
-        """A page for the next token, if need be by preemption, of itself when it is the youngest.
+    def _grow(self, sequence: Sequence, total: int, now: float) -> bool:
+        """Pages for tokens [0, total), if need be by preemption, of itself when it is the youngest.
 
         False when it has none: it was preempted, or, being alone, waits for blocks on their way to land.
         """
         lease = sequence.lease
         assert lease is not None
-        while len(lease.pages) * PAGE_TOKENS < len(sequence.tokens):
-            if self._cache.extend(lease, len(sequence.tokens)):
+        while len(lease.pages) * PAGE_TOKENS < total:
+            if self._cache.extend(lease, total):
                 return True
             if len(self.admitted) == 1 or self._preempt(now) is sequence:
                 return False
@@ -213,11 +219,12 @@ class Scheduler:
         self._let_go(sequence)
         sequence.phase = Phase.WAITING
         sequence.computed = 0
-        sequence.blocked = True
+        sequence.blocked_at = self._releases
         insort(self.waiting, sequence, key=_BY_URGENCY)
 
     def _let_go(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
         self._cache.release(sequence.lease)
         sequence.lease = None
+        self._releases += 1
         self.admitted.remove(sequence)

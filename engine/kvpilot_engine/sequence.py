@@ -31,7 +31,7 @@ class Sequence:
         tokens: prompt, then everything generated. The last generated token's key is not computed yet.
         computed: tokens from the start whose keys and values are in the pool.
         cached_tokens: prompt tokens that the cache served when it first ran.
-        blocked: lost its pages or found none: it is admitted again only when all its pages are to be had.
+        blocked_at: leases given back when it lost its pages or found none; it waits for a further one.
         leased: has held a lease: a further one is not a new query of the cache.
         last_step: number of the last step it took part in.
     """
@@ -45,7 +45,7 @@ class Sequence:
     lease: Lease | None = None
     computed: int = 0
     cached_tokens: int = 0
-    blocked: bool = False
+    blocked_at: int = -1
     leased: bool = False
     last_step: int = -1
     first_token_s: float | None = None

@@ -58,8 +58,8 @@ def test_a_cold_field_at_its_own_value_is_no_change(make_engine: Make) -> None:
 
 def test_lowered_workers_and_rows_let_running_requests_finish(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(num_workers=8, batch_size=6)
-    for i in range(10):
-        driver.submit(str(i), prompt(30, i), 12)
+    for i in range(8):
+        driver.submit(str(i), prompt(30, i), 8)
     for _ in range(3):
         driver.step()
     answer = driver.apply(num_workers=1, batch_size=1)
@@ -90,19 +90,19 @@ def test_raised_workers_and_rows_take_effect_at_the_next_step(make_engine: Make,
 
 
 def test_a_shrink_below_what_was_accepted_fails_nobody(make_engine: Make, prompt: Prompt) -> None:
-    """Accepted under 4,096, the requests need 700 tokens each; the quota falls to 256 meanwhile."""
+    """Accepted under 4,096, the requests need 340 tokens each; the quota falls to 256 meanwhile."""
     driver = make_engine(max_tokens=4096, num_workers=3, batch_size=3)
-    for i in range(5):
-        driver.submit(str(i), prompt(600, i), 100)
-    for _ in range(4):
+    for i in range(4):
+        driver.submit(str(i), prompt(300, i), 40)
+    for _ in range(3):
         driver.step()
     answer = driver.apply(max_tokens=256)
     assert answer.converging
-    driver.submit("late", prompt(600, 9), 100)
+    driver.submit("late", prompt(300, 9), 40)
     driver.run()
     assert driver.finished.pop("late").message.endswith("the cache holds 256 (max_tokens)")
     assert {end.reason for end in driver.finished.values()} == {"length"}
-    assert all(len(ids) == 100 for ids in driver.tokens.values())
+    assert all(len(ids) == 40 for ids in driver.tokens.values())
     assert not driver.engine.describe("d").converging
     assert driver.gauge(f"{names.CACHED_PAGES}{{tier=pool}}") <= 16
 

@@ -1,0 +1,169 @@
+"""Time to the first streamed token over HTTP after a cache hit and after a miss, in interleaved pairs.
+
+A hit shares 1,024 tokens with earlier requests and brings 16 new ones; a miss brings 1,040 new ones.
+Without a URL an engine is started on a free port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench import results
+
+SHARED_TOKENS, NEW_TOKENS = 1024, 16
+TARGET_RATIO = 8.0
+CONFIG: dict[str, Any] = {
+    "dtype": "float32",
+    "device": "cpu",
+    "maxTokens": 16384,
+    "maxStepTokens": 2048,
+    "batchSize": 4,
+    "numWorkers": 4,
+    "cacheStrategy": "lru",
+}
+
+
+def text(generator: random.Random, length: int) -> str:
+    """Printable characters: one token each for a built-in model."""
+    return "".join(chr(generator.randint(0x20, 0x7E)) for _ in range(length))
+
+
+def first_token_s(connection: http.client.HTTPConnection, prompt: str) -> tuple[float, int]:
+    """Seconds from the request's first byte to the first token, and cached tokens as the server says."""
+    body = json.dumps(
+        {
+            "model": "builtin/tiny-llama",
+            "prompt": prompt,
+            "max_tokens": 2,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    )
+    first, cached = None, 0
+    began = time.perf_counter()
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != http.client.OK:
+        raise RuntimeError(f"HTTP {response.status}: {response.read()[:300]!r}")
+    for raw in response:
+        line = raw.decode().strip()
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        chunk = json.loads(line.removeprefix("data: "))
+        if first is None and any(choice.get("text") for choice in chunk["choices"]):
+            first = time.perf_counter() - began
+        if usage := chunk.get("usage"):
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    if first is None:
+        raise RuntimeError("the stream ended without a token")
+    return first, cached
+
+
+@contextmanager
+def served(url: str | None) -> Iterator[str]:
+    """The given URL, or that of an engine that runs as long as the block does."""
+    if url is not None:
+        yield url
+        return
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        port, admin = one.getsockname()[1], two.getsockname()[1]
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "config.json"
+        file.write_text(json.dumps({"config": CONFIG}))
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "kvpilot_engine", "--config", str(file),
+                "--port", str(port), "--admin-port", str(admin),
+            ]
+        )  # fmt: skip
+        try:
+            wait_ready(port, process)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_ready(port: int, process: subprocess.Popen[bytes], timeout_s: float = 300.0) -> None:
+    """Until /readyz says 200."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the engine ended with status {process.returncode}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        try:
+            connection.request("GET", "/readyz")
+            if connection.getresponse().status == http.client.OK:
+                return
+        except OSError:
+            time.sleep(0.2)
+        finally:
+            connection.close()
+    raise RuntimeError(f"not ready after {timeout_s:g} s")
+
+
+def measure(url: str, pairs: int, seed: int) -> dict[str, Any]:
+    """Interleaved pairs, after a few of each kind that do not count."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=60)
+    generator = random.Random(seed)
+    shared = text(generator, SHARED_TOKENS)
+    hits, misses = [], []
+    for pair in range(-3, pairs):
+        hit, cached_hit = first_token_s(connection, shared + text(generator, NEW_TOKENS))
+        miss, cached_miss = first_token_s(connection, text(generator, SHARED_TOKENS + NEW_TOKENS))
+        if pair >= 0:
+            assert cached_hit == SHARED_TOKENS, f"{cached_hit} tokens cached on a hit"
+            assert cached_miss == 0, f"{cached_miss} tokens cached on a miss"
+            hits.append(hit)
+            misses.append(miss)
+    connection.close()
+    hit, miss = statistics.median(hits), statistics.median(misses)
+    return {
+        "pairs": pairs,
+        "hit_p50_ms": round(1000 * hit, 2),
+        "miss_p50_ms": round(1000 * miss, 2),
+        "hit_p95_ms": round(1000 * statistics.quantiles(hits, n=20)[-1], 2),
+        "miss_p95_ms": round(1000 * statistics.quantiles(misses, n=20)[-1], 2),
+        "ratio_p50": round(miss / hit, 2),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 when a hit is at least 8 times as fast at the median, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="of a running server; default: start one")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    parser.add_argument("--output", type=Path, default=results.DIRECTORY)
+    options = parser.parse_args(argv)
+    with served(options.url) as url:
+        figures = measure(url, options.pairs, options.seed)
+    print(
+        results.write(
+            "first_token", "First token after a hit and a miss", figures, options.output
+        ).read_text()
+    )
+    if figures["ratio_p50"] < TARGET_RATIO:
+        print(f"first_token: FAILED: {figures['ratio_p50']} times as fast, {TARGET_RATIO:g} wanted")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

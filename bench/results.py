@@ -1,0 +1,39 @@
+"""How every benchmark writes what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DIRECTORY = Path(__file__).parent / "results"
+
+
+def command() -> str:
+    """The command line that is running, without the path of this checkout."""
+    return " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+
+
+def write(name: str, title: str, figures: dict[str, Any], directory: Path = DIRECTORY) -> Path:
+    """Write ``name.json`` and ``name.md``; returns the path of the latter."""
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": command(),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
+        "torch": torch.__version__,
+    }
+    (directory / f"{name}.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
+    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
+    text = (
+        f"# {title}\n\n`{about['command']}`, {about['when']}, {about['machine']}, torch {about['torch']}\n\n"
+    )
+    path = directory / f"{name}.md"
+    path.write_text(f"{text}| figure | value |\n|---|---|\n{rows}\n")
+    return path
