@@ -180,7 +180,7 @@ def test_a_corrupt_block_is_a_miss_and_a_count(make):
 
 
 def test_when_the_encoder_is_behind_blocks_are_dropped_and_counted(make):
-    h = make(max_tokens=2048, host_memory_mb=64)
+    h = make(max_tokens=8192, host_memory_mb=64)
     gate = threading.Event()
     traffic = h.cache._traffic
     encode = traffic._codec.encode
@@ -193,12 +193,12 @@ def test_when_the_encoder_is_behind_blocks_are_dropped_and_counted(make):
             return encode(block)
 
     traffic._codec = Slow()
-    h.serve(h.prompt(0, 2048))
-    h.serve(h.prompt(1, 2048))
-    assert h.counter("blocks_lost_total{reason=busy}") == 8
+    h.serve(h.prompt(0, 8192))
+    h.serve(h.prompt(1, 8192))
+    assert h.counter("blocks_lost_total{reason=busy}") == 32
     gate.set()
     h.flush()
-    assert len(traffic.host) == 8
+    assert len(traffic.host) == 32
 
 
 def test_a_shrinking_pool_waits_for_the_encoder(make):

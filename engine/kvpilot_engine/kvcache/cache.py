@@ -189,8 +189,8 @@ class KVCache:
 
     @property
     def pages_available(self) -> int:
-        """Pages that ``extend`` can hand out now: free ones, and cached ones that nobody holds."""
-        return max(self._pool.limit, self._pool.used) - self._pool.used + self._hot.evictable
+        """Pages of the quota that nobody holds, free or cached: what ``extend`` can count on."""
+        return max(0, self._pool.limit - self._pool.used + self._hot.evictable)
 
     @property
     def pages_limit(self) -> int:

@@ -71,12 +71,13 @@ class EncodeJob(Job):
     """Encode the copy of a block whose pages are leaving the pool.
 
     Attributes:
-        source: the copy, in ``layout.block_shape``.
+        source: the copy, in ``layout.block_shape``; its buffer goes back to ``buffers`` at once.
         ancestry: the worst fidelity of its pages.
     """
 
     key: bytes
     source: torch.Tensor
+    buffers: SnapshotBuffers
     codec: Codec
     ancestry: Fidelity
     clock: Callable[[], float]
@@ -87,7 +88,10 @@ class EncodeJob(Job):
     def run(self) -> None:
         """See Job."""
         start = self.clock()
-        self.encoded = self.codec.encode(self.source)
+        try:
+            self.encoded = self.codec.encode(self.source)
+        finally:
+            self.buffers.give_back(self.source)
         self.seconds = self.clock() - start
 
     def land(self) -> None:
@@ -109,10 +113,14 @@ class TrimJob(Job):
 
 
 class SnapshotBuffers:
-    """A few reusable buffers for blocks on their way to the encoder; their number bounds its queue."""
+    """Reusable buffers for blocks on their way to the encoder; their number bounds its queue.
 
-    _MOST_BLOCKS = 8
-    _MOST_BYTES = 64 << 20
+    The stepping thread takes them, the loader gives them back; appending to a list is atomic. An encoding has
+    read all of its source when it returns, on a device too, since its result is in host memory.
+    """
+
+    _MOST_BLOCKS = 32
+    _MOST_BYTES = 32 << 20
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool

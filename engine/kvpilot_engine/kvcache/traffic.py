@@ -90,12 +90,12 @@ class TierTraffic:
             return
         self._encoding.add(entry.hash)
         self._loader.submit(
-            EncodeJob(entry.hash, source, self._codec, ancestry, self._clock, self._encoded), urgent=False
+            EncodeJob(entry.hash, source, self._buffers, self._codec, ancestry, self._clock, self._encoded),
+            urgent=False,
         )
 
     def _encoded(self, job: EncodeJob) -> None:
         self._encoding.discard(job.key)
-        self._buffers.give_back(job.source)
         self.codec_seconds["encode"] += job.seconds
         if job.encoded is None:
             self.lost["failed"] += 1
