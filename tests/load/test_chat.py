@@ -5,16 +5,32 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+from dataclasses import dataclass
 
 import pytest
 
 from kvpilot_operator.load.chat import ChatShape, ChatWorkload
-from kvpilot_operator.load.workload import Arrival, LoadError, Phase, poisson
+from kvpilot_operator.load.results import Result, Tally
+from kvpilot_operator.load.workload import Arrival, LoadError, Phase, Rise, poisson
+
+
+@dataclass
+class Machine:
+    """Answers take ``latency`` s when calm, ``now`` s at present."""
+
+    latency: float = 1.0
+    now: float | None = None
+
+    def calm(self) -> float:
+        return self.latency
+
+    def recent(self, seconds: float) -> float | None:
+        return self.now
 
 
 def arrivals(seed: int = 1, **shape: float) -> list[Arrival]:
     return list(
-        ChatWorkload([Phase("calm", 60, rate=5)], ChatShape(**shape), seed).arrivals(lambda: None)  # type: ignore[arg-type]
+        ChatWorkload([Phase("calm", 60, rate=5)], ChatShape(**shape), seed).arrivals(Machine())  # type: ignore[arg-type]
     )
 
 
@@ -64,14 +80,41 @@ def test_an_answer_that_is_still_to_come_is_invented_and_a_late_one_ignored() ->
 
 def test_a_phase_is_sized_to_the_machine_when_it_begins() -> None:
     workload = ChatWorkload([Phase("calm", 50, rate=2), Phase("rise", 50, in_flight=8)], seed=2)
-    latency: list[float | None] = [None]
+    machine = Machine(1.0)
     seen: list[Arrival] = []
-    for arrival in workload.arrivals(lambda: latency[0]):
+    for arrival in workload.arrivals(machine):
         seen.append(arrival)
-        latency[0] = 0.5  # 8 in flight at 0.5 s each are 16 requests/s
+        machine.latency = 0.5  # 8 in flight at 0.5 s each are 16 requests/s
     rise = [a for a in seen if a.phase == "rise"]
     assert len(rise) == pytest.approx(800, rel=0.15)
     assert min(a.at for a in rise) >= 50
+
+
+def test_a_rise_goes_on_until_it_hurts_and_then_stays() -> None:
+    rise = Rise("rise", 100, in_flight=1, ramp_s=40, step_s=10, factor=2, hurts=4, beyond=1.5)
+    machine = Machine(0.5)
+    steps = []
+    for seconds, rate in rise.steps(machine):
+        steps.append((seconds, rate))
+        if rate >= 4:
+            machine.now = 2.0
+    assert steps == [(10, 2), (10, 4), (80, 6)]
+
+
+def test_a_rise_ends_in_time_where_nothing_hurts() -> None:
+    rise = Rise("rise", 100, in_flight=1, ramp_s=30, step_s=10, factor=2)
+    assert list(rise.steps(Machine(1.0))) == [(10, 1), (10, 2), (10, 4), (70, 8)]
+    assert sum(seconds for seconds, _ in rise.steps(Machine(1.0))) == 100
+
+
+def test_the_median_of_late_says_how_it_is_now() -> None:
+    tally = Tally(probed=[3.0, 1.0, 2.0])
+    assert tally.calm() == 2
+    assert tally.recent(5) is None
+    tally.results += [Result("x", at, 0, 1.0) for at in range(10)]
+    tally.results += [Result("x", 10 + at, 0, 4.0) for at in range(3)]
+    assert tally.calm() == 1
+    assert tally.recent(3) == 4
 
 
 @pytest.mark.parametrize(

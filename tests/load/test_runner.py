@@ -14,7 +14,7 @@ from aiohttp import web
 from kvpilot_operator.load.client import Client, RequestError
 from kvpilot_operator.load.results import Result, Tally, lines_of, percentile
 from kvpilot_operator.load.runner import LoadRun
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -34,7 +34,7 @@ class Even:
     def seconds(self) -> float:
         return self.count * self.gap
 
-    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
         for index in range(self.count):
             ask = Ask("/v1/completions", {"prompt": f"{index}", "max_tokens": 4})
             yield Arrival(index * self.gap, "even", lambda ask=ask: ask, self.answers.append)

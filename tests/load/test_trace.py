@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kvpilot_engine.tokenizer import load_tokenizer
 from kvpilot_operator.cli import app
+from kvpilot_operator.load.results import Tally
 from kvpilot_operator.load.trace import TraceRequest, TraceWorkload, prompt_of, read_trace
 from kvpilot_operator.load.workload import LoadError
 
@@ -127,7 +128,7 @@ def test_equal_blocks_become_equal_pages() -> None:
 def test_speed_and_duration_cut_the_schedule(tmp_path: Path) -> None:
     lines = [GOOD.replace('"timestamp": 0', f'"timestamp": {second * 1000}') for second in range(10)]
     workload = TraceWorkload(written(tmp_path, "".join(lines)), speed=2, shrink=32, seconds=3)
-    arrivals = list(workload.arrivals(lambda: None))
+    arrivals = list(workload.arrivals(Tally()))
     assert [a.at for a in arrivals] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     assert arrivals[0].ask().body["max_tokens"] == 2
 

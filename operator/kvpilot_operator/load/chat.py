@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvpilot_operator.load.text import text_of
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Phase, poisson
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Phase, Rise, Seen, poisson
 
 PROBES = 9
 """Requests that measure the machine before a load that is sized to it."""
@@ -56,7 +56,7 @@ class ChatWorkload:
     out with an invented answer of the same length in its place: a server can slow its answers, not the load.
     """
 
-    def __init__(self, phases: Sequence[Phase], shape: ChatShape | None = None, seed: int = 1) -> None:
+    def __init__(self, phases: Sequence[Phase | Rise], shape: ChatShape | None = None, seed: int = 1) -> None:
         if not phases:
             raise LoadError("phases: at least one is required")
         self.phases = tuple(phases)
@@ -82,20 +82,21 @@ class ChatWorkload:
     @property
     def probes(self) -> tuple[Ask, ...]:
         """First turns of other sessions, where a phase is sized to the machine."""
-        if all(phase.in_flight is None for phase in self.phases):
+        if not any(phase.sized for phase in self.phases):
             return ()
         sizes = random.Random(self.seed + 2)
         other = ChatWorkload([Phase("probe", 1.0, rate=1.0)], self.shape, self.seed + 1)
         return tuple(other._turn(0.0, "probe", sizes).ask() for _ in range(PROBES))
 
-    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
         """The schedule; a phase that is sized to the machine takes its rate when it begins."""
         times, sizes = random.Random(self.seed), random.Random(self.seed + 1)
         begin = 0.0
         for phase in self.phases:
-            for offset in poisson(phase.rate_now(calm_latency()), phase.seconds, times):
-                yield self._turn(begin + offset, phase.name, sizes)
-            begin += phase.seconds
+            for seconds, rate in phase.steps(seen):
+                for offset in poisson(rate, seconds, times):
+                    yield self._turn(begin + offset, phase.name, sizes)
+                begin += seconds
 
     def _turn(self, at: float, phase: str, sizes: random.Random) -> Arrival:
         session = self._next_session(at)

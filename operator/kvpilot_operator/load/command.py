@@ -122,7 +122,7 @@ async def _progress(run: LoadRun, seconds: float) -> None:
         await asyncio.sleep(1 if terminal else 10)
         tally = run.tally
         good = sum(1 for result in tally.results if result.kind == OK)
-        latency = tally.calm_latency()
+        latency = tally.latency()
         line = (
             f"{run.seconds:4.0f}/{seconds:.0f} s  offered {tally.offered}  completed {good}  "
             f"failed {len(tally.results) - good}  in flight {tally.in_flight}  "

@@ -78,10 +78,21 @@ class Tally:
         """Requests without an end yet."""
         return self.offered - len(self.results)
 
-    def calm_latency(self) -> float | None:
-        """Median latency of the answers so far, s; of the probes while there are none."""
-        answered = [r.seconds for r in self.results if r.kind == OK]
-        return percentile(sorted(answered or self.probed), 0.5)
+    def latency(self) -> float | None:
+        """Median latency of the answers so far, s; None before the first one."""
+        return percentile(sorted(r.seconds for r in self.results if r.kind == OK), 0.5)
+
+    def calm(self) -> float:
+        """Median latency of the answers so far, s; of the probes before the first one, 1 without any."""
+        found = self.latency() or percentile(sorted(self.probed), 0.5)
+        return max(0.01, found or 1.0)
+
+    def recent(self, seconds: float) -> float | None:
+        """Median latency of the answers of the last ``seconds``, s; None of none."""
+        last = [r for r in self.results if r.kind == OK]
+        newest = max((r.at + r.seconds for r in last), default=0.0)
+        within = sorted(r.seconds for r in last if r.at + r.seconds >= newest - seconds)
+        return percentile(within, 0.5)
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Everything about a load of ``seconds`` (from its start to the last answer)."""

@@ -43,7 +43,7 @@ class LoadRun:
         await self._probe()
         self._started = time.monotonic()
         try:
-            for arrival in self._workload.arrivals(self.tally.calm_latency):
+            for arrival in self._workload.arrivals(self.tally):
                 if await self._stopped_before(self._started + arrival.at):
                     break
                 self._send(arrival)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpilot_operator.load.text import text_of
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError
+from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
 
 TRACE_BLOCK_TOKENS = 512
 """Tokens behind one hash id of a Mooncake trace."""
@@ -170,7 +170,7 @@ class TraceWorkload:
         """None: a trace has its own times."""
         return ()
 
-    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
+    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
         """The schedule of the trace."""
         for index, request in enumerate(self._requests):
             at = request.at / self._speed

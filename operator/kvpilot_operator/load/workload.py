@@ -42,6 +42,16 @@ class Arrival:
     answered: Callable[[str], None]
 
 
+class Seen(Protocol):
+    """What the load may know of the answers."""
+
+    def calm(self) -> float:
+        """Median latency of the answers so far, s; of the probes before the first one, 1 without any."""
+
+    def recent(self, seconds: float) -> float | None:
+        """Median latency of the answers of the last ``seconds``, s; None of none."""
+
+
 class Workload(Protocol):
     """A source of arrivals in order of time."""
 
@@ -57,12 +67,8 @@ class Workload(Protocol):
     def probes(self) -> Sequence[Ask]:
         """Requests to send one after another before it begins, to learn how long an answer takes."""
 
-    def arrivals(self, calm_latency: Callable[[], float | None]) -> Iterator[Arrival]:
-        """The schedule.
-
-        Args:
-            calm_latency: median latency of the answers so far, those of the probes before the first one, s.
-        """
+    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
+        """The schedule; what was seen sizes phases when they begin, never a single request."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,50 @@ class Phase:
             if value is not None and not value > 0:
                 raise LoadError(f"phase {self.name}: {name} must be above 0, got {value}")
 
-    def rate_now(self, calm_latency: float | None) -> float:
-        """Requests/s, given the median latency so far (s)."""
-        if self.rate is not None:
-            return self.rate
-        assert self.in_flight is not None
-        return self.in_flight / max(calm_latency or 1.0, 0.01)
+    @property
+    def sized(self) -> bool:
+        """Whether the rate depends on the machine."""
+        return self.in_flight is not None
+
+    def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
+        """The one step: its length (s) and its rate (requests/s)."""
+        rate = self.rate if self.in_flight is None else self.in_flight / seen.calm()
+        assert rate is not None
+        yield self.seconds, rate
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A load that rises until answers take ``hurts`` times as long as when calm, and stays there.
+
+    It begins as ``in_flight`` of a Phase. Every ``step_s`` the rate grows by ``factor``, for at most
+    ``ramp_s``; once it hurts it grows by ``beyond`` for the last time. It thus finds the limit of the machine
+    as it is now, and goes on at a constant rate, whatever happens to the answers then.
+    """
+
+    name: str
+    seconds: float
+    in_flight: float
+    ramp_s: float = 64.0
+    step_s: float = 8.0
+    factor: float = 1.3
+    hurts: float = 4.0
+    beyond: float = 1.2
+    sized: bool = True
+
+    def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
+        """Lengths (s) and rates (requests/s) of the steps."""
+        calm, left = seen.calm(), self.seconds
+        rate = self.in_flight / calm
+        while left > self.step_s and self.seconds - left < self.ramp_s:
+            yield self.step_s, rate
+            left -= self.step_s
+            recent = seen.recent(self.step_s)
+            if recent is not None and recent >= self.hurts * calm:
+                rate *= self.beyond
+                break
+            rate *= self.factor
+        yield left, rate
 
 
 def poisson(rate: float, seconds: float, rng: random.Random) -> list[float]:

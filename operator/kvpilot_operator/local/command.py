@@ -18,7 +18,7 @@ from kvpilot_operator.load.chat import ChatShape, ChatWorkload
 from kvpilot_operator.load.command import check_writable
 from kvpilot_operator.load.results import lines_of
 from kvpilot_operator.load.trace import TraceWorkload
-from kvpilot_operator.load.workload import LoadError, Phase, Workload
+from kvpilot_operator.load.workload import LoadError, Phase, Rise, Workload
 from kvpilot_operator.local.cluster import memory_limit
 from kvpilot_operator.local.display import display_for
 from kvpilot_operator.local.figures import figures_of
@@ -35,9 +35,9 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=48)
 CALM_S, CALM_IN_FLIGHT = 50.0, 0.9
-RISE_S, RISE_IN_FLIGHT = 190.0, 2.6
-"""The chat load without a rate: calm first, then a rise to almost three times as much. Both are sized to
-the machine: so many requests would be in flight if answers went on taking as long as before the phase."""
+RISE_S, RISE_IN_FLIGHT = 200.0, 1.5
+"""The chat load without a rate: calm first, then a rise until it hurts. Both are sized to the machine: so
+many requests would be in flight, when they begin, if answers went on taking as long as before."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def workload_of(options: UpOptions) -> Workload | None:
     return ChatWorkload(
         [
             Phase("calm", calm, in_flight=CALM_IN_FLIGHT),
-            Phase("rise", seconds - calm, in_flight=RISE_IN_FLIGHT),
+            Rise("rise", seconds - calm, in_flight=RISE_IN_FLIGHT),
         ],
         CHAT,
     )
