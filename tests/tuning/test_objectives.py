@@ -49,11 +49,22 @@ def test_a_breach_needs_both_windows() -> None:
 
 
 def test_few_requests_say_nothing() -> None:
-    objectives = judged(observe(pod(rate=1.9, attained=BAD)))  # 19 in the short window
+    objectives = judged(observe(pod(rate=0.3, attained=BAD)))  # 18 in the long window
     assert {objectives[name].state for name in ("p50", "p95", "errors", "throughput", "hitRate")} == {
         "Unknown"
     }
-    assert judged(observe(pod(rate=2.0, attained=BAD)))["p95"].state == "Breached"
+
+
+def test_few_requests_in_the_short_window_widen_it() -> None:
+    # 4 now, which is too few; 24 in the long window.
+    few = judged(observe(with_short(pod(rate=0.4, attained=BAD), rate=0.4, attained=GOOD)))["p95"]
+    assert (few.state, few.measured_short, few.measured_long) == (
+        "Breached",
+        few.measured_long,
+        few.measured_short,
+    )
+    many = judged(observe(with_short(pod(rate=2.0, attained=BAD), rate=2.0, attained=GOOD)))["p95"]
+    assert (many.state, many.measured_short) == ("Met", pytest.approx(0.99))
 
 
 def test_without_trust_everything_is_unknown() -> None:

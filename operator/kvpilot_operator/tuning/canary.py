@@ -14,7 +14,7 @@ from kvpilot_operator.tuning.decision import Outcome, WriteConfig
 from kvpilot_operator.tuning.evidence import arm
 from kvpilot_operator.tuning.guards import DAY, MOST_BARRED, MOST_REVERSALS
 from kvpilot_operator.tuning.look import Draft, Look, Plan, Proposal, told_changes
-from kvpilot_operator.tuning.objectives import backlog_gone, enough, rates
+from kvpilot_operator.tuning.objectives import backlog_gone, judged_window, rates
 from kvpilot_operator.tuning.observation import Pod
 from kvpilot_operator.tuning.state import Barred, Change, Measure, Phase, Reversal, TuningState
 from kvpilot_operator.tuning.verdict import EXPOSURE_LIMIT, Verdict, judge_change
@@ -258,7 +258,7 @@ def _before(look: Look, pod: Pod, objective: str) -> tuple[Measure, ...]:
     Only what it shall cure and the errors are tested for harm, as the load moves all else along.
     """
     wanted = look.policy.objectives
-    window = "short" if enough(look.short) else "long"
+    window = judged_window(look.observation)
     measured = arm(look.observation, window, frozenset({pod.uid}), wanted)
     return tuple(
         item for name, item in measured.measures.items() if name == objective or name not in wanted.latency

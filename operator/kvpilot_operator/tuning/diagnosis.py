@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, StageShare
-from kvpilot_operator.tuning.objectives import enough, shortfall
+from kvpilot_operator.tuning.objectives import judged_window, shortfall
 from kvpilot_operator.tuning.observation import Counts, Observation, Signal
 
 WAITS: tuple[Stage, ...] = (Stage.ADMISSION_WAIT, Stage.TIER_LOAD, Stage.BATCH_WAIT, Stage.PREEMPTED)
@@ -38,9 +38,7 @@ def diagnose(
     Memory comes first, since an engine that is killed loses everything; then what requests feel; then the
     cache. ``idle``: there is no traffic.
     """
-    counts = observation.counts("short")
-    counts = counts if enough(counts) else observation.counts("long")
-    stages = stage_shares(counts, signal)
+    stages = stage_shares(observation.counts(judged_window(observation)), signal)
     hot = saturated(observation)
     breached = {item.name: item for item in objectives if item.state == "Breached"}
     if not breached:

@@ -1,7 +1,8 @@
 """Objectives against measurements.
 
-Latency is judged by attainment at published edges, never by quantiles. A breach needs both windows; fewer
-than ``FEW`` judged requests in a window are Unknown, and so is everything without data.
+Latency is judged by attainment at published edges, never by quantiles. A breach needs both windows. A short
+window with fewer than ``FEW`` judged requests says nothing and is widened to the long one; fewer than that in
+the long window are Unknown, and so is everything without data.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ THROUGHPUT_MARGIN = 0.9
 
 def judge(observation: Observation, wanted: Objectives, trusted: bool) -> tuple[Objective, ...]:
     """Every objective of the resource, in a fixed order."""
-    short = observation.counts("short") if trusted else Counts()
+    nearest = judged_window(observation)
+    short = observation.counts(nearest) if trusted else Counts()
     long = observation.counts("long") if trusted else Counts()
     return (
         *(
             _judged(name, required, *(_attainment(c, wanted, edge) for c in (short, long)), below=True)
             for name, (edge, required) in wanted.latency.items()
         ),
-        _throughput(observation, wanted, short, long),
+        _throughput(observation, wanted, (nearest, "long"), known=enough(long)),
         _judged("errors", wanted.errors, _errors(short), _errors(long), below=False),
         _hit_rate(wanted.hit_rate, short, long),
         _memory(observation, wanted.memory, trusted),
@@ -36,6 +38,11 @@ def judge(observation: Observation, wanted: Objectives, trusted: bool) -> tuple[
 def enough(counts: Counts) -> bool:
     """True when a window says something about requests."""
     return counts.judged >= FEW
+
+
+def judged_window(observation: Observation) -> str:
+    """The window that says how it is now: the short one, or the long one where that has too few requests."""
+    return "short" if enough(observation.counts("short")) else "long"
 
 
 def hit_rate(counts: Counts) -> float | None:
@@ -88,16 +95,18 @@ def _errors(counts: Counts) -> float | None:
     return counts.failed / counts.judged if enough(counts) else None
 
 
-def _throughput(observation: Observation, wanted: Objectives, short: Counts, long: Counts) -> Objective:
+def _throughput(
+    observation: Observation, wanted: Objectives, windows: tuple[str, str], *, known: bool
+) -> Objective:
     """Breached when completions fall behind min(offered, target) by more than the margin.
 
     The floor has no margin: while at least that much is offered, at least that much must be completed. An
     idle hour offers nothing, so it breaches nothing.
     """
-    (low, behind), (slow, late) = (_behind(observation, wanted, name) for name in ("short", "long"))
-    if not (enough(short) and enough(long)):
+    if not known:
         return Objective("throughput", wanted.throughput, None, None, "Unknown")
-    return Objective("throughput", wanted.throughput, low, slow, "Breached" if behind and late else "Met")
+    (now, behind), (late, before) = (_behind(observation, wanted, window) for window in windows)
+    return Objective("throughput", wanted.throughput, now, late, "Breached" if behind and before else "Met")
 
 
 def _behind(observation: Observation, wanted: Objectives, window: str) -> tuple[float, bool]:

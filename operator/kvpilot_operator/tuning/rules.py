@@ -15,7 +15,7 @@ from kvpilot_operator.tuning.bounds import Room, room, vet
 from kvpilot_operator.tuning.decision import Rejected
 from kvpilot_operator.tuning.diagnosis import pages_short, share
 from kvpilot_operator.tuning.look import Look, Plan, Proposal
-from kvpilot_operator.tuning.objectives import enough, rates
+from kvpilot_operator.tuning.objectives import judged_window, rates
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.prediction import grown, ladder_gain, needed_concurrency, queue_gain
 from kvpilot_operator.tuning.state import TuningState
@@ -56,12 +56,12 @@ def consider(look: Look, state: TuningState) -> Plan:
 
 def counts_of(look: Look) -> Counts:
     """The short window where it says something, else the long one."""
-    return look.short if enough(look.short) else look.long
+    return look.observation.counts(judged_window(look.observation))
 
 
 def needed_per_engine(look: Look) -> float:
-    """Requests in work at once that the arrivals need, per engine."""
-    arrivals = rates(look.observation, "short" if enough(look.short) else "long")[0]
+    """Requests in work at once that the arrivals need, per engine; of both windows the busier one."""
+    arrivals = max(rates(look.observation, window)[0] for window in ("short", "long"))
     return needed_concurrency(counts_of(look), arrivals / len(look.ready))
 
 
