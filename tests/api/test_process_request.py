@@ -226,6 +226,7 @@ async def test_in_process_engine_shut_down_under_load_ends_every_request() -> No
     assert engine.get_health_status()["status"] == "unhealthy"
 
 
+@pytest.mark.slow
 async def test_killed_core_ends_every_request_with_one_error() -> None:
     engine = KVCacheEngine(KVCacheConfig(dtype="float32", max_queue=1))
     tasks = [

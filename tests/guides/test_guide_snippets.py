@@ -10,7 +10,8 @@ import pytest
 
 from kvpilot_engine import ConfigWarning, KVCacheConfig, KVCacheEngine
 
-pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+# Two engines start, and a thousand requests are served.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,6 @@ async def test_high_traffic_settings_are_taken_hot(engine: KVCacheEngine) -> Non
     assert report.changed == ["batchSize"], "the others were in the example already"
 
 
-@pytest.mark.slow
 async def test_throughput_benchmark_runs_a_thousand_at_once(
     snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def stream_in_background(engine: Any, tokens: int) -> tuple[threading.Thread, li
     return thread, text, errors
 
 
+@pytest.mark.slow
 def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
     engine = victims[0]
     thread, text, errors = stream_in_background(engine, 600)
@@ -63,6 +64,7 @@ def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
         httpx.get(f"{engine.url}/healthz")
 
 
+@pytest.mark.slow
 def test_dead_core_ends_every_request_clearly_and_the_process(victims: list[Any], wait_until: Any) -> None:
     engine = victims[1]
     thread, text, errors = stream_in_background(engine, 3000)
@@ -87,6 +89,7 @@ def test_dead_core_ends_every_request_clearly_and_the_process(victims: list[Any]
     assert "fatal: the engine's core process ended unexpectedly (signal 9)" in engine.log
 
 
+@pytest.mark.slow
 def test_front_killed_while_the_core_still_loads_leaves_no_orphan(tmp_path: Path, wait_until: Any) -> None:
     command = [sys.executable, "-m", "kvpilot_engine", "--port", "0", "--admin-port", "0"]
     front = psutil.Process(subprocess.Popen(command, stderr=subprocess.DEVNULL).pid)
@@ -96,6 +99,7 @@ def test_front_killed_while_the_core_still_loads_leaves_no_orphan(tmp_path: Path
     wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5)
 
 
+@pytest.mark.slow
 def test_sigterm_while_the_core_still_loads_ends_both(tmp_path: Path, wait_until: Any) -> None:
     command = [sys.executable, "-m", "kvpilot_engine", "--port", "0", "--admin-port", "0"]
     front = subprocess.Popen(command, stderr=subprocess.DEVNULL)
