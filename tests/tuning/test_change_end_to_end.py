@@ -199,6 +199,26 @@ def test_memory_nearly_exhausted_halves_the_batch_at_once_everywhere() -> None:
     settled(sim)
 
 
+def test_a_control_too_slow_to_end_many_requests_does_not_deny_the_cure() -> None:
+    # One row takes 1.7 s: 0.6 requests/s an engine, 1.1 are sent. Four rows complete 2 a second.
+    slow = Model(step_s=lambda rows: 0.4 + 0.02 * rows)
+    wanted = replace(PRODUCTION, latency={"p50": (3.0, 0.5), "p95": (5.0, 0.95)}, hit_rate=0.0)
+    policy = policy_of(scaling=None, objectives=wanted)
+    sim = Simulation(
+        {"numWorkers": 1, "batchSize": 1},
+        policy,
+        replicas=2,
+        load=lambda t: 0.8 if t < 60 else 2.2,
+        model=slow,
+    )
+    sim.run(420, until=lambda s: s.state.phase is Phase.COOLDOWN)
+    assert sim.outcomes() == ["Started", "Promoted"], sim.told()
+    told = sim.records[-1].evidence
+    assert told["control"]["judged"] < 100 <= told["control"]["offered"]
+    assert told["control"]["p95"] > 0.9
+    assert told["canary"]["p95"] < 0.1
+
+
 # One replica
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpilot_operator.tuning.diagnosis import stage_shares
+from kvpilot_operator.tuning.objectives import FEW
 from kvpilot_operator.tuning.observation import Counts, Observation
 from kvpilot_operator.tuning.policy import Objectives
 from kvpilot_operator.tuning.state import Measure
@@ -30,10 +31,11 @@ SECONDS, MEMORY, MISSES, WASTE = "seconds", "memory", "hitRate", "prefetchWaste"
 
 @dataclass(frozen=True)
 class Arm:
-    """Measures of one side by name, and its judged requests."""
+    """Measures of one side by name, its judged requests, and those that were sent to it."""
 
     measures: Mapping[str, Measure]
     judged: float
+    offered: float = 0.0
 
     def share(self, name: str) -> float | None:
         """How bad the arm was in that respect."""
@@ -46,7 +48,8 @@ def arm(observation: Observation, window: str, uids: frozenset[str], wanted: Obj
     counts = observation.counts(window, uids)
     gauges = [pod.sample.gauges for pod in observation.ready if pod.sample is not None and pod.uid in uids]
     memory = Measure(MEMORY, sum(gauge.memory_ratio for gauge in gauges), len(gauges))
-    return Arm({item.name: item for item in (*measures(counts, wanted), memory)}, counts.judged)
+    measured = {item.name: item for item in (*measures(counts, wanted), memory)}
+    return Arm(measured, counts.judged, counts.arrivals)
 
 
 def arm_of(stored: Sequence[Measure]) -> Arm:
@@ -74,6 +77,15 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
         Measure(MISSES, counts.query_tokens - counts.hit_tokens, counts.query_tokens),
         Measure(WASTE, counts.prefetch_wasted, judged),
     )
+
+
+def exposed(side: Arm, least: int) -> bool:
+    """True when a side has been shown enough requests.
+
+    An overloaded control ends few of the requests that it is sent; that it was sent enough, and that some
+    ended, must do, or the worst breaches could never be cured.
+    """
+    return side.judged >= least or (side.offered >= least and side.judged >= FEW)
 
 
 def judged_names(wanted: Objectives) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from kvpilot_operator.tuning.evidence import (
     Arm,
     arm,
     arm_of,
+    exposed,
     gain,
     harm_evidence,
     harmless,
@@ -74,7 +75,7 @@ def _name(
     """What the counts say once the verify time is over."""
     wanted = look.policy.objectives
     fewest = look.policy.pace.requests_per_arm
-    if min(canary.judged, control.judged) < fewest:
+    if not (exposed(canary, fewest) and exposed(control, fewest)):
         # What memory a change frees shows without requests; that it harms none of them does not.
         if not (overdue and change.objective == MEMORY):
             return reasons.TOO_FEW_REQUESTS if overdue else None
@@ -129,6 +130,7 @@ def _told_evidence(
     def told(side: Arm) -> dict[str, Any]:
         return {
             "judged": round(side.judged, 1),
+            "offered": round(side.offered, 1),
             **{name: round(item.share, 4) for name, item in side.measures.items() if item.share is not None},
         }
 
