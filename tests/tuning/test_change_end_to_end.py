@@ -219,6 +219,16 @@ def test_a_control_too_slow_to_end_many_requests_does_not_deny_the_cure() -> Non
     assert told["canary"]["p95"] < 0.1
 
 
+def test_memory_that_the_batch_does_not_cure_is_left_to_the_cache() -> None:
+    sim = Simulation(WIDE, KNOBS_ONLY, load=lambda _: 30.0, model=Model(memory=lambda c: 0.97)).run(250)
+    assert [(r.rule, r.outcome) for r in sim.records] == [
+        ("memory-emergency", "Promoted"),
+        ("memory-relief", "Started"),
+        ("memory-relief", "Reverted"),
+    ], sim.told()
+    settled(sim)
+
+
 # One replica
 
 

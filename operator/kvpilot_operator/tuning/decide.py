@@ -5,34 +5,28 @@ The operator, local mode, the simulations and the property tests call this one f
 
 from __future__ import annotations
 
-import json
-import zlib
 from dataclasses import replace
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.bounds import room
-from kvpilot_operator.tuning.canary import abort, advance, enough_exposure, start
+from kvpilot_operator.tuning.adoption import adopt_edit, remember
+from kvpilot_operator.tuning.canary import advance, enough_exposure, start
 from kvpilot_operator.tuning.configuration import (
     candidate,
-    effective,
-    kept_overlay,
-    overlay_between,
     runs,
     to_push,
     value,
 )
-from kvpilot_operator.tuning.decision import Decision, Objective, Push, WriteConfig
+from kvpilot_operator.tuning.decision import Decision, Objective, Push
 from kvpilot_operator.tuning.diagnosis import diagnose
+from kvpilot_operator.tuning.emergency import relieve
 from kvpilot_operator.tuning.guards import SIX_HOURS, distrust, no_traffic, stalled_pods
 from kvpilot_operator.tuning.look import (
     IN_FLIGHT,
-    MOST_TOLD,
     TOLD_COOLDOWNS,
     Draft,
     Look,
     Plan,
     Proposal,
-    told_changes,
     told_value,
 )
 from kvpilot_operator.tuning.objectives import backlog_gone, ceiling, judge
@@ -40,13 +34,10 @@ from kvpilot_operator.tuning.observation import Observation, Pod
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.rules import consider
 from kvpilot_operator.tuning.scaling import size, why_not_more
-from kvpilot_operator.tuning.state import Change, Hold, KnobChange, Phase, Told, TuningState
+from kvpilot_operator.tuning.state import Change, Hold, Phase, Told, TuningState
 
 MET_AGAIN = 3
 """Looks in a row with every latency objective met and no backlog that mean "met again"."""
-
-EMERGENCY_MEMORY = 0.95
-"""Memory ratio at which the batch is cut at once."""
 
 INFEASIBLE = "infeasible"
 """Key under which it is remembered that the infeasible target was told."""
@@ -104,24 +95,6 @@ def _infeasible(observation: Observation, policy: Policy, objectives: tuple[Obje
     )
 
 
-def remember(look: Look, draft: Draft) -> Draft:
-    """Take up what must never go back from engines and ConfigMap; with a lost status, go on from there."""
-    promoted, state = look.observation.promoted, draft.state
-    if promoted is None:
-        return draft
-    engines = [pod.engine for pod in look.observation.pods if pod.engine is not None]
-    epoch = max([state.epoch, *(engine.epoch for engine in engines)])
-    if state.last_generation:
-        last = max(state.last_generation, promoted.generation)
-        return draft.with_state(epoch=epoch, last_generation=last)
-    last = max([promoted.generation, *(engine.generation for engine in engines)])
-    draft = draft.with_state(epoch=epoch, last_generation=last)
-    if promoted.generation == 1 and not epoch:
-        return draft
-    overlay = overlay_between(look.observation.base, promoted.config)
-    return draft.with_state(overlay=overlay, cooldown_until=look.now + look.policy.pace.cooldown)
-
-
 def forget(look: Look, draft: Draft) -> Draft:
     """Drop what has expired."""
     state, now = draft.state, look.now
@@ -152,98 +125,6 @@ def hold(look: Look, draft: Draft) -> Draft:
     if observation.paused_by:
         draft = draft.held(look, reasons.PAUSED, f"override {observation.paused_by} is in force")
     return draft
-
-
-def adopt_edit(look: Look, draft: Draft) -> Draft:
-    """Make the user's configuration the promoted one; tuned knobs that it overtakes fall back to it."""
-    promoted, base = look.observation.promoted, look.observation.base
-    if promoted is None:
-        return draft
-    kept, dropped = kept_overlay(base, draft.state.overlay, look.policy.bounds)
-    wanted = effective(base, kept)
-    # A promotion that was seen in the ConfigMap has joined the overlay by now.
-    if not dropped and wanted == dict(promoted.config):
-        return draft
-    if draft.state.change is not None:
-        draft = abort(look, draft, reasons.SPEC_CHANGED, "the user changed the configuration")
-    latest, digest = (
-        draft.state.last_generation,
-        f"{zlib.crc32(json.dumps(wanted, sort_keys=True).encode()):08x}",
-    )
-    if any(item.key == _edit_key(latest, digest) for item in draft.state.told):
-        return draft.acting(WriteConfig(latest, wanted))  # written a moment ago, and not seen yet
-    generation = latest + 1
-    gone = ", ".join(f"{item.knob} (tuned to {told_value(item.value)})" for item in dropped)
-    back = f"; back to the user's value: {gone}" if gone else ""
-    edited = sorted(
-        name for name in {*wanted, *promoted.config} if wanted.get(name) != promoted.config.get(name)
-    )
-    summary = f"The user's configuration changed in {', '.join(edited)}{back}; generation {generation}."
-    draft = draft.recorded(look, rule="user-edit", outcome="Reset", summary=summary, generation=generation)
-    told_edit = Told(_edit_key(generation, digest), look.now)
-    told = (*draft.state.told, told_edit)[-MOST_TOLD:]
-    draft = draft.with_state(overlay=kept, last_generation=generation, told=told)
-    return draft.acting(WriteConfig(generation, wanted))
-
-
-def _edit_key(generation: int, digest: str) -> str:
-    return f"edit:{generation}:{digest}"
-
-
-def relieve(look: Look, draft: Draft) -> Draft:
-    """Memory nearly exhausted: halve the batch everywhere, at once and without a canary."""
-    state, pace = draft.state, look.policy.pace
-    settled = look.now >= state.cooldown_until - pace.cooldown + pace.settle
-    if (
-        look.untrusted is not None
-        or draft.acted
-        or look.memory < EMERGENCY_MEMORY
-        or look.policy.mode != "Auto"
-        or look.observation.paused_by
-        or state.phase in {Phase.EMERGENCY, Phase.PROMOTE}
-        or "memory-emergency" in look.policy.disabled_rules
-        or not settled
-    ):
-        return draft
-    batch = room(look, "batchSize")
-    after = int(max(batch.now // 2, batch.minimum, 1)) if batch.tunable else batch.now
-    if after >= batch.now:
-        return draft
-    return _begin_emergency(look, draft, (batch.to(after),))
-
-
-def _begin_emergency(look: Look, draft: Draft, values: tuple[KnobChange, ...]) -> Draft:
-    if draft.state.change is not None:
-        draft = abort(look, draft, reasons.EMERGENCY, "memory is nearly exhausted")
-    state = draft.state
-    change = Change(
-        id=draft.next_id,
-        rule="memory-emergency",
-        values=values,
-        epoch=state.epoch + 1,
-        generation=state.last_generation + 1,
-        started_at=look.now,
-        phase_since=look.now,
-        canary_uid="",
-        control_uids=(),
-        restarts=0,
-        objective="memory",
-        predicted_gain=0.0,
-        verdict=reasons.EMERGENCY,
-    )
-    summary = (
-        f"Memory was at {look.memory:.0%} of its limit; {told_changes(values)} on all engines at once, "
-        f"generation {change.generation}."
-    )
-    return draft.recorded(
-        look,
-        rule=change.rule,
-        outcome="Promoted",
-        summary=summary,
-        changes=values,
-        generation=change.generation,
-        evidence={"verdict": reasons.EMERGENCY},
-    ).with_state(phase=Phase.EMERGENCY, change=change, epoch=change.epoch, last_generation=change.generation)
 
 
 def propose(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
