@@ -16,16 +16,13 @@ from kvpilot_operator.load.workload import Arrival, LoadError, Phase, Rise, pois
 
 @dataclass
 class Machine:
-    """Answers take ``latency`` s when calm, ``now`` s at present."""
+    """Answers take ``latency`` s when calm; so many requests are in flight now."""
 
     latency: float = 1.0
-    now: float | None = None
+    in_flight: int = 0
 
     def calm(self) -> float:
         return self.latency
-
-    def recent(self, seconds: float) -> float | None:
-        return self.now
 
 
 def arrivals(seed: int = 1, **shape: float) -> list[Arrival]:
@@ -91,13 +88,13 @@ def test_a_phase_is_sized_to_the_machine_when_it_begins() -> None:
 
 
 def test_a_rise_goes_on_until_it_hurts_and_then_stays() -> None:
-    rise = Rise("rise", 100, in_flight=1, ramp_s=40, step_s=10, factor=2, hurts=4, beyond=1.5)
+    rise = Rise("rise", 100, in_flight=1, ramp_s=40, step_s=10, factor=2, hurts=9, beyond=1.5)
     machine = Machine(0.5)
     steps = []
     for seconds, rate in rise.steps(machine):
         steps.append((seconds, rate))
         if rate >= 4:
-            machine.now = 2.0
+            machine.in_flight = 9
     assert steps == [(10, 2), (10, 4), (80, 6)]
 
 
@@ -107,14 +104,12 @@ def test_a_rise_ends_in_time_where_nothing_hurts() -> None:
     assert sum(seconds for seconds, _ in rise.steps(Machine(1.0))) == 100
 
 
-def test_the_median_of_late_says_how_it_is_now() -> None:
+def test_calm_is_what_the_probes_took_until_there_are_answers() -> None:
     tally = Tally(probed=[3.0, 1.0, 2.0])
     assert tally.calm() == 2
-    assert tally.recent(5) is None
-    tally.results += [Result("x", at, 0, 1.0) for at in range(10)]
-    tally.results += [Result("x", 10 + at, 0, 4.0) for at in range(3)]
-    assert tally.calm() == 1
-    assert tally.recent(3) == 4
+    tally.results.append(Result("calm", 0, 0, 0.5))
+    assert tally.calm() == 0.5
+    assert Tally().calm() == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_
         async with session.post(f"{url}/v1/completions", json=body) as answer:
             assert answer.status == 200
         family = psutil.Process(run.process.pid).children(recursive=True)
-        assert len(family) == 2
+        assert len(family) == 2  # front and core
 
         path.write_text(path.read_text().replace("numWorkers: 2", "numWorkers: none"))
         told = await run.until("edit refused")

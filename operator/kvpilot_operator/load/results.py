@@ -87,13 +87,6 @@ class Tally:
         found = self.latency() or percentile(sorted(self.probed), 0.5)
         return max(0.01, found or 1.0)
 
-    def recent(self, seconds: float) -> float | None:
-        """Median latency of the answers of the last ``seconds``, s; None of none."""
-        last = [r for r in self.results if r.kind == OK]
-        newest = max((r.at + r.seconds for r in last), default=0.0)
-        within = sorted(r.seconds for r in last if r.at + r.seconds >= newest - seconds)
-        return percentile(within, 0.5)
-
     def summary(self, seconds: float) -> dict[str, Any]:
         """Everything about a load of ``seconds`` (from its start to the last answer)."""
         whole = _summary(self.results, seconds)

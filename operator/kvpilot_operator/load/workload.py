@@ -48,8 +48,9 @@ class Seen(Protocol):
     def calm(self) -> float:
         """Median latency of the answers so far, s; of the probes before the first one, 1 without any."""
 
-    def recent(self, seconds: float) -> float | None:
-        """Median latency of the answers of the last ``seconds``, s; None of none."""
+    @property
+    def in_flight(self) -> int:
+        """Requests without an end yet."""
 
 
 class Workload(Protocol):
@@ -107,7 +108,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Rise:
-    """A load that rises until answers take ``hurts`` times as long as when calm, and stays there.
+    """A load that rises until ``hurts`` requests are in flight at once, and stays there.
 
     It begins as ``in_flight`` of a Phase. Every ``step_s`` the rate grows by ``factor``, for at most
     ``ramp_s``; once it hurts it grows by ``beyond`` for the last time. It thus finds the limit of the machine
@@ -117,22 +118,21 @@ class Rise:
     name: str
     seconds: float
     in_flight: float
-    ramp_s: float = 64.0
-    step_s: float = 8.0
-    factor: float = 1.3
-    hurts: float = 4.0
-    beyond: float = 1.2
+    ramp_s: float = 60.0
+    step_s: float = 6.0
+    factor: float = 1.25
+    hurts: int = 10
+    beyond: float = 1.3
     sized: bool = True
 
     def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
         """Lengths (s) and rates (requests/s) of the steps."""
-        calm, left = seen.calm(), self.seconds
-        rate = self.in_flight / calm
+        left = self.seconds
+        rate = self.in_flight / seen.calm()
         while left > self.step_s and self.seconds - left < self.ramp_s:
             yield self.step_s, rate
             left -= self.step_s
-            recent = seen.recent(self.step_s)
-            if recent is not None and recent >= self.hurts * calm:
+            if seen.in_flight >= self.hurts:
                 rate *= self.beyond
                 break
             rate *= self.factor

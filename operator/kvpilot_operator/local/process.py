@@ -20,6 +20,10 @@ _LISTENING = re.compile(r"listening on port (\d+), admin port (\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+LATE_S = 5.0
+"""Beyond its drain time, how long an engine may take to end, s."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """How an engine is started. ``environment`` is added to this process's own."""
@@ -88,14 +92,21 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
-    async def end(self, drain_s: float) -> None:
-        """Let it finish its requests for at most ``drain_s``, then kill it."""
+    async def end(self, seconds: float) -> None:
+        """Tell it to finish its requests, and kill it after so many seconds."""
         self.signal(signal.SIGTERM)
         try:
-            await asyncio.wait_for(self._process.wait(), drain_s)
+            await asyncio.wait_for(self._process.wait(), seconds)
         except TimeoutError:
             self.signal(signal.SIGKILL)
         await self.wait()
+
+    async def hurry(self) -> None:
+        """End it at once: an engine that is told twice does not wait for its requests."""
+        for _ in range(2):
+            self.signal(signal.SIGTERM)
+            await asyncio.sleep(0.1)  # two signals that arrive together are one
+        await self.end(LATE_S)
 
     async def _listen(self) -> None:
         """Copy what the engine says to its log, and catch its ports."""

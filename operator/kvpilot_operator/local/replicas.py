@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from kvpilot_operator.adapters.scrape_metrics import Target
-from kvpilot_operator.local.process import EngineProcess, Launch, is_ready
+from kvpilot_operator.local.process import LATE_S, EngineProcess, Launch, is_ready
 from kvpilot_operator.local.router import Backend
 from kvpilot_operator.ports import Replica
 
@@ -28,9 +28,6 @@ STABLE_S = 60.0
 
 BAD_START = 2
 """Exit status of an engine that cannot use its configuration or model."""
-
-LATE_S = 5.0
-"""Beyond its drain time, how long an engine may take to end, s."""
 
 
 @dataclass(eq=False)
@@ -214,7 +211,7 @@ class ReplicaSet:
                 await process.end(self._drain_s + LATE_S)
             return await ended, process.last_line
         except asyncio.CancelledError:
-            await process.end(0)
+            await process.hurry()
             raise
         finally:
             for task in (serving, leaving, ended):

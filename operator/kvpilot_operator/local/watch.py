@@ -41,13 +41,14 @@ async def watch(
         apply: takes the document; True when it changed something. Raises ManifestError.
         applied: called after a change.
     """
-    seen = _stamp(path)
+    applied_stamp = last = _stamp(path)
     while True:
         await asyncio.sleep(LOOK_S)
-        now = _stamp(path)
-        if now == seen or now is None:  # an editor may replace the file: gone for a moment is no edit
+        before, last = last, _stamp(path)
+        # Only a file that stood still for one look: an editor may be half through, or about to replace it.
+        if last is None or last != before or last == applied_stamp:
             continue
-        seen = now
+        applied_stamp = last
         try:
             changed = apply(document_of(path, mode))
         except ManifestError as error:
