@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.step_meter import StepMeter
+from kvpilot_engine.step_meter import StepMeter, time_of
 
 
 def settled(curve: dict[int, float], rows: int, prefill_rows: int, seconds: float) -> StepMeter:
@@ -22,14 +22,12 @@ def settled(curve: dict[int, float], rows: int, prefill_rows: int, seconds: floa
 
 
 def test_time_is_linear_between_neighbours_and_flat_beyond() -> None:
-    meter = StepMeter()
-    assert meter.time(3) == 0.0
-    for rows, seconds in ((1, 0.002), (4, 0.005), (8, 0.006)):
-        meter.calibrate(rows, seconds)
-    assert meter.time(1) == 0.002
-    assert meter.time(3) == pytest.approx(0.004)
-    assert meter.time(6) == pytest.approx(0.0055)
-    assert meter.time(100) == 0.006
+    curve = {1: 0.002, 4: 0.005, 8: 0.006}
+    assert time_of({}, 3) == 0.0
+    assert time_of(curve, 1) == 0.002
+    assert time_of(curve, 3) == pytest.approx(0.004)
+    assert time_of(curve, 6) == pytest.approx(0.0055)
+    assert time_of(curve, 100) == 0.006
 
 
 def test_gain_follows_the_curve() -> None:
@@ -37,6 +35,21 @@ def test_gain_follows_the_curve() -> None:
     assert flat.marginal_gain() == pytest.approx(0.25, rel=0.01)
     linear = settled({1: 0.002, 2: 0.004, 4: 0.008, 8: 0.016}, 4, 0, 0.008)
     assert linear.marginal_gain() == pytest.approx(0.0, abs=0.001)
+
+
+def test_a_slower_machine_is_no_step_between_measured_and_unmeasured() -> None:
+    """Started when idle, now three times slower with 2 rows: 4 rows are taken to be so as well."""
+    meter = settled({1: 0.002, 2: 0.002, 4: 0.003, 8: 0.004}, 2, 0, 0.006)
+    assert meter.curve == pytest.approx({1: 0.006, 2: 0.006, 4: 0.009, 8: 0.012})
+
+
+def test_a_bucket_is_forgotten_when_its_last_step_is_long_ago() -> None:
+    """Measured with 8 rows in a bad minute, then 2 rows again for 60 busy seconds."""
+    meter = settled({2: 0.002, 8: 0.004}, 8, 0, 0.5)
+    for _ in range(30_000):
+        meter.record(2, 0, 0.002)
+    assert meter.curve == pytest.approx({2: 0.002, 8: 0.004})
+    assert meter.marginal_gain() > 0.1
 
 
 def test_unmeasured_neighbours_count_as_free() -> None:
