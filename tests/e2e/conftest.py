@@ -15,7 +15,8 @@ import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ PACE_SCALE = 0.5
 """Of pace Fast: windows of 5 and 30 s over scrapes of one second, ticks each second."""
 
 ALERTS_TOKEN = "e2e-alerts-token"
+JSON = {"Content-Type": "application/json"}
 
 T = TypeVar("T")
 
@@ -190,18 +192,21 @@ class Load:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
 
-    def calm_seconds(self, output_tokens: int = 16) -> float:
-        """Median time of one request at a time: what this machine can do now."""
-        times = []
-        for number in range(7):
-            body = {"model": "builtin/tiny-llama", "prompt": f"{number}: " + "how do you do? " * 8,
-                    "max_tokens": output_tokens}  # fmt: skip
-            started = time.monotonic()
-            http(
-                f"{self.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            times.append(time.monotonic() - started)
-        return sorted(times)[3]
+    def one_at_a_time(self, hosts: Collection[str], output_tokens: int = 16) -> list[float]:
+        """Seconds per request of each engine with one request in it, all engines busy: what it can do now."""
+
+        def ask(host: str) -> float:
+            times = []
+            for number in range(10):
+                prompt = f"{host} asks for the {number}th time: " + f"how is {number} doing? " * 4
+                body = {"model": "builtin/tiny-llama", "prompt": prompt, "max_tokens": output_tokens}
+                started = time.monotonic()
+                http(f"http://{host}:8000/v1/completions", json.dumps(body).encode(), JSON)
+                times.append(time.monotonic() - started)
+            return sum(times[2:]) / len(times[2:])
+
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            return list(pool.map(ask, hosts))
 
     def start(self, rate: float, seconds: float, output_tokens: int = 16, system_tokens: int = 64) -> None:
         command = [

@@ -143,7 +143,8 @@ def _gauges(values: Mapping[SeriesKey, float]) -> Gauges:
 def _check(values: Mapping[SeriesKey, float], expected: tuple[str, ...], where: str) -> None:
     present = {name for name, _ in values}
     if missing := [name for name in expected if name not in present]:
-        raise IncompleteSeriesError(f"{where}: no series of {', '.join(missing)}")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise IncompleteSeriesError(f"{where}: no series of {', '.join(missing[:3])}{more}")
     for (name, labels), value in values.items():
         if not math.isfinite(value):
             raise IncompleteSeriesError(f"{where}: {name}{dict(labels)} is {value}")

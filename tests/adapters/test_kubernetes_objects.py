@@ -1,0 +1,141 @@
+"""What API objects mean: pods, managers of replicas, overrides in force."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvpilot_operator.adapters import kubernetes_objects as objects
+from kvpilot_operator.adapters.kubernetes_api import path_of
+
+NOW = 1_795_399_200.0  # 2026-11-23T02:00:00Z
+
+
+def pod(**status: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"uid": "u", "name": "chat-1", "creationTimestamp": "2026-11-23T02:00:00Z"},
+        "status": {"phase": "Running", **status},
+    }
+
+
+def test_a_ready_pod() -> None:
+    given = pod(
+        podIP="10.244.0.7",
+        conditions=[{"type": "Ready", "status": "True"}],
+        containerStatuses=[{"restartCount": 2}, {"restartCount": 1}],
+    )
+    got = objects.replica_of(given, "secret")
+    assert got is not None
+    assert (got.ready, got.admin_url, got.restarts, got.created_at) == (
+        True,
+        "http://10.244.0.7:8001",
+        3,
+        NOW,
+    )
+    assert "secret" not in repr(got)
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_pod_that_has_ended_is_none(phase: str) -> None:
+    assert objects.replica_of(pod(phase=phase), "") is None
+
+
+def test_an_address_of_the_newer_kind_is_bracketed() -> None:
+    got = objects.replica_of(pod(podIP="fd00::7"), "")
+    assert got is not None
+    assert got.admin_url == "http://[fd00::7]:8001"
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (
+            {"conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+                             "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."}]},
+            "Unschedulable: 0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
+        ),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}}]},
+         "ErrImagePull: no such image"),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "CrashLoopBackOff"}}}]}, "CrashLoopBackOff"),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, ""),
+        ({"conditions": [{"type": "Ready", "status": "False"}]}, ""),
+    ],
+)  # fmt: skip
+def test_why_a_pod_is_not_running(status: dict[str, Any], reason: str) -> None:
+    got = objects.replica_of(pod(**status), "")
+    assert got is not None
+    assert got.pending_reason == reason
+
+
+def workload(*managers: str, **status: int) -> dict[str, Any]:
+    fields = [{"manager": m, "fieldsV1": {"f:spec": {"f:replicas": {}}}} for m in managers]
+    other = {"manager": "kube-controller-manager", "fieldsV1": {"f:status": {"f:replicas": {}}}}
+    return {"metadata": {"generation": 3, "managedFields": [*fields, other]}, "status": status}
+
+
+@pytest.mark.parametrize(
+    ("managers", "rival"),
+    [((), ""), (("kvpilot-scale",), ""), (("kvpilot", "kvpilot-scale"), ""), (("kubectl",), "kubectl"),
+     (("kvpilot-scale", "kube-controller-manager"), "kube-controller-manager")],
+)  # fmt: skip
+def test_who_else_writes_the_number_of_replicas(managers: tuple[str, ...], rival: str) -> None:
+    assert objects.rival_manager(workload(*managers)) == rival
+
+
+@pytest.mark.parametrize(
+    ("status", "replacing"),
+    [
+        ({"observedGeneration": 3, "replicas": 2, "updatedReplicas": 2}, False),
+        ({"observedGeneration": 3, "replicas": 2, "updatedReplicas": 1}, True),
+        ({"observedGeneration": 2, "replicas": 2, "updatedReplicas": 2}, True),
+    ],
+)
+def test_whether_pods_are_being_replaced(status: dict[str, int], replacing: bool) -> None:
+    assert objects.replacing_pods(workload(**status)) is replacing
+
+
+def override(
+    name: str, expires: str = "2026-11-23T02:10:00Z", target: str = "chat", **what: Any
+) -> dict[str, Any]:
+    return {"metadata": {"name": name}, "spec": {"target": target, "expiresAt": expires, **what}}
+
+
+def test_only_overrides_in_force_of_the_resource_count() -> None:
+    going = override("d", boost={"minReplicas": 9})
+    going["metadata"]["deletionTimestamp"] = "now"
+    found = objects.in_force(
+        [
+            override("c", boost={"minReplicas": 3}),
+            override("b", pause={}),
+            override("a", "2026-11-23T02:00:00Z", pause={}),
+            override("x", target="code", pause={}),
+            going,
+        ],
+        "chat",
+        NOW,
+    )
+    assert (found.paused_by, found.names) == ("b", ("b", "c"))
+    assert [(boost.min_replicas, boost.expires_at) for boost in found.boosts] == [(3, NOW + 600)]
+
+
+def test_the_admin_token_follows_from_the_key_and_the_resource() -> None:
+    token = objects.admin_token(b"k" * 32, "uid-1")
+    assert token == objects.admin_token(b"k" * 32, "uid-1")
+    assert len(token) == 64
+    assert token not in {objects.admin_token(b"k" * 32, "uid-2"), objects.admin_token(b"l" * 32, "uid-1")}
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        (("v1", "Pod", "a"), "/api/v1/namespaces/a/pods"),
+        (
+            ("apps/v1", "Deployment", "a", "chat", "scale"),
+            "/apis/apps/v1/namespaces/a/deployments/chat/scale",
+        ),
+        (("kvpilot.io/v1alpha1", "KVCacheOverride"), "/apis/kvpilot.io/v1alpha1/kvcacheoverrides"),
+    ],
+)
+def test_paths(given: tuple[str, ...], path: str) -> None:
+    assert path_of(*given) == path

@@ -1,0 +1,145 @@
+"""The operator's own metrics, logs, sources and command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvpilot_operator.logs import redact
+from kvpilot_operator.loop import Look
+from kvpilot_operator.operator_metrics import OperatorMetrics
+from kvpilot_operator.ports import Key, Snapshot
+from kvpilot_operator.sources import Source, SourcesError, load_sources
+from kvpilot_operator.tuning.decision import Decision, Objective, Record
+from kvpilot_operator.tuning.observation import Observation, Pod
+from kvpilot_operator.tuning.pace import PACES
+from kvpilot_operator.tuning.policy import Objectives, Policy
+from kvpilot_operator.tuning.state import Hold, TuningState
+
+CHAT = Key("team-a", "chat")
+
+
+def look(state: str, *holds: str, outcome: str = "") -> Look:
+    policy = Policy(Objectives("request", {}, 0, 0, 0, 1, 1), "Auto", PACES["Fast"], {}, None)
+    records = (Record("d-1", 0, "workers-up", outcome, "", None, ()),) if outcome else ()  # type: ignore[arg-type]
+    decision = Decision(
+        TuningState(holds=tuple(Hold(reason, "", 0) for reason in holds)),
+        records=records,
+        objectives=(Objective("p95", 0.95, None, None, state),),  # type: ignore[arg-type]
+    )
+    pods = (Pod("1", "a", True), Pod("2", "b", False, pending_reason="Unschedulable: no GPU"))
+    return Look(
+        CHAT,
+        Snapshot(CHAT, {}, 2, pods=(), promoted=None),
+        policy,
+        Observation(0, pods, {}, None, 2),
+        decision,
+    )
+
+
+def lines(metrics: OperatorMetrics) -> list[str]:
+    return [
+        line
+        for line in metrics.text().decode().splitlines()
+        if 'name="chat"' in line or "decisions_total{" in line
+    ]
+
+
+def test_a_look_replaces_what_was_said_of_the_resource() -> None:
+    metrics = OperatorMetrics()
+    metrics.looked(look("Breached", "Cooldown", outcome="Promoted"))
+    said = lines(metrics)
+    of = 'name="chat",namespace="team-a"'
+    assert f'kvpilot_operator_hold{{{of},reason="Cooldown"}} 1.0' in said
+    assert f'kvpilot_operator_objective_state{{{of},objective="p95",state="Breached"}} 1.0' in said
+    assert f'kvpilot_operator_replicas{{{of},state="pending"}} 1.0' in said
+    assert 'kvpilot_operator_decisions_total{outcome="Promoted",rule="workers-up"} 1.0' in said
+
+    metrics.looked(look("Met"))
+    said = lines(metrics)
+    assert not [line for line in said if "hold{" in line or "Breached" in line]
+    metrics.forget(CHAT)
+    assert lines(metrics) == ['kvpilot_operator_decisions_total{outcome="Promoted",rule="workers-up"} 1.0']
+
+
+def test_no_secret_is_ever_logged() -> None:
+    event = {
+        "event": "x", "admin_token": "s3cret", "Authorization": "Bearer s3cret",
+        "note": "sent bearer s3cret to y", "error": "ok",
+    }  # fmt: skip
+    told = json.dumps(redact(None, "", event))
+    assert "s3cret" not in told
+    assert '"error": "ok"' in told
+
+
+def test_logs_are_json_lines() -> None:
+    program = (
+        "from kvpilot_operator import logs; import structlog, logging; logs.configure();"
+        "structlog.get_logger('a').info('tick', resource='team-a/chat', token='s3cret');"
+        "logging.getLogger('kopf.objects').info('Handler succeeded');"
+        "logging.getLogger('b').warning('careful %s', 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = (json.loads(line) for line in done.stderr.splitlines())
+    assert (first["event"], first["resource"], first["token"], first["level"]) == (
+        "tick", "team-a/chat", "[redacted]", "info",
+    )  # fmt: skip
+    assert (second["event"], second["level"]) == ("careful 1", logging.getLevelName(logging.WARNING).lower())
+
+
+def sources(folder: Path, text: str) -> Path:
+    path = folder / "sources.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_sources_name_urls_and_intervals(tmp_path: Path) -> None:
+    path = sources(
+        tmp_path,
+        "sources: {default: {url: 'http://p:9090/', scrapeInterval: 500ms},"
+        " far: {url: 'https://q/x', caFile: /ca}}",
+    )
+    assert load_sources(path) == {
+        "default": Source("default", "http://p:9090", 0.5),
+        "far": Source("far", "https://q/x", 15.0, ca_file="/ca"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: {a: {url: p}}", "sources.a.url: .*http:// or https:// URL, got 'p'"),
+        ("sources: {a: {url: 'http://p', token: x}}", "sources.a.token: unknown field"),
+        ("sources: {a: {url: 'http://p', scrapeInterval: 0s}}", "scrapeInterval: .*greater than 0"),
+        ("sources: {a: {url: 'http://p', scrapeInterval: often}}", "scrapeInterval: .*number"),
+        ("{}", "sources: required"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_a_bad_sources_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SourcesError, match=message):
+        load_sources(sources(tmp_path, text))
+
+
+def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("short")
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(
+        "{apiVersion: v1, kind: Config, current-context: c, clusters: [{name: c, cluster: {server: 'http://127.0.0.1:9'}}],"
+        " users: [{name: u, user: {}}], contexts: [{name: c, context: {cluster: c, user: u}}]}"
+    )
+    command = [
+        sys.executable, "-c", "from kvpilot_operator.cli import app; app()", "operator",
+        f"--kubeconfig={kubeconfig}", f"--operator-key-file={tmp_path / 'key'}",
+        f"--sources-file={sources(tmp_path, '')}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvpilot operator: ")
+    assert "at least 32 bytes are required, got 5" in done.stderr
+    assert "Traceback" not in done.stderr
