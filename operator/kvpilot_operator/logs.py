@@ -61,3 +61,5 @@ def configure(level: str = "INFO") -> None:
     # What they say at INFO is one line per request or watch event.
     for name in ("aiohttp.access", "urllib3", "kubernetes", "asyncio", "kopf.objects"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Its retries are told by the error that ends them.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

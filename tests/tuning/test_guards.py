@@ -37,6 +37,12 @@ CASES: list[tuple[str, Callable[[], Observation], str, str]] = [
         "prometheus default: timed out",
     ),
     (
+        "source scrapes too slowly",
+        lambda: observe(*three(), metrics_problem="ScrapeTooSlow: window short of 10 s is below 4 intervals"),
+        "ScrapeTooSlow",
+        "window short of 10 s is below 4 intervals",
+    ),
+    (
         "no sample",
         lambda: observe(pod("a"), replace(pod("b"), sample=None)),
         "MetricsMissing",

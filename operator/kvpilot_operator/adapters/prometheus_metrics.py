@@ -180,6 +180,7 @@ class PrometheusMetrics:
         self._linger_s = linger_s
         self._waiting: dict[str, list[tuple[Key, Windows, asyncio.Future[dict[str, Sample]]]]] = {}
         self._flushes: set[asyncio.Task[None]] = set()
+        self._problems: dict[Key, str] = {}
 
     def close(self) -> None:
         """Close all sources."""
@@ -202,14 +203,26 @@ class PrometheusMetrics:
             error = future.exception()
             if error is None:
                 found[key] = future.result()
+                self._tell(key, "")
             elif isinstance(error, MetricsError):
-                log.warning("metrics_unavailable", resource=str(key), error=str(error))
+                self._tell(key, str(error))
                 failed.append(error)
             else:
                 raise error
         if failed and not found:
             raise failed[0]
         return found
+
+    def _tell(self, key: Key, problem: str) -> None:
+        """Log what changed, not every look."""
+        if self._problems.get(key, "") == problem:
+            return
+        self._problems[key] = problem
+        if problem:
+            log.warning("metrics_unavailable", resource=str(key), error=problem)
+        else:
+            log.info("metrics_available", resource=str(key))
+            del self._problems[key]
 
     def _enqueue(self, key: Key, windows: Windows) -> asyncio.Future[dict[str, Sample]]:
         future: asyncio.Future[dict[str, Sample]] = asyncio.get_running_loop().create_future()
@@ -297,7 +310,8 @@ async def _read(source: PrometheusSource, windows: Mapping[Key, Windows]) -> dic
         try:
             found[pod.key][uid] = _sample(pod, windows[pod.key], source.source.scrape_interval)
         except IncompleteSeriesError as error:
-            log.warning("pod_without_sample", resource=str(pod.key), pod_uid=uid, error=str(error))
+            # The resource's condition tells this to people, once.
+            log.debug("pod_without_sample", resource=str(pod.key), pod_uid=uid, error=str(error))
     return found
 
 

@@ -56,6 +56,10 @@ def _no_pods(observation: Observation, policy: Policy) -> Found | None:
 
 def _source(observation: Observation, policy: Policy) -> Found | None:
     problem = observation.metrics_problem
+    # A source that scrapes too slowly for these windows answers, and says so by its reason.
+    reason, _, told = problem.partition(": ")
+    if reason == reasons.SCRAPE_TOO_SLOW:
+        return reason, told
     return (reasons.METRICS_UNAVAILABLE, problem) if problem else None
 
 
