@@ -19,6 +19,8 @@ import pytest
 from kvpilot_operator.local.process import Launch
 from kvpilot_operator.local.replicas import ReplicaSet
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # an engine needs ten seconds of CPU to start
+
 ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "5", "--drain-lag-seconds", "0"]
 CONFIG = "generation: 1\nconfig: {dtype: float32, maxTokens: 2048, numWorkers: 2}\n"
 
@@ -122,7 +124,6 @@ async def test_a_bad_start_is_told_with_the_engines_own_words(fleet: Fleet) -> N
     assert fleet.set.backends == []
 
 
-@pytest.mark.slow
 async def test_another_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
     fleet.set.ask(2, "old", 5)
     await until(lambda: len(fleet.ready) == 2)

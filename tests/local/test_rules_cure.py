@@ -277,14 +277,14 @@ async def rising(
 async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
     config = {"numWorkers": 64, "batchSize": 1, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
-    traffic = Traffic(prompt_tokens=48, output_tokens=32)
+    traffic = Traffic(prompt_tokens=32, output_tokens=8)
     async with deployment.running() as client:
         await deployment.until(lambda look: len(look.observation.ready) == 2, 60)
         per_s, calm = await closed_loop(client, traffic, 2, 10)
         latency = {"p50Ms": edge_above(2.5 * calm), "p95Ms": edge_above(5 * calm), "p99Ms": 30_000}
         objectives = manifest_of({})["spec"]["objectives"]
         deployment.edit(objectives={**objectives, "latency": latency})
-        traffic.rate = per_s
+        traffic.rate = 1.2 * per_s
         async with sent(client, traffic):
             async with rising(deployment, traffic, lambda look: sum(g.running for g in gauges(look)) > 12):
                 started = await deployment.recorded("Started", 60)
@@ -376,7 +376,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
 async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp_path: Path) -> None:
     config = {"numWorkers": 16, "batchSize": 16, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, scaling={"min": 1, "max": 2}))
-    traffic = Traffic(prompt_tokens=32, output_tokens=96)
+    traffic = Traffic(prompt_tokens=32, output_tokens=64)
     async with deployment.running() as client:
         # One engine, all its rows in use: what it can do. It lasts a long window, so that it is proven.
         per_s, full = await closed_loop(client, traffic, 16, 22)

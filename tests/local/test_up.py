@@ -88,6 +88,8 @@ async def up(directory: Path, *arguments: str) -> AsyncIterator[Up]:
         await process.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
 async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml")
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
@@ -122,6 +124,8 @@ async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_
     assert promoted["config"]["numWorkers"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
 async def test_a_second_signal_does_not_wait_and_a_second_run_is_refused(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml", rollout={"drainSeconds": 100})
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
@@ -148,6 +152,8 @@ async def _status(session: aiohttp.ClientSession, url: str, body: dict[str, Any]
         return answer.status
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
 async def test_a_model_that_is_not_there_ends_it_with_the_engines_words(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml", engine={"model": {"source": "/no/such/model"}})
     async with up(tmp_path, str(path)) as run:
@@ -157,6 +163,7 @@ async def test_a_model_that_is_not_there_ends_it_with_the_engines_words(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 async def test_a_trace_is_replayed_and_reported(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml")
     trace = tmp_path / "trace.jsonl"
