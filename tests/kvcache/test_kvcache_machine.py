@@ -188,7 +188,7 @@ def test_random_use_keeps_the_cache_whole(harness_class):
     run_state_machine_as_test(
         machine(harness_class),
         settings=settings(
-            max_examples=40,
+            max_examples=25,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
