@@ -190,8 +190,7 @@ class AlertReceiver:
         if scaling is None:
             return Result.NOT_SCALABLE
         if not any(map(missed, look.decision.objectives)):
-            unread = observation.metrics_problem or not any(pod.sample for pod in observation.ready)
-            return Result.UNAVAILABLE if unread else Result.UNCONFIRMED
+            return Result.UNCONFIRMED if judged(look) else Result.UNAVAILABLE
         if not minimum:
             if observation.replicas >= scaling.maximum:
                 return Result.AT_MAXIMUM
@@ -204,6 +203,16 @@ class AlertReceiver:
             await self._cluster.event(look.snapshot, event.kind, event.reason, event.message)
         await self._look(key)
         return Result.REFRESHED if renewed else Result.BOOSTED
+
+
+def judged(look: Look) -> bool:
+    """Whether measurements speak against an alert: requests were judged, or there are none to judge."""
+    observation = look.observation
+    if observation.metrics_problem or not any(pod.sample for pod in observation.ready):
+        return False
+    if not observation.counts("short").arrivals:
+        return True
+    return any(item.measured_short is not None for item in look.decision.objectives if item.name != "memory")
 
 
 def missed(objective: Objective) -> bool:

@@ -55,10 +55,19 @@ def test_an_alert_rescales_and_its_boost_decays(
     cluster, namespace, operator, manifest, serve, load, kit, alerting
 ) -> None:
     limits = {"latency": {"p50Ms": 50}, "throughput": {"target": 0}, "hitRate": "0%"}
-    serve(manifest(scaling={"min": 1, "max": 2}, objectives=limits))
+    serve(
+        manifest(
+            scaling={"min": 1, "max": 3},
+            objectives=limits,
+            config={"numWorkers": 16, "batchSize": 16},
+            tuning={"disabledRules": ["replicas-up"]},
+            cpu="900m",
+        )
+    )
     assert replicas(cluster, namespace) == 1
-    load.start(rate=5, seconds=60, output_tokens=64)
-    override = kit["eventually"](lambda: cluster.list("kvco", namespace), 50, "an override")[0]
+    (alone,) = load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], 32)
+    load.start(rate=1.5 / alone, seconds=180, output_tokens=32)
+    override = kit["eventually"](lambda: cluster.list("kvco", namespace), 90, "an override")[0]
     assert override["spec"]["target"] == "chat"
     assert override["spec"]["boost"] == {"minReplicas": 2}
     assert override["spec"]["reason"].startswith("alert CriticalLatency")

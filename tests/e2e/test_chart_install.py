@@ -1,4 +1,4 @@
-"""The chart on a real control plane: install, upgrade, uninstall beside running engines; plain kubectl too."""
+"""The chart on a real control plane: install, upgrade, uninstall beside engines that run; kubectl alone."""
 
 from __future__ import annotations
 

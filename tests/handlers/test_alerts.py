@@ -16,7 +16,7 @@ from kvpilot_operator.alerts import AlertReceiver, missed
 from kvpilot_operator.loop import Look
 from kvpilot_operator.ports import Key, Snapshot
 from kvpilot_operator.tuning.decision import Decision, Objective
-from kvpilot_operator.tuning.observation import Boost, Gauges, Observation, Pod, Sample
+from kvpilot_operator.tuning.observation import Boost, Counts, Gauges, Observation, Pod, Sample
 from kvpilot_operator.tuning.pace import PACES
 from kvpilot_operator.tuning.policy import Objectives, Policy, Scaling
 from kvpilot_operator.tuning.state import TuningState
@@ -36,6 +36,7 @@ class World:
     replicas: int = 2
     policy: Policy = POLICY
     problem: str = ""
+    arrivals: float = 0.0
     away: bool = False
     boosts: dict[str, Boost] = field(default_factory=dict)
     events: list[tuple[str, str]] = field(default_factory=list)
@@ -58,7 +59,7 @@ class World:
         snapshot = await self.read(key)
         if snapshot is None:
             return None
-        sample = None if self.problem else Sample({}, Gauges(), 0, 10)
+        sample = None if self.problem else Sample({"short": Counts(arrivals=self.arrivals)}, Gauges(), 0, 10)
         pods = (Pod("p1", "chat-1", True, sample=sample),)
         seen = Observation(self.now, pods, {}, None, self.replicas, metrics_problem=self.problem)
         decision = Decision(TuningState(), objectives=() if self.problem else self.objectives)
@@ -170,7 +171,13 @@ async def test_an_alert_is_a_hint_and_measurements_decide(world: World, send: Se
 async def test_without_measurements_alertmanager_shall_repeat_it(world: World, send: Send) -> None:
     world.problem = "metrics source default did not answer"
     assert await send(payload(alert())) == (503, {"results": ["unavailable"]})
-    world.problem, world.away = "", True
+    world.problem, world.arrivals = "", 3.0
+    world.objectives = (
+        Objective("p95", 0.95, None, None, "Unknown"),
+        Objective("memory", 0.9, 0.4, 0.4, "Met"),
+    )
+    assert await send(payload(alert())) == (503, {"results": ["unavailable"]})
+    world.objectives, world.away = (SLOW,), True
     assert await send(payload(alert())) == (503, {"results": ["unavailable"]})
     world.away = False
     assert (await send(payload(alert())))[0] == 200
