@@ -149,6 +149,25 @@ async def test_stopping_cuts_off_and_counts_what_is_in_flight() -> None:
     assert {r.kind for r in run.tally.results} == {"cancelled"}
 
 
+async def test_winding_down_waits_for_what_is_in_flight() -> None:
+    started, release = asyncio.Event(), asyncio.Event()
+
+    async def held(_: web.Request) -> web.Response:
+        started.set()
+        await release.wait()
+        return web.json_response({"choices": [{"text": "abcd"}], "usage": USAGE})
+
+    async with server(held) as url, Client(url) as client:
+        run = LoadRun(client, Even(1000, 0.01, []))
+        task = asyncio.create_task(run.run())
+        await asyncio.wait_for(started.wait(), 5)
+        run.wind_down()
+        release.set()
+        await asyncio.wait_for(task, 5)
+    assert 0 < run.tally.offered < 1000
+    assert {r.kind for r in run.tally.results} == {"ok"}
+
+
 async def test_a_server_that_is_not_there_is_named() -> None:
     async with Client("http://127.0.0.1:9") as client:
         with pytest.raises(RequestError, match=r"cannot reach http://127.0.0.1:9/v1/models"):

@@ -27,7 +27,8 @@ class LoadRun:
         self._workload = workload
         self._on_result = on_result
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stopping = asyncio.Event()
+        self._last = asyncio.Event()  # nothing more is sent
+        self._stopping = asyncio.Event()  # nor waited for
         self._started = 0.0
         self._ended: float | None = None
 
@@ -58,7 +59,7 @@ class LoadRun:
         """Send the workload's probes one after another."""
         for ask in self._workload.probes:
             self.phase = "probe"
-            if self._stopping.is_set():
+            if self._last.is_set():
                 return
             began = time.monotonic()
             try:
@@ -67,8 +68,13 @@ class LoadRun:
                 continue  # what is wrong shows in the load itself
             self.tally.probed.append(time.monotonic() - began)
 
+    def wind_down(self) -> None:
+        """Send nothing more; what is in flight is still waited for."""
+        self._last.set()
+
     def stop(self) -> None:
         """Send nothing more; what is in flight is cut off and counted as cancelled."""
+        self._last.set()
         self._stopping.set()
 
     def summary(self) -> dict[str, object]:
@@ -80,10 +86,10 @@ class LoadRun:
         wait = due - time.monotonic()
         if wait > 0:
             try:
-                await asyncio.wait_for(self._stopping.wait(), wait)
+                await asyncio.wait_for(self._last.wait(), wait)
             except TimeoutError:
                 return False
-        return self._stopping.is_set()
+        return self._last.is_set()
 
     async def _drain(self) -> None:
         stopping = asyncio.create_task(self._stopping.wait())

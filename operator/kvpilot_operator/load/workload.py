@@ -119,9 +119,9 @@ class Rise:
     seconds: float
     in_flight: float
     ramp_s: float = 60.0
-    step_s: float = 6.0
-    factor: float = 1.25
-    hurts: int = 10
+    step_s: float = 4.0
+    factor: float = 1.12
+    hurts: int = 8
     beyond: float = 1.3
     sized: bool = True
 

@@ -35,6 +35,9 @@ log = structlog.get_logger(__name__)
 TAIL_S = 12.0
 """How long a cured run goes on, so that the report shows what came after, s."""
 
+LAST_ANSWERS_S = 10.0
+"""How long answers are waited for when the run is over before its load, s."""
+
 ANSWERS_S = 30.0
 """How long answers are waited for after the last request was sent, s."""
 
@@ -162,8 +165,10 @@ class Session:
             stop.cancel()
             if load is not None:
                 if self._run is not None:
+                    self._run.wind_down()
+                    await asyncio.wait({load}, timeout=LAST_ANSWERS_S)
                     self._run.stop()
-                    await asyncio.wait({load}, timeout=5)
+                    await asyncio.wait({load}, timeout=1)
                 load.cancel()
                 await asyncio.gather(load, return_exceptions=True)
 
@@ -232,6 +237,8 @@ class Session:
         self._stop.set()
         if self._signals == 2:
             self._tell("told twice: not waiting for requests")
+            if self._run is not None:
+                self._run.stop()
             self._hurried = asyncio.get_running_loop().create_task(self._cluster.replica_set.hurry())
 
     def _point(self, point: Point) -> None:
