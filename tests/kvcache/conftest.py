@@ -84,7 +84,7 @@ class Harness:
             default=0.0,
         )
 
-    def loaded(self, lease: Lease, timeout_s: float = 10.0) -> Lease:
+    def loaded(self, lease: Lease, timeout_s: float = 30.0) -> Lease:
         """Poll until the lease waits for nothing."""
         deadline = time.monotonic() + timeout_s
         while lease.loading:
@@ -93,7 +93,7 @@ class Harness:
             self.cache.poll()
         return lease
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Poll until a condition holds."""
         deadline = time.monotonic() + timeout_s
         while not condition():

@@ -189,7 +189,7 @@ def test_when_the_encoder_is_behind_blocks_are_dropped_and_counted(make):
         fidelity = Fidelity.EXACT
 
         def encode(self, block: torch.Tensor):
-            assert gate.wait(10)
+            assert gate.wait(30)
             return encode(block)
 
     traffic._codec = Slow()
