@@ -29,6 +29,9 @@ from scripts.cluster.process import Processes, born, end, run
 
 HOLDER = "holder"
 
+# All pods together beside the machine's other processes: with the default they would share what one of those gets.
+POD_WEIGHT = {"cpu.shares": "8192", "cpu.weight": "800"}
+
 # The kubelet sets these for the whole machine.
 KUBELET_SYSCTLS = (
     "vm/overcommit_memory",
@@ -68,6 +71,9 @@ def borrow(layout: Layout) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     for parent in _cgroup_parents():
         (parent / CGROUP_NAME).mkdir(exist_ok=True)
+        for file, weight in POD_WEIGHT.items():
+            if (parent / CGROUP_NAME / file).exists():
+                (parent / CGROUP_NAME / file).write_text(weight)
 
 
 def _present_sysctls() -> list[str]:
