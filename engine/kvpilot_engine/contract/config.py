@@ -169,6 +169,8 @@ class KVCacheConfig(BaseModel):
             ("quantization_bits", self.quantization_bits != 8, "the hot pool stays in dtype"),
             ("enable_gc", not self.enable_gc, "pages are evicted on demand only"),
             ("gc_threshold", self.gc_threshold != 0.8, "pages are evicted on demand only"),
+            ("pin_memory", self.pin_memory, "host buffers are ordinary memory"),
+            ("non_blocking", self.non_blocking, "copies are ordered with the steps"),
             ("enable_persistence", self.enable_persistence, "there is no disk tier yet"),
             ("persistence_path", self.persistence_path is not None, "there is no disk tier yet"),
             ("enable_warmup", self.enable_warmup, "the cache starts cold"),
