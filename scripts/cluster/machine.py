@@ -29,7 +29,7 @@ from scripts.cluster.process import Processes, born, end, run
 
 HOLDER = "holder"
 
-# All pods together beside the machine's other processes: with the default they would share what one of those gets.
+# All pods together, beside the machine's other processes: by default they would share what one of those gets.
 POD_WEIGHT = {"cpu.shares": "8192", "cpu.weight": "800"}
 
 # The kubelet sets these for the whole machine.
