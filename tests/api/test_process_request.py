@@ -36,7 +36,7 @@ async def test_result_says_what_was_done(engine: KVCacheEngine) -> None:
     assert first["text"] == again["text"]
     assert (first["cached_tokens"], again["cached_tokens"]) == (0, 144)
     assert 0 < first["first_token_ms"] < first["latency_ms"]
-    assert sum(first["stages_ms"].values()) == pytest.approx(first["latency_ms"], abs=50)
+    assert 0.5 * first["latency_ms"] < sum(first["stages_ms"].values()) <= first["latency_ms"]
 
 
 async def test_sixteen_new_tokens_and_greedy_by_default(engine: KVCacheEngine) -> None:
