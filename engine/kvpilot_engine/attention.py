@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 
+from kvpilot_engine.contract import PAGE_TOKENS
+
 IMPLEMENTATION: Final = "kvpilot_paged"
 
 _UNDERSTOOD: Final = frozenset({"dropout", "position_ids", "use_cache", "is_causal"})
@@ -141,7 +143,7 @@ def paged_attention(  # noqa: PLR0917  (transformers' signature)
 def gather(layer: torch.Tensor, pages: torch.Tensor, batch: int) -> torch.Tensor:
     """Pages of one layer as [B, Hkv, L, D] (a view of one copy in [B, L, Hkv, D] order)."""
     _, kv_heads, width = layer.shape
-    taken = layer.view(-1, 16 * kv_heads * width).index_select(0, pages)
+    taken = layer.view(-1, PAGE_TOKENS * kv_heads * width).index_select(0, pages)
     return taken.view(batch, -1, kv_heads, width).transpose(1, 2)
 
 
@@ -180,7 +182,7 @@ def _tile(
 ) -> torch.Tensor:
     """[n, H, D]: always 16 queries against whole pages, so that every call has the same shape."""
     size = tile.end - tile.begin
-    q = query.new_zeros(1, query.shape[1], 16, query.shape[3])
+    q = query.new_zeros(1, query.shape[1], PAGE_TOKENS, query.shape[3])
     q[:, :, tile.offset : tile.offset + size] = query[:, :, tile.begin : tile.end]
     k, v = gather(layer_k, tile.pages, 1), gather(layer_v, tile.pages, 1)
     out = sdpa(q, k, v, attn_mask=tile.mask, scale=scaling, enable_gqa=True)

@@ -159,8 +159,9 @@ class Engine:
             self._postprocess(plan, self._runner.run(works, self.cache.k, self.cache.v))
             prefills = sum(not item.decode for item in plan)
             self.meter.record(len(plan), prefills, self._clock() - began)
-        elif self._live and not self._outbox:
-            # Only blocks on their way can hold everyone up; do not spin until they land.
+        elif not self._outbox:
+            # Only blocks on their way can hold everyone up; do not spin until they land. Without any this
+            # returns at once.
             self.cache.wait(_LOAD_WAIT_S)
         out, self._outbox = self._outbox, []
         return out

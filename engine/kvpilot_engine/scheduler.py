@@ -17,6 +17,8 @@ from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.kvcache import KVCache
 from kvpilot_engine.sequence import Phase, Sequence
 
+_SPARE_DEADLINES = 1000
+
 _BY_URGENCY: Callable[[Sequence], tuple[int, int]] = attrgetter("urgency")
 
 
@@ -59,15 +61,13 @@ class Scheduler:
         """Rows in use."""
         return sum(s.phase is Phase.RUNNING for s in self.admitted)
 
-    @property
-    def loading(self) -> bool:
-        """Whether a sequence waits for a slower tier."""
-        return any(s.phase is Phase.LOADING for s in self.admitted)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         insort(self.waiting, sequence, key=_BY_URGENCY)
         heapq.heappush(self._deadlines, (sequence.deadline, sequence.order, sequence))
+        if len(self._deadlines) > 2 * self.live + _SPARE_DEADLINES:  # ended ones must not pile up till theirs
+            self._deadlines = [entry for entry in self._deadlines if entry[2].phase is not Phase.ENDED]
+            heapq.heapify(self._deadlines)
 
     def expired(self, now: float) -> list[Sequence]:
         """Live sequences past their deadline; each is returned once."""
