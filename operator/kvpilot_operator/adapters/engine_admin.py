@@ -117,7 +117,8 @@ class EngineAdmin:
             raise EngineError(f"{replica.name} cannot be reached: {error}", "unreachable") from error
         if response.status == 200:
             return text
-        code = "stale_epoch" if response.status == 409 else "refused"
+        stale = response.status == 409 and not _is_cold(text)
+        code = "stale_epoch" if stale else "refused"
         raise EngineError(f"{replica.name} answered {response.status}: {_reason(text)}", code)
 
 
@@ -168,3 +169,12 @@ def _reason(text: str) -> str:
         if isinstance(body, dict) and key in body:
             body = body[key]
     return (body if isinstance(body, str) else json.dumps(body))[:MAX_REASON]
+
+
+def _is_cold(text: str) -> bool:
+    """Whether a 409 is about a field that needs a restart, and not about a newer writer."""
+    try:
+        error = json.loads(text)["error"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(error, dict) and error.get("code") == "cold"
