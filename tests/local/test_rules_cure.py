@@ -38,13 +38,15 @@ from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.objectives import rates
 from kvpilot_operator.tuning.observation import Gauges
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 PACE_SCALE = 0.4
 """Of the fast pace: windows of 4 and 24 s, the shortest that a scrape each second allows."""
 
 LENIENT = {"p50Ms": 30_000, "p95Ms": 30_000, "p99Ms": 30_000}
 MIB = 1 << 20
+LIMIT = 1 << 30
+"""Memory limit of the engines, bytes: about twice what one of the built-in model takes."""
 
 
 def manifest_of(config: Mapping[str, Any], **spec: Any) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Deployment:
         await self._metrics.start()
         ticking = asyncio.create_task(self._tick())
         try:
-            await self.until(lambda look: look.observation.ready, 60)
+            await self.until(lambda look: look.observation.ready, 100)
             async with Client(self._router.url, timeout_s=300) as client:
                 await client.find_model()
                 yield client
@@ -279,7 +281,7 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
     traffic = Traffic(prompt_tokens=32, output_tokens=8)
     async with deployment.running() as client:
-        await deployment.until(lambda look: len(look.observation.ready) == 2, 60)
+        await deployment.until(lambda look: len(look.observation.ready) == 2, 100)
         per_s, calm = await closed_loop(client, traffic, 2, 10)
         latency = {"p50Ms": edge_above(2.5 * calm), "p95Ms": edge_above(5 * calm), "p99Ms": 30_000}
         objectives = manifest_of({})["spec"]["objectives"]
@@ -321,26 +323,18 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     tuning = {
         "mode": "Auto", "pace": "Fast", "singleReplica": "BeforeAfter", "disabledRules": ["memory-emergency"],
     }  # fmt: skip
-    manifest = manifest_of(config, replicas=1, tuning=tuning)
+    container = {"name": "engine", "resources": {"limits": {"memory": str(LIMIT)}}}
+    manifest = manifest_of(config, replicas=1, tuning=tuning, template={"spec": {"containers": [container]}})
     deployment = Deployment(tmp_path, manifest)
     traffic = Traffic(prompt_tokens=512, output_tokens=2)
     async with deployment.running() as client:
-        await closed_loop(client, traffic, 2, 4)
+        per_s, _ = await closed_loop(client, traffic, 2, 6)
         look = await deployment.until(lambda look: gauges(look) and gauges(look)[0].memory_ratio, 30)
         [gauge] = gauges(look)
         empty = gauge.memory_ratio * gauge.memory_limit_bytes - gauge.cached_bytes
-        # 85% is allowed: a full cache of 204 MiB is over it, and the least budget, 100 MiB, well under.
-        limit = (empty + 160 * MIB) / 0.85
-        container = {"name": "engine", "resources": {"limits": {"memory": f"{limit / MIB:.0f}Mi"}}}
-        old = {pod.uid for pod in look.observation.pods}
-        deployment.edit(
-            objectives={**manifest["spec"]["objectives"], "memory": "85%"},
-            template={"spec": {"containers": [container]}},
-        )
-        await deployment.until(
-            lambda look: look.observation.ready and not old & {p.uid for p in look.observation.pods}, 60
-        )
-        per_s, _ = await closed_loop(client, traffic, 2, 3)
+        # A full cache of 204 MiB is over what is allowed, and the least budget of 100 MiB well under it.
+        allowed = f"{100 * (empty + 150 * MIB) / LIMIT:.0f}%"
+        deployment.edit(objectives={**manifest["spec"]["objectives"], "memory": allowed})
         traffic.rate = per_s
         async with sent(client, traffic):
             started = await deployment.recorded("Started", 100)
@@ -358,7 +352,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     assert [change.knob for change in started.changes] == ["maxMemoryMb", "compressionRatio"]
     assert started.diagnosis is not None
     assert started.diagnosis.reason == reasons.MEMORY_OVER_LIMIT
-    assert started.diagnosis.message.endswith("% of its limit, 85% is allowed")
+    assert started.diagnosis.message.endswith(f"% of its limit, {allowed} is allowed")
     assert "the cache held" in started.summary
     assert "trying maxMemoryMb unset -> " in started.summary
     assert promoted.id == started.id
@@ -369,7 +363,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     assert pod.engine is not None and pod.engine.config["maxMemoryMb"] == promoted.changes[0].after
     assert codec_rung(True, pod.engine.config["compressionRatio"]).codec == "int8"
     [then], [now] = gauges(breach), gauges(after)
-    assert then.memory_ratio > 0.85 > now.memory_ratio
+    assert then.memory_ratio > float(allowed.rstrip("%")) / 100 > now.memory_ratio
     assert now.cached_bytes <= promoted.changes[0].after * MIB < then.cached_bytes
 
 
@@ -388,7 +382,7 @@ async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp
             async with rising(deployment, traffic, lambda look: sum(g.waiting for g in gauges(look)) > 16):
                 scaled = await deployment.recorded("ScaledOut", 60)
             before = deployment.looks[-1]
-            await deployment.until(lambda look: len(look.observation.ready) == 2, 40)
+            await deployment.until(lambda look: len(look.observation.ready) == 2, 100)
             after = await deployment.until(
                 lambda look: latency_met(look) and sum(g.waiting for g in gauges(look)) == 0, 60
             )
