@@ -122,7 +122,7 @@ class Rise:
     step_s: float = 4.0
     factor: float = 1.12
     hurts: int = 8
-    beyond: float = 1.3
+    beyond: float = 1.4
     sized: bool = True
 
     def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:

@@ -252,7 +252,7 @@ class Session:
             self._stop.set()
 
     def _record(self, record: Record) -> None:
-        if record.diagnosis is not None and record.diagnosis.stage:
+        if record.outcome in {"Started", "Recommended"} and record.diagnosis is not None:
             self._tell(f"diagnosis: {record.diagnosis.message}")
 
     def _event(self, kind: str, reason: str, message: str) -> None:
