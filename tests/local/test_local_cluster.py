@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,20 @@ def changed(**spec: Any) -> dict[str, Any]:
     return {**MANIFEST, "spec": {**MANIFEST["spec"], **spec}}
 
 
+_OPEN: list[StateDirectory] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while _OPEN:
+        _OPEN.pop().close()
+
+
 def state_in(root: Path, *, fresh: bool = False) -> StateDirectory:
     state = StateDirectory("chat", root)
     state.open(fresh=fresh)
+    _OPEN.append(state)
     return state
 
 
