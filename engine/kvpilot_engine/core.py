@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -222,8 +223,9 @@ def run_core(start: CoreStart, sock: socket.socket, build: Callable[[CoreStart],
     try:
         loop.run()
     except Exception as error:
+        traceback.print_exc()
         loop.fail(f"{type(error).__name__}: {_one_line(error)}")
-        raise
+        return 1
     finally:
         engine.close()
     return 0
