@@ -136,7 +136,7 @@ class Operator:
             self.process = subprocess.Popen(
                 command, stderr=log, stdout=log, env={**os.environ, **environment}
             )
-        eventually(self.healthy, 30, f"the operator answers; see {self.log}")
+        eventually(self.healthy, 60, f"the operator answers; see {self.log}")
 
     @property
     def log(self) -> Path:

@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 SHORT = 8
 """Tokens of an answer: few, so that even a busy machine serves enough requests to judge by."""
 
+OVERLOAD = 1.2
+
 EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000)
 
 
@@ -43,7 +45,7 @@ class Scene:
 
 @pytest.fixture
 def scene(cluster, namespace, operator, manifest, serve, load) -> Iterator[Scene]:
-    config = {"numWorkers": 1, "batchSize": 16, "maxTokens": 16384}
+    config = {"numWorkers": 1, "batchSize": 16, "maxTokens": 16384, "maxQueue": 10000}
     quiet = {"config": config, "replicas": 2, "cpu": "900m"}
     serve(manifest(tuning={"mode": "Off"}, **quiet))
     alone = load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], SHORT)
@@ -55,8 +57,8 @@ def scene(cluster, namespace, operator, manifest, serve, load) -> Iterator[Scene
         "errors": "20%",
     }
     cluster.apply(manifest(objectives=limits, **quiet))
-    # As much as one request at a time just cannot keep up with; batching serves several times that.
-    load.start(rate=sum(1 / seconds for seconds in alone), seconds=240, output_tokens=SHORT)
+    # More than one request at a time can keep up with; batching serves several times that.
+    load.start(rate=OVERLOAD * sum(1 / seconds for seconds in alone), seconds=240, output_tokens=SHORT)
     yield Scene(cluster, namespace, sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace)))
 
 
