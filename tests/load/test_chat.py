@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from dataclasses import dataclass
@@ -87,6 +88,13 @@ def test_a_phase_is_sized_to_the_machine_when_it_begins() -> None:
     assert min(a.at for a in rise) >= 50
 
 
+def test_a_load_without_an_end_is_planned_piece_by_piece() -> None:
+    schedule = ChatWorkload([Phase("chat", math.inf, rate=1)]).arrivals(Machine())
+    times = [arrival.at for arrival in itertools.islice(schedule, 300)]
+    assert times == sorted(times)
+    assert times[-1] == pytest.approx(300, rel=0.2)
+
+
 def test_a_rise_goes_on_until_it_hurts_and_then_stays() -> None:
     rise = Rise("rise", 100, in_flight=1, ramp_s=40, step_s=10, factor=2, hurts=9, beyond=1.5)
     machine = Machine(0.5)
@@ -95,12 +103,12 @@ def test_a_rise_goes_on_until_it_hurts_and_then_stays() -> None:
         steps.append((seconds, rate))
         if rate >= 4:
             machine.in_flight = 9
-    assert steps == [(10, 2), (10, 4), (80, 6)]
+    assert steps == [(10, 2), (10, 4), (60, 6), (20, 6)]
 
 
 def test_a_rise_ends_in_time_where_nothing_hurts() -> None:
     rise = Rise("rise", 100, in_flight=1, ramp_s=30, step_s=10, factor=2)
-    assert list(rise.steps(Machine(1.0))) == [(10, 1), (10, 2), (10, 4), (70, 8)]
+    assert list(rise.steps(Machine(1.0))) == [(10, 1), (10, 2), (10, 4), (60, 8), (10, 8)]
     assert sum(seconds for seconds, _ in rise.steps(Machine(1.0))) == 100
 
 

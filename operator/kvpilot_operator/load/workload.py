@@ -72,6 +72,10 @@ class Workload(Protocol):
         """The schedule; what was seen sizes phases when they begin, never a single request."""
 
 
+LONGEST_STEP_S = 60.0
+"""How far ahead arrivals are computed, s."""
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the load with one rate.
@@ -100,10 +104,13 @@ class Phase:
         return self.in_flight is not None
 
     def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
-        """The one step: its length (s) and its rate (requests/s)."""
+        """Lengths (s) and rate (requests/s) of its steps: an endless phase is planned piece by piece."""
         rate = self.rate if self.in_flight is None else self.in_flight / seen.calm()
         assert rate is not None
-        yield self.seconds, rate
+        left = self.seconds
+        while left > 0:
+            yield min(left, LONGEST_STEP_S), rate
+            left -= LONGEST_STEP_S
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,9 @@ class Rise:
                 rate *= self.beyond
                 break
             rate *= self.factor
-        yield left, rate
+        while left > 0:
+            yield min(left, LONGEST_STEP_S), rate
+            left -= LONGEST_STEP_S
 
 
 def poisson(rate: float, seconds: float, rng: random.Random) -> list[float]:

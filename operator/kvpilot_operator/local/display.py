@@ -40,9 +40,11 @@ class Display(Protocol):
 
 
 def told_objective(item: Objective) -> str:
-    """``p95 97% of 95%``."""
+    """``p95 97% of 95%``; a throughput that nobody asked for has no target."""
     rate = item.name == "throughput"
     figure = "-" if item.measured_short is None else _figure(item.measured_short, rate)
+    if rate and not item.target:
+        return f"{item.name} {figure}"
     return f"{item.name} {figure} of {_figure(item.target, rate)}"
 
 

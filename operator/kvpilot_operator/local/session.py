@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,9 @@ log = structlog.get_logger(__name__)
 
 TAIL_S = 12.0
 """How long a cured run goes on, so that the report shows what came after, s."""
+
+LONGEST_RUN_S = 365 * 86400.0
+"""A load without an end has ended by then, s."""
 
 LAST_ANSWERS_S = 10.0
 """How long answers are waited for when the run is over before its load, s."""
@@ -180,10 +184,12 @@ class Session:
             except RequestError as error:
                 self.outcome.problem = f"the load could not start: {error}"
                 return
-            self._tell(f"load: {workload.title}, {workload.seconds:.0f} s")
+            length = f"{workload.seconds:.0f} s" if math.isfinite(workload.seconds) else "until stopped"
+            self._tell(f"load: {workload.title}, {length}")
             self._run = LoadRun(client, workload)
             self.outcome.load_started = time.time()
-            late = asyncio.get_running_loop().call_later(workload.seconds + ANSWERS_S, self._run.stop)
+            longest = min(workload.seconds, LONGEST_RUN_S) + ANSWERS_S
+            late = asyncio.get_running_loop().call_later(longest, self._run.stop)
             try:
                 await self._run.run()
             finally:
