@@ -95,15 +95,14 @@ def test_a_load_without_an_end_is_planned_piece_by_piece() -> None:
     assert times[-1] == pytest.approx(300, rel=0.2)
 
 
-def test_a_rise_goes_on_until_it_hurts_and_then_stays() -> None:
-    rise = Rise("rise", 100, in_flight=1, ramp_s=40, step_s=10, factor=2, hurts=9, beyond=1.5)
+def test_a_rise_goes_on_until_requests_pile_up_and_then_stays() -> None:
+    rise = Rise("rise", 100, in_flight=1, ramp_s=60, step_s=10, factor=2, hurts=9, beyond=1.5)
     machine = Machine(0.5)
     steps = []
-    for seconds, rate in rise.steps(machine):
-        steps.append((seconds, rate))
-        if rate >= 4:
-            machine.in_flight = 9
-    assert steps == [(10, 2), (10, 4), (60, 6), (20, 6)]
+    for index, step in enumerate(rise.steps(machine)):
+        steps.append(step)
+        machine.in_flight = (0, 9, 9, 20, 8, 20)[min(index, 5)]
+    assert steps == [(10, 2), (10, 4), (10, 4), (10, 6), (10, 6), (10, 12), (40, 12)]
 
 
 def test_a_rise_ends_in_time_where_nothing_hurts() -> None:

@@ -113,13 +113,18 @@ class Phase:
             left -= LONGEST_STEP_S
 
 
+LASTING = 2
+"""Steps in which requests pile up before that counts as the limit."""
+
+
 @dataclass(frozen=True)
 class Rise:
-    """A load that rises until ``hurts`` requests are in flight at once, and stays there.
+    """A load that rises until requests pile up, and stays there.
 
-    It begins as ``in_flight`` of a Phase. Every ``step_s`` the rate grows by ``factor``, for at most
-    ``ramp_s``; once it hurts it grows by ``beyond`` for the last time. It thus finds the limit of the machine
-    as it is now, and goes on at a constant rate, whatever happens to the answers then.
+    It begins as ``in_flight`` of a Phase. During ``ramp_s`` the rate grows by ``factor`` every ``step_s`` in
+    which fewer than ``hurts`` requests are in flight; when it has hurt for two steps, which is no hiccup, it
+    grows by ``beyond``, once. It thus finds the limit of the machine as it is now, and then goes on at a
+    constant rate, whatever happens to the answers.
     """
 
     name: str
@@ -136,13 +141,16 @@ class Rise:
         """Lengths (s) and rates (requests/s) of the steps."""
         left = self.seconds
         rate = self.in_flight / seen.calm()
+        hurt = 0
         while left > self.step_s and self.seconds - left < self.ramp_s:
             yield self.step_s, rate
             left -= self.step_s
-            if seen.in_flight >= self.hurts:
+            if seen.in_flight < self.hurts:
+                rate *= self.factor
+                continue
+            hurt += 1
+            if hurt == LASTING:
                 rate *= self.beyond
-                break
-            rate *= self.factor
         while left > 0:
             yield min(left, LONGEST_STEP_S), rate
             left -= LONGEST_STEP_S
