@@ -24,6 +24,10 @@ LOST_REASONS = ("busy", "incomplete", "evicted", "shrunk", "corrupt", "failed")
 """Why a block is gone: the encoder was behind; a page of it had left before; the host tier was full; its
 budget was lowered; its checksum did not match; encoding it raised."""
 
+_TRIM_BYTES = 16 << 20
+"""Evicted bytes after which the heap is asked to return memory: a block of a tighter codec leaves a hole
+where a looser one was, and a heap full of holes would undo what a lowered budget frees."""
+
 _PREFETCH_SHARE = 4  # unused prefetched pages may fill a quarter of the pool
 
 
@@ -45,6 +49,7 @@ class TierTraffic:
         self._encoding: set[bytes] = set()
         self._loads: dict[bytes, LoadJob] = {}
         self._ahead_pages = 0
+        self._untrimmed = 0
         self.configure(config, host_bytes)
 
     def configure(self, config: KVCacheConfig, host_bytes: int) -> None:
@@ -104,7 +109,15 @@ class TierTraffic:
         kept = self.host.put(job.key, HostBlock(job.encoded, max(job.ancestry, job.encoded.fidelity)))
         self.lost["evicted"] += not kept
         if kept and not shrinking:
+            full = self.host.used
             self.lost["evicted"] += self.host.shrink(most=PAGES_PER_BLOCK)
+            self._trim_after(full - self.host.used)
+
+    def _trim_after(self, freed: int) -> None:
+        self._untrimmed += freed
+        if self._untrimmed >= _TRIM_BYTES:
+            self._untrimmed = 0
+            self._loader.submit(TrimJob(), urgent=False)
 
     def advance(self, lease: Lease) -> None:
         """Have the next blocks of the lease's prompt loaded: one at a time, or as many as are prefetched."""
