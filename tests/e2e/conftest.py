@@ -256,7 +256,7 @@ def namespace(cluster: Cluster, definitions: None, tmp_path: Path) -> Iterator[s
     yield name
     told = cluster.kubectl("describe", "kvcd,kvco,deployments,pods", f"--namespace={name}", check=False)
     (tmp_path / "described.txt").write_text(told)
-    cluster.kubectl("delete", "namespace", name, "--wait=true", "--timeout=90s")
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture

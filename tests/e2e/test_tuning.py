@@ -38,7 +38,8 @@ class Scene:
     def outcomes(self) -> list[str]:
         return [f"{item['rule']}: {item['outcome']}" for item in self.status.get("decisions", ())]
 
-    def knob(self, uid: str) -> float:
+    def generation(self, uid: str) -> float:
+        """Of the configuration that an engine runs, as it says itself."""
         rows = self.cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
         return float(rows[0]["value"][1])
 
@@ -101,31 +102,35 @@ def watch_states(cluster: Any, namespace: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("state", ["Canary", "Settle", "Verify", "Promote"])
-def test_an_operator_killed_within_a_change_leaves_a_whole_configuration(
-    scene, cluster, namespace, operator, load, kit, state
-) -> None:
-    watch = watch_states(cluster, namespace)
+def kill_within(state: str, scene: Scene, operator: Any) -> None:
+    """Kill the operator the moment the status says ``state``: its intent is written, what it does is not done."""
+    watch = watch_states(scene.cluster, scene.namespace)
     assert watch.stdout is not None
-    reached = ""
-    deadline = time.monotonic() + 200
+    deadline, seen = time.monotonic() + 150, []
     try:
         for line in watch.stdout:
-            reached = line.strip()
-            if reached == state or time.monotonic() > deadline:
+            seen.append(line.strip())
+            if seen[-1] == state or time.monotonic() > deadline:
                 operator.kill()
                 break
     finally:
         watch.kill()
         watch.wait()
-    assert reached == state, f"the change never came to {state}; {scene.outcomes()}"
-    operator.start()
+    assert seen[-1] == state, f"the change never came to {state}: {seen}; {scene.outcomes()}"
+
+
+def test_an_operator_killed_at_each_step_of_a_change_leaves_a_whole_configuration(
+    scene, cluster, namespace, operator, kit
+) -> None:
+    for state in ("Canary", "Settle", "Verify", "Promote"):
+        kill_within(state, scene, operator)
+        operator.start()
 
     def ended() -> bool:
         """Promoted, reverted or aborted: every engine runs the last known good configuration."""
         status = scene.status
         held = yaml.safe_load(cluster.get("configmap", "chat-config", namespace)["data"]["config.yaml"])
-        running = {scene.knob(uid) for uid in scene.uids}
+        running = {scene.generation(uid) for uid in scene.uids}
         return "change" not in status["tuning"] and running == {float(held["generation"])}
 
     kit["eventually"](ended, 150, f"the change ends; {scene.outcomes()}")
