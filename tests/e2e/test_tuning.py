@@ -103,7 +103,7 @@ def watch_states(cluster: Any, namespace: str) -> subprocess.Popen[str]:
 
 
 def kill_within(state: str, scene: Scene, operator: Any) -> None:
-    """Kill the operator the moment the status says ``state``: its intent is written, what it does is not done."""
+    """Kill the operator the moment the status says ``state``: the intent is written, the deed is not done."""
     watch = watch_states(scene.cluster, scene.namespace)
     assert watch.stdout is not None
     deadline, seen = time.monotonic() + 150, []
