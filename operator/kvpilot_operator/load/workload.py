@@ -132,9 +132,9 @@ class Rise:
     in_flight: float
     ramp_s: float = 60.0
     step_s: float = 4.0
-    factor: float = 1.12
+    factor: float = 1.15
     hurts: int = 8
-    beyond: float = 1.4
+    beyond: float = 1.2
     sized: bool = True
 
     def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
