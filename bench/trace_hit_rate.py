@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         context=QUIET,
     )
     simulation = Simulation(options.pages)
-    engine = Engine(config, on_cache=simulation.feed)
+    engine = Engine(config, options.model, on_cache=simulation.feed)
     began = time.monotonic()
     reasons = serve(engine, requests, options.speed, options.shrink, not options.unpaced)
     seconds = time.monotonic() - began
@@ -125,6 +125,7 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     simulated = 100 * simulation.hits * PAGE_TOKENS / queried
     return {
         "trace": path.name,
+        "model": Path(options.model).name,
         "trace_minutes": options.minutes,
         "speed": "unpaced" if options.unpaced else options.speed,
         "shrink": options.shrink,
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0 when no request failed and the rates are within a point, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", help="a Mooncake trace; default: from KVPILOT_TRACES or ../shared/traces")
+    parser.add_argument("--model", default="builtin/tiny-llama", help="the rate does not depend on it")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the trace")
     parser.add_argument("--speed", type=float, default=5.0)
     parser.add_argument("--shrink", type=int, default=32)
