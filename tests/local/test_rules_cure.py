@@ -298,13 +298,16 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
     assert started.diagnosis is not None
     assert (started.diagnosis.stage, started.diagnosis.reason) == (Stage.BATCH_WAIT, reasons.QUEUE_AT_BATCH)
     assert "waiting for a place in the batch is" in started.diagnosis.message
-    assert "batch wait was" in started.summary
+    assert started.summary.startswith("Batch wait was ")
     assert "with 1 rows for 64 workers; trying batchSize 1 -> " in started.summary
     assert promoted.id == started.id
     assert promoted.evidence["verdict"] == reasons.PROMOTED
     assert f"promoted as generation {promoted.generation}" in promoted.summary
     assert {pod.uid for pod in after.observation.pods} == uids
-    assert all(pod.engine.config["batchSize"] == promoted.changes[0].after for pod in after.observation.pods)
+    assert all(
+        pod.engine is not None and pod.engine.config["batchSize"] >= promoted.changes[0].after
+        for pod in after.observation.pods
+    )
     breached = before.observation.counts("short")
     cured = after.observation.counts("short")
     assert _batch_wait(cured) < _batch_wait(breached) / 2
@@ -367,25 +370,24 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
 
 
 async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp_path: Path) -> None:
-    config = {"numWorkers": 16, "batchSize": 16, "maxTokens": 16384}
+    config = {"numWorkers": 24, "batchSize": 24, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, scaling={"min": 1, "max": 2}))
     traffic = Traffic(prompt_tokens=32, output_tokens=64)
     async with deployment.running() as client:
         # One engine, all its rows in use: what it can do. It lasts a long window, so that it is proven.
-        per_s, full = await closed_loop(client, traffic, 16, 22)
+        per_s, full = await closed_loop(client, traffic, 32, 24)
         latency = {"p50Ms": edge_above(1.5 * full), "p95Ms": 30_000, "p99Ms": 30_000}
         objectives = manifest_of({})["spec"]["objectives"]
         deployment.edit(objectives={**objectives, "latency": latency})
         traffic.rate = 1.1 * per_s
         async with sent(client, traffic):
-            async with rising(deployment, traffic, lambda look: sum(g.waiting for g in gauges(look)) > 16):
+            async with rising(deployment, traffic, lambda look: sum(g.waiting for g in gauges(look)) > 24):
                 scaled = await deployment.recorded("ScaledOut", 60)
             # No more than one engine could just do, but for the queue that it has by now.
             traffic.rate = 0.9 * per_s
-            await deployment.until(lambda look: len(look.observation.ready) == 2, 100)
-            after = await deployment.until(
-                lambda look: latency_met(look) and sum(g.waiting for g in gauges(look)) == 0, 60
-            )
+            [old] = deployment.looks[-1].observation.ready
+            peak = await deployment.until(lambda look: len(look.observation.ready) == 2, 100)
+            after = await deployment.until(lambda look: eased(look, peak, old.uid), 90)
 
     assert scaled.rule == "replicas-up"
     assert scaled.replicas == (1, 2)
@@ -398,3 +400,12 @@ async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp
     assert len(after.observation.ready) == 2
     arrived = [pod.sample.windows["short"].arrivals for pod in after.observation.ready if pod.sample]
     assert min(arrived) > 0.3 * sum(arrived)
+
+
+def eased(look: Look, peak: Look, old: str) -> bool:
+    """The queue is half of what it was, and the new engine keeps the objective with its share of the load."""
+    edge, required = look.policy.objectives.latency["p50"]
+    waiting = [sum(gauge.waiting for gauge in gauges(each)) for each in (look, peak)]
+    new = [pod.sample.windows["short"] for pod in look.observation.ready if pod.sample and pod.uid != old]
+    met = [(counts.attainment("request", edge) or 0.0) >= required for counts in new]
+    return met == [True] and waiting[0] < waiting[1] / 2
