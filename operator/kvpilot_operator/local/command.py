@@ -25,7 +25,7 @@ from kvpilot_operator.local.figures import figures_of
 from kvpilot_operator.local.report import write_report
 from kvpilot_operator.local.router import PortError
 from kvpilot_operator.local.session import Outcome, RunOptions, Session, told_steps
-from kvpilot_operator.local.state import ROOT, BusyError, StateDirectory
+from kvpilot_operator.local.state import BusyError, StateDirectory
 from kvpilot_operator.local.watch import document_of
 from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import KVCacheDeployment
@@ -179,6 +179,3 @@ def _log_to(path: Path) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=path.open("a", buffering=1)),
         cache_logger_on_first_use=False,
     )
-
-
-__all__ = ["ROOT", "UpOptions", "run_up"]

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 from kvpilot_operator.load.results import OK
+from kvpilot_operator.local.recorder import Point
 from kvpilot_operator.local.session import Outcome
 from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.tuning.decision import Record
 
 
 def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
@@ -55,11 +57,11 @@ def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _record(record: Any, start: float) -> dict[str, Any]:
+def _record(record: Record, start: float) -> dict[str, Any]:
     plain: dict[str, Any] = dataclasses.asdict(record)
     return {**plain, "at": round(record.at - start, 2)}
 
 
-def _point(point: Any, start: float) -> dict[str, Any]:
+def _point(point: Point, start: float) -> dict[str, Any]:
     plain: dict[str, Any] = dataclasses.asdict(point)
     return {**plain, "at": round(point.at - start, 2)}
