@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("step_time", "first_token", "trace_hit_rate")
+BENCHMARKS = ("step_time", "first_token", "front_cost", "knob_effects", "trace_hit_rate")
 
 
 def main(names: list[str]) -> int:

@@ -39,23 +39,23 @@ class Outcome(StrEnum):
 
 
 # Histograms. The first three count successful requests only: attainment is bucket / judged requests.
-REQUEST_SECONDS = "kvpilot_request_seconds"
-FIRST_TOKEN_SECONDS = "kvpilot_first_token_seconds"
-INTER_TOKEN_SECONDS = "kvpilot_inter_token_seconds"
-STAGE_SECONDS = "kvpilot_stage_seconds"  # {stage}
+REQUEST_SECONDS = "kvpilot_request_seconds"  # arrival to last byte, of successful requests
+FIRST_TOKEN_SECONDS = "kvpilot_first_token_seconds"  # arrival to first new token, of successful requests
+INTER_TOKEN_SECONDS = "kvpilot_inter_token_seconds"  # mean time between new tokens of a request
+STAGE_SECONDS = "kvpilot_stage_seconds"  # {stage}: time of a request in one stage
 
 # Counters of requests and tokens.
-ARRIVALS_TOTAL = "kvpilot_arrivals_total"
-REQUESTS_TOTAL = "kvpilot_requests_total"  # {outcome}
-OUTPUT_TOKENS_TOTAL = "kvpilot_output_tokens_total"
+ARRIVALS_TOTAL = "kvpilot_arrivals_total"  # requests that came in
+REQUESTS_TOTAL = "kvpilot_requests_total"  # {outcome}: requests that ended
+OUTPUT_TOKENS_TOTAL = "kvpilot_output_tokens_total"  # new tokens
 QUERY_TOKENS_TOTAL = "kvpilot_prefix_query_tokens_total"  # prompt tokens looked up
 HIT_TOKENS_TOTAL = "kvpilot_prefix_hit_tokens_total"  # {tier}: prompt tokens served from pool | host
 CEILING_TOKENS_TOTAL = "kvpilot_prefix_ceiling_tokens_total"  # prompt tokens an infinite cache would serve
 
 # The cache.
-EVICTED_PAGES_TOTAL = "kvpilot_evicted_pages_total"
-PREEMPTIONS_TOTAL = "kvpilot_preemptions_total"
-BLOCKS_LOST_TOTAL = "kvpilot_blocks_lost_total"  # {reason}
+EVICTED_PAGES_TOTAL = "kvpilot_evicted_pages_total"  # pages that left the hot pool
+PREEMPTIONS_TOTAL = "kvpilot_preemptions_total"  # running requests that gave up their pages
+BLOCKS_LOST_TOTAL = "kvpilot_blocks_lost_total"  # {reason}: blocks dropped
 PREFETCH_BLOCKS_TOTAL = "kvpilot_prefetch_blocks_total"  # {result}: used | wasted
 CODEC_SECONDS_TOTAL = "kvpilot_codec_seconds_total"  # {op}: encode | decode
 TIER_LOAD_BLOCKS_TOTAL = "kvpilot_tier_load_blocks_total"  # blocks decoded from a slower tier
@@ -64,8 +64,8 @@ CACHE_BYTES = "kvpilot_cache_bytes"  # {tier}: bytes held now
 CACHE_BUDGET_BYTES = "kvpilot_cache_budget_bytes"  # {tier}: bytes it may hold
 
 # Steps.
-STEPS_TOTAL = "kvpilot_steps_total"
-STEP_BUSY_SECONDS_TOTAL = "kvpilot_step_busy_seconds_total"
+STEPS_TOTAL = "kvpilot_steps_total"  # steps
+STEP_BUSY_SECONDS_TOTAL = "kvpilot_step_busy_seconds_total"  # wall time in steps
 STEP_ROWS_TOTAL = "kvpilot_step_rows_total"  # sum of rows over steps
 STEP_CURVE_SECONDS = "kvpilot_step_curve_seconds"  # {rows}: measured time of a decode step
 STEP_MARGINAL_GAIN = "kvpilot_step_marginal_gain"  # relative gain of tokens/s from one more sequence
@@ -76,6 +76,6 @@ REQUESTS_RUNNING = "kvpilot_requests_running"  # holds a worker slot
 MEMORY_RATIO = "kvpilot_memory_ratio"  # {kind}: host | device, used / limit as the design defines it
 MEMORY_BYTES = "kvpilot_memory_bytes"  # {kind}: host | device
 MEMORY_LIMIT_BYTES = "kvpilot_memory_limit_bytes"  # {kind}: host | device
-CONFIG_GENERATION = "kvpilot_config_generation"
-CONFIG_CONVERGING = "kvpilot_config_converging"
+CONFIG_GENERATION = "kvpilot_config_generation"  # name of the configuration that runs
+CONFIG_CONVERGING = "kvpilot_config_converging"  # 1 while a lowered quota is not reached
 ENGINE_INFO = "kvpilot_engine_info"  # {version, model, device, contract} = 1
