@@ -175,14 +175,14 @@ TRIALS: tuple[Trial, ...] = (
         output=2, warm=6, rounds=10,
     ),
     Trial(
-        "useCompression", (False, True), revisits(12, 512, 4),
+        "useCompression", (False, True), drawn(16, 512, 4),
         (Effect("blocks held", at_least=1.5), Effect("hit rate", at_least=1.2)),
-        {"hostMemoryMb": 8, "maxTokens": 2048}, output=2, warm=6, rounds=6, pooled=True,
+        {"hostMemoryMb": 8, "maxTokens": 2048}, output=2, warm=8, rounds=8, pooled=True,
     ),
     Trial(
-        "compressionRatio", (0.32, 1.0), revisits(12, 512, 4),
-        (Effect("blocks held", at_most=0.7), Effect("decode s per block", at_most=0.9)),
-        {"hostMemoryMb": 14, "maxTokens": 2048}, output=2, warm=6, rounds=6, pooled=True,
+        "compressionRatio", (0.32, 1.0), revisits(16, 512, 4),
+        (Effect("blocks held", at_most=0.7), Effect("decode s per block", at_most=1.0)),
+        {"hostMemoryMb": 8, "maxTokens": 2048}, output=2, warm=8, rounds=8, pooled=True,
     ),
 )  # fmt: skip
 
