@@ -180,7 +180,7 @@ TRIALS: tuple[Trial, ...] = (
         {"hostMemoryMb": 8, "maxTokens": 2048}, output=2, warm=8, rounds=8, pooled=True,
     ),
     Trial(
-        "compressionRatio", (0.32, 1.0), revisits(16, 512, 4),
+        "compressionRatio", (0.32, 1.0), drawn(16, 512, 4),
         (Effect("blocks held", at_most=0.7), Effect("decode s per block", at_most=1.0)),
         {"hostMemoryMb": 8, "maxTokens": 2048}, output=2, warm=8, rounds=8, pooled=True,
     ),
