@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import yaml
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 SHORT = 8
 """Tokens of an answer: few, so that even a busy machine serves enough requests to judge by."""
 
-OVERLOAD = 1.2
+OVERLOAD, MORE, CALM_S = 1.2, 0.4, 12.0
+"""First load over what one request at a time serves; what is added while nothing hurts for so long, s."""
 
 EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000)
+
+
+@dataclass
+class Pressure:
+    """Load that rises until it hurts: what a machine can do differs, also from minute to minute.
+
+    Batching serves several times what one request at a time does, so there is room between both.
+    """
+
+    template: Any
+    alone: float
+    loads: list[Any] = field(default_factory=list)
+    released: threading.Event = field(default_factory=threading.Event)
+
+    def add(self, factor: float) -> None:
+        folder = self.template.folder / f"load-{len(self.loads)}"
+        folder.mkdir()
+        self.loads.append(replace(self.template, folder=folder))
+        self.loads[-1].start(rate=factor * self.alone, seconds=400, output_tokens=SHORT)
 
 
 @dataclass
@@ -30,6 +51,21 @@ class Scene:
     cluster: Any
     namespace: str
     uids: list[str]
+    pressure: Pressure
+
+    def press(self) -> None:
+        """Raise the load while it does not hurt, until a change is promoted."""
+        self.pressure.add(OVERLOAD)
+        hurt_at = time.monotonic()
+        while not self.pressure.released.wait(1.0):
+            states = {item["name"]: item["state"] for item in self.status.get("objectives", ())}
+            if "Breached" in (states.get("p50"), states.get("p95")):
+                hurt_at = time.monotonic()
+            if any("Promoted" in outcome for outcome in self.outcomes()):
+                return
+            if time.monotonic() - hurt_at > CALM_S and len(self.pressure.loads) < 6:
+                self.pressure.add(MORE)
+                hurt_at = time.monotonic()
 
     @property
     def status(self) -> dict[str, Any]:
@@ -58,12 +94,18 @@ def scene(cluster, namespace, operator, manifest, serve, load) -> Iterator[Scene
         "errors": "20%",
     }
     cluster.apply(manifest(objectives=limits, **quiet))
-    # More than one request at a time can keep up with; batching serves several times that.
-    load.start(rate=OVERLOAD * sum(1 / seconds for seconds in alone), seconds=240, output_tokens=SHORT)
-    yield Scene(cluster, namespace, sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace)))
+    uids = sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace))
+    made = Scene(cluster, namespace, uids, Pressure(load, sum(1 / seconds for seconds in alone)))
+    presses = threading.Thread(target=made.press)
+    presses.start()
+    yield made
+    made.pressure.released.set()
+    presses.join()
+    for running in made.pressure.loads:
+        running.stop()
 
 
-def test_a_breach_is_cured_by_a_knob_on_a_canary(scene, cluster, namespace, operator, load, kit) -> None:
+def test_a_breach_is_cured_by_a_knob_on_a_canary(scene, cluster, namespace, operator, kit) -> None:
     promoted = kit["eventually"](
         lambda: [item for item in scene.status.get("decisions", ()) if item["outcome"] == "Promoted"],
         180,
@@ -74,7 +116,6 @@ def test_a_breach_is_cured_by_a_knob_on_a_canary(scene, cluster, namespace, oper
         lambda: scene.status if scene.status["config"]["generation"] > 1 else None, 20, "a new generation"
     )
     assert status["config"]["overlay"][0]["knob"] in {"numWorkers", "batchSize"}
-    load.stop()
     pods = cluster.pods(namespace)
     assert sorted(pod["metadata"]["uid"] for pod in pods) == scene.uids
     assert [s["restartCount"] for pod in pods for s in pod["status"]["containerStatuses"]] == [0, 0]
