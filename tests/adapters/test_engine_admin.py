@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from kvpilot_engine.contract import AdminConfig, ConfigPatch, KVCacheConfig
+from kvpilot_engine.contract.config import QUIET
 from kvpilot_operator.adapters.engine_admin import EngineAdmin, plan_of
 from kvpilot_operator.ports import EngineError, Replica
 
@@ -180,7 +181,7 @@ async def test_an_engine_that_hangs_is_unreachable_in_time() -> None:
 
 
 def test_a_plan_tells_hot_from_cold(engine: Engine) -> None:
-    live = AdminConfig.model_validate(engine.described())
+    live = AdminConfig.model_validate(engine.described(), context=QUIET)
     plan = plan_of(
         live, {"numWorkers": 8, "batchSize": 2, "maxTokens": 16384, "device": "cuda", "dtype": "float32"}
     )
