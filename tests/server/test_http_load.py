@@ -89,7 +89,8 @@ def test_urgent_request_overtakes_the_queue(narrow: Any, wait_until: Any) -> Non
     ended: list[str] = []
 
     def ask(name: str, priority: int) -> None:
-        body = {"prompt": name, "max_tokens": 96, "priority": priority}
+        # Long enough that the queue stands still for several readings of the gauge.
+        body = {"prompt": name, "max_tokens": 400, "priority": priority}
         with httpx.Client(base_url=narrow.url, timeout=60.0) as client:
             assert client.post("/v1/completions", json=body).status_code == 200
         ended.append(name)
