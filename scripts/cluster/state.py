@@ -55,7 +55,9 @@ class State:
 def engine_environment() -> EngineEnvironment:
     """The interpreter that runs this, and the directories that it needs to be the same elsewhere."""
     python = Path(sys.executable)
-    needed = {Path(sys.prefix), Path(sys.base_prefix), python.resolve().parents[1], REPO}
+    # The packages and not the whole checkout: its own folder may be closed to the pods' user.
+    sources = {REPO / "engine", REPO / "operator"}
+    needed = {Path(sys.prefix), Path(sys.base_prefix), python.resolve().parents[1], *sources}
     return EngineEnvironment(str(python), [str(path) for path in outermost(needed)])
 
 
