@@ -363,7 +363,9 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     [pod] = after.observation.pods
     assert pod.uid == breach.observation.pods[0].uid
     assert pod.engine is not None and pod.engine.config["maxMemoryMb"] == promoted.changes[0].after
-    assert codec_rung(True, pod.engine.config["compressionRatio"]).codec == "int8"
+    # Which rung keeps the number of blocks depends on how far the measured budget had to fall.
+    assert pod.engine.config["compressionRatio"] == promoted.changes[1].after
+    assert codec_rung(True, pod.engine.config["compressionRatio"]).codec in {"int8", "int4"}
     [then], [now] = gauges(breach), gauges(after)
     assert then.memory_ratio > float(allowed.rstrip("%")) / 100 > now.memory_ratio
     assert now.cached_bytes <= promoted.changes[0].after * MIB < then.cached_bytes
