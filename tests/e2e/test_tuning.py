@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.flaky(reruns=1)]
 
 SHORT = 8
 """Tokens of an answer: few, so that even a busy machine serves enough requests to judge by."""

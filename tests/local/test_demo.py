@@ -33,6 +33,7 @@ async def demo(directory: Path, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
+@pytest.mark.flaky(reruns=1)
 async def test_a_knob_cures_the_breach(tmp_path: Path) -> None:
     code, output = await demo(tmp_path, "--json", "figures.json", "--report", "report.html")
     assert code == 0, output

@@ -37,7 +37,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Gauges
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.flaky(reruns=1)]
 
 PACE_SCALE = 0.4
 """Of the fast pace: windows of 4 and 24 s, the shortest that a scrape each second allows."""
