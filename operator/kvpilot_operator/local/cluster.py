@@ -9,6 +9,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from kvpilot_engine.contract.config import COLD_FIELDS
@@ -160,14 +161,7 @@ class LocalCluster:
             raise Conflict(f"{self.key} was edited")
         self._manifest = {**self._manifest, "status": dict(status)}
         self._written()
-        return Snapshot(
-            key=snapshot.key,
-            manifest=self._manifest,
-            replicas=snapshot.replicas,
-            pods=snapshot.pods,
-            promoted=snapshot.promoted,
-            rolling_out=snapshot.rolling_out,
-        )
+        return replace(snapshot, manifest=self._manifest)
 
     async def write_config(self, snapshot: Snapshot, config: Promoted) -> None:
         """Keep a configuration as the last known good one; engines that start later start with it."""
