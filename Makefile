@@ -21,7 +21,8 @@ $(UV):
 
 $(STAMP): pyproject.toml uv.lock | $(UV)
 	@echo "installing the locked dependencies into $(VENV) (several GiB the first time)"
-	@$(UV) sync --quiet --locked --extra dev --python $$($(PYTHON) -c 'import sys; print(sys.executable)')
+	@# Compiled once here, not at each start of an engine where Python may write no bytecode: 8 s instead of 20.
+	@$(UV) sync --quiet --locked --extra dev --compile-bytecode --python $$($(PYTHON) -c 'import sys; print(sys.executable)')
 	@touch $@
 
 .PHONY: install
