@@ -79,6 +79,20 @@ def test_the_phases_of_a_change_follow_each_other() -> None:
     assert pushed[1][0] - pushed[0][0] >= 15 + 45, "not before settle and verify are over"
 
 
+def test_no_second_change_begins_while_the_first_one_works_the_backlog_off() -> None:
+    def surge(seconds: float) -> float:
+        return 20.0 if seconds < 60 else 80.0 if seconds < 150 else 70.0
+
+    patient = Model(queue=10_000, timeout=600.0)
+    sim = Simulation({"numWorkers": 1, "batchSize": 1}, KNOBS_ONLY, load=surge, model=patient)
+    sim.run(600, until=lambda s: "Promoted" in s.outcomes())
+    assert sum(len(engine.waiting) for engine in sim.engines) > 1000
+    sim.run(300, until=lambda s: s.state.met_ticks == 3)
+    assert sim.outcomes() == ["Started", "Promoted"], sim.told()
+    held = [at for at, decision in sim.decisions if "Draining" in {h.reason for h in decision.state.holds}]
+    assert held, "the cooldown was over before the backlog was gone"
+
+
 def test_without_tuning_the_breach_stays() -> None:
     sim = Simulation(SMALL, policy_of(mode="Off"), load=overload).run(200)
     assert sim.records == []

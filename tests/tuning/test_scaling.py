@@ -50,6 +50,19 @@ def test_saturation_without_a_breach_is_no_reason() -> None:
     assert scaled(look(observe(*three(**calm), config=WIDE))) == []
 
 
+def test_a_backlog_that_goes_by_itself_asks_for_nothing_more() -> None:
+    """As after a scale-out: the device is full, requests were late, and the queue is getting shorter."""
+    drains = {**SATURATED, "done": 1.25, "gauges": gauges(marginal_gain=0.05, waiting=90.0)}
+    decision = look(observe(*three(**drains), config=WIDE))
+    assert scaled(decision) == []
+    assert [(h.reason, h.message) for h in decision.state.holds] == [
+        ("Draining", "the backlog is being worked off, and goes by itself")
+    ]
+    assert decision.state.cooldown_until == NOW + 10
+    endless = {**drains, "gauges": gauges(marginal_gain=0.05, waiting=900.0)}
+    assert scaled(look(observe(*three(**endless), config=WIDE))) == [(4, "replicas-up")]
+
+
 @pytest.mark.parametrize(
     ("scaling", "told"),
     [

@@ -137,6 +137,10 @@ def propose(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - o
         return draft.held(look, reasons.COOLDOWN, "the last change ended a short while ago")
     if draft.acted:
         return draft
+    if look.diagnosis.stage and look.draining:
+        # What ends in the short window after that has waited in the backlog as well.
+        draft = draft.with_state(cooldown_until=look.now + policy.pace.short)
+        return draft.held(look, reasons.DRAINING, "the backlog is being worked off, and goes by itself")
     if plan.proposal is None:
         return _no_remedy(look, draft, plan)
     alone = len(look.ready) == 1 and policy.single_replica == "Recommend"

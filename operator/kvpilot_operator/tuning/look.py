@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected
+from kvpilot_operator.tuning.objectives import judged_window
 from kvpilot_operator.tuning.observation import Counts, Observation, Pod
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import Hold, KnobChange, Phase, Told, TuningState
@@ -57,6 +58,17 @@ class Look:
     def waiting(self) -> float:
         """Requests in all admission queues."""
         return sum(p.sample.gauges.waiting for p in self.ready if p.sample is not None)
+
+    @property
+    def draining(self) -> bool:
+        """True when the engines work off their queues, and at this rate will be done within a long window.
+
+        Requests that end then have waited as long as the backlog was: they tell how it was, not how it is.
+        """
+        window = judged_window(self.observation)
+        counts = [pod.sample.windows.get(window, Counts()) for pod in self.ready if pod.sample is not None]
+        drained = sum((c.judged - c.arrivals) / c.pod_seconds for c in counts if c.pod_seconds > 0)
+        return 0 < self.waiting <= drained * self.policy.pace.long
 
     def breached(self, name: str) -> bool:
         """True when both windows show a breach of that objective."""

@@ -34,6 +34,7 @@ ROLLING_OUT = "RollingOut"
 PAUSED = "Paused"
 ACTUATOR_CONFLICT = "ActuatorConflict"
 COOLDOWN = "Cooldown"
+DRAINING = "Draining"
 FLAP_BUDGET = "FlapBudgetSpent"
 NO_REMEDY = "NoRemedy"
 TOO_LITTLE_EXPOSURE = "TooLittleExposure"
@@ -97,6 +98,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(PAUSED, "hold", "A KVCacheOverride pauses this resource."),
     Reason(ACTUATOR_CONFLICT, "hold", "Another manager writes the replicas; kvpilot does not scale."),
     Reason(COOLDOWN, "hold", "A change ended a short while ago; its effect must show before the next one."),
+    Reason(DRAINING, "hold", "Completions outrun arrivals: the backlog that is left goes away by itself."),
     Reason(FLAP_BUDGET, "hold", "The knob was taken back as often in 6 hours as is allowed."),
     Reason(NO_REMEDY, "hold", "An objective is breached and no rule promises relief."),
     Reason(TOO_LITTLE_EXPOSURE, "hold", "Too few requests arrive to judge an experiment in time."),

@@ -110,7 +110,7 @@ def why_not_more(look: Look) -> str:
 
 def _wanted_up(look: Look, draft: Draft, plan: Plan, scaling: Scaling) -> tuple[int, str, str] | None:
     """Target, rule and clause of a scale-out, or None."""
-    if "replicas-up" in look.policy.disabled_rules or not look.serving_badly:
+    if "replicas-up" in look.policy.disabled_rules or not look.serving_badly or look.draining:
         return None
     ready, asked = len(look.ready), look.observation.replicas
     ratio = _overflow(look)
