@@ -1,4 +1,4 @@
-"""Command line: `python -m scripts.cluster up | down | status | start NAME | stop NAME | gpu N`."""
+"""Command line: `python -m scripts.cluster build | up | down | status | start NAME | stop NAME | gpu N`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m scripts.cluster", description="A Kubernetes cluster for tests."
     )
     commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("build", help="build the programs that it and some tests need: minutes, once")
     commands.add_parser("up", help="bring it up, or up to date, and write .cluster/cluster.json")
     commands.add_parser("down", help="take it down and leave nothing behind")
     commands.add_parser("status", help="exit code 0 when every process runs")
@@ -89,7 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _command(cluster: KindCluster | LocalCluster, options: argparse.Namespace) -> int:
-    if options.command == "up":
+    if options.command == "build":
+        cluster.build()
+    elif options.command == "up":
         cluster.up()
         say(f"up: {STATE_FILE}")
     elif options.command == "down":

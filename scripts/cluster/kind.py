@@ -49,13 +49,17 @@ class KindCluster:
     def _kubeconfig(self) -> Path:
         return self._layout.kubeconfigs / "admin"
 
+    def build(self) -> dict[str, Path]:
+        """As `local.LocalCluster.build`: kind's image brings the cluster itself, so these are fewer."""
+        return build_all(self._layout.cache, WITH_DOCKER)
+
     def up(self) -> State:
         """Bring the cluster up, or its images up to date.
 
         Raises:
             ClusterError: something cannot be had, built or started.
         """
-        programs = build_all(self._layout.cache, WITH_DOCKER)
+        programs = self.build()
         operator = images.build("operator", self._layout.cache)
         environment = engine_environment()
         kind = str(programs["kind"])

@@ -40,6 +40,14 @@ class LocalCluster:
         self._store = node.ImageStore(layout)
         self.processes = Processes(layout.run / "processes", layout.logs)
 
+    def build(self) -> dict[str, Path]:
+        """Build the programs that are missing; the path of each by name.
+
+        Raises:
+            ClusterError: no Go can be had, or a build failed.
+        """
+        return build_all(self._layout.cache)
+
     def up(self) -> State:
         """Bring the cluster up, or bring one that is up to date.
 
@@ -48,7 +56,7 @@ class LocalCluster:
         """
         machine.require_root()
         require((*BUILD_PACKAGES, *NODE_PACKAGES))
-        programs = build_all(self._layout.cache)
+        programs = self.build()
         base = base_image(self._layout.images)
         pause = pause_image(self._layout.images, programs["pause"])
         operator = images.build("operator", self._layout.cache)

@@ -39,7 +39,7 @@ def binary() -> Path:
     built = sorted(cache.glob("go/prometheus-*/prometheus"))
     found = built[0] if built else shutil.which("prometheus")
     if found is None:
-        reason = "no Prometheus: `make cluster-up` builds one"
+        reason = "no Prometheus: `make programs` builds one"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     return Path(found)
 
@@ -147,6 +147,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    binary()  # before any thread: a skip here must leave nothing running
     owners = {"chat-1": CHAT, "chat-2": CHAT, "chat-3": CHAT, "chat-4": CHAT, "code-1": CODE}
     owners["strange-1"] = Key(CHAT.namespace, CODE.name)
     running = Prometheus(

@@ -19,7 +19,7 @@ def helm() -> str:
     """The path of Helm; without it the tests are skipped, and with CI=true they fail."""
     found = find_helm()
     if found is None:
-        reason = "no helm: `make cluster-up` builds it, or install it"
+        reason = "no helm: `make programs` builds it, or install it"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)

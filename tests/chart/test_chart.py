@@ -199,8 +199,8 @@ def test_prometheus_takes_the_rules() -> None:
     promtool = shutil.which("promtool") or (str(beside[-1]) if beside else None)
     if promtool is None:
         if os.environ.get("CI") == "true":
-            pytest.fail("no promtool: `make cluster-up` builds it")
-        pytest.skip("no promtool: `make cluster-up` builds it")
+            pytest.fail("no promtool: `make programs` builds it")
+        pytest.skip("no promtool: `make programs` builds it")
     tests = Path(__file__).parent / "alerts_test.yaml"
     for command in (["check", "rules", str(CHART / "files" / "alerts.yaml")], ["test", "rules", str(tests)]):
         done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False, timeout=60)
