@@ -21,6 +21,14 @@ def spill(h, seeds, tokens: int = 257) -> None:
         h.flush()
 
 
+def damage(host, key: bytes) -> None:
+    """Turn a bit of a stored block over."""
+    block = host.peek(key)
+    payload = block.encoded.payload.clone()
+    payload[5] ^= 1
+    host.replace(key, HostBlock(dataclasses.replace(block.encoded, payload=payload), block.fidelity))
+
+
 def test_a_raw_block_comes_back_with_the_bytes_written(make):
     h = make(max_tokens=512, host_memory_mb=8)
     spill(h, range(4))
@@ -166,10 +174,7 @@ def test_a_corrupt_block_is_a_miss_and_a_count(make):
     host = h.cache._traffic.host
     tokens = h.prompt(0, 257)
     key = h.cache.lease(tokens).hashes[15]
-    block = host.get(key)
-    payload = block.encoded.payload.clone()
-    payload[5] ^= 1
-    host.put(key, HostBlock(dataclasses.replace(block.encoded, payload=payload), block.fidelity))
+    damage(host, key)
     lease = h.loaded(h.cache.lease(tokens))
     assert lease.cached_tokens == 128
     assert h.counter("blocks_lost_total{reason=corrupt}") == 1
@@ -224,6 +229,34 @@ def test_a_lowered_host_budget_converges(make):
     assert h.counter("blocks_lost_total{reason=evicted}") == 0
     spill(h, range(60, 80))
     assert h.counter("blocks_lost_total{reason=evicted}") > 0
+
+
+def test_a_tighter_codec_keeps_the_blocks_of_a_lowered_budget(make):
+    h = make(max_tokens=256, host_memory_mb=8)
+    spill(h, range(60))
+    host = h.cache._traffic.host
+    blocks, raw = len(host), host.used
+    h.apply(host_memory_mb=1, use_compression=True, compression_ratio=0.52)
+    assert 1 < raw / 2**20 < 3.5, "8 bits hold in a megabyte what 32 held"
+    h.until(lambda: not h.cache.converging)
+    assert len(host) == blocks
+    assert h.counter("blocks_lost_total{reason=shrunk}") == 0
+    kept_raw = [block for block in host._blocks.values() if block.fidelity is Fidelity.EXACT]
+    assert kept_raw, "no more is tightened than the budget needs"
+    assert next(reversed(host._blocks.values())).fidelity is Fidelity.EXACT, "the least recent ones go first"
+    lease = h.loaded(h.cache.lease(h.prompt(0, 129)))
+    assert (lease.cached_tokens, lease.fidelity) == (128, Fidelity.INT8)
+    h.cache.release(lease)
+
+
+def test_a_block_that_cannot_be_tightened_is_dropped_and_counted(make):
+    h = make(max_tokens=256, host_memory_mb=8)
+    spill(h, range(60))
+    host = h.cache._traffic.host
+    damage(host, next(iter(host._blocks)))
+    h.apply(host_memory_mb=1, use_compression=True, compression_ratio=0.52)
+    h.until(lambda: not h.cache.converging)
+    assert h.counter("blocks_lost_total{reason=corrupt}") == 1
 
 
 def test_releasing_a_lease_that_still_loads_leaves_the_cache_whole(make):

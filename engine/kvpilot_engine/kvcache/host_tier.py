@@ -40,6 +40,19 @@ class HostTier:
             self._blocks.move_to_end(key)
         return block
 
+    def peek(self, key: bytes) -> HostBlock | None:
+        """The block of that hash; its place in the order stays."""
+        return self._blocks.get(key)
+
+    def looser(self, than: Fidelity) -> list[bytes]:
+        """Hashes of the blocks that a looser codec has stored, the least recently used first."""
+        return [key for key, block in self._blocks.items() if block.encoded.fidelity < than]
+
+    def replace(self, key: bytes, block: HostBlock) -> None:
+        """Put another encoding of a stored block in its place in the order."""
+        self.used += block.encoded.nbytes - self._blocks[key].encoded.nbytes
+        self._blocks[key] = block
+
     def put(self, key: bytes, block: HostBlock) -> bool:
         """Keep a block; False when it alone is larger than the budget. The caller shrinks afterwards."""
         if block.encoded.nbytes > self.budget:

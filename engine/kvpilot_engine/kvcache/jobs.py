@@ -1,4 +1,4 @@
-"""The two jobs of the loader: decode a block into pages of the pool, encode a block that leaves it."""
+"""The jobs of the loader: decode a block into pages of the pool, encode one that leaves it, tighten one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvpilot_engine.kvcache.fidelity import Fidelity
 from kvpilot_engine.kvcache.host_tier import HostBlock
 from kvpilot_engine.kvcache.lease import Lease
 from kvpilot_engine.kvcache.loader import Job
-from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK, PagePool
+from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK, KVLayout, PagePool
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,31 @@ class EncodeJob(Job):
             self.encoded = self.codec.encode(self.source)
         finally:
             self.buffers.give_back(self.source)
+        self.seconds = self.clock() - start
+
+    def land(self) -> None:
+        """See Job."""
+        self.landed(self)
+
+
+@dataclass(eq=False)
+class TightenJob(Job):
+    """Encode a block of the host tier anew by a tighter codec; ``tightened`` is the result."""
+
+    key: bytes
+    block: HostBlock
+    codec: Codec
+    layout: KVLayout
+    clock: Callable[[], float]
+    landed: Callable[[TightenJob], None]
+    tightened: HostBlock | None = None
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        """See Job."""
+        start = self.clock()
+        encoded = self.codec.encode(decode(self.block.encoded, self.layout))
+        self.tightened = HostBlock(encoded, max(self.block.fidelity, encoded.fidelity))
         self.seconds = self.clock() - start
 
     def land(self) -> None:

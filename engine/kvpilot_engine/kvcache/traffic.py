@@ -1,19 +1,21 @@
 """Blocks on their way between the hot pool and the host tier.
 
-Down: a complete block whose first page is evicted is copied at once and encoded by the loader. Up: the blocks
-that continue a lease's prefix are decoded into private pages and published when they land, for whoever waits.
+Down: a complete block whose first page is evicted is copied at once and encoded by the loader; under a
+lowered budget, stored blocks are encoded anew by a tighter codec before any is dropped. Up: the blocks that
+continue a lease's prefix are decoded into private pages and published when they land, for whoever waits.
 Nothing here ever fails a request: a block that cannot be had is a miss, and counted.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvpilot_engine.contract import KVCacheConfig, codec_rung
 from kvpilot_engine.kvcache.codecs import Codec, codec_named
 from kvpilot_engine.kvcache.host_tier import HostBlock, HostTier
 from kvpilot_engine.kvcache.hot_tier import HotTier
-from kvpilot_engine.kvcache.jobs import EncodeJob, LoadJob, Place, SnapshotBuffers, TrimJob
+from kvpilot_engine.kvcache.jobs import EncodeJob, LoadJob, Place, SnapshotBuffers, TightenJob, TrimJob
 from kvpilot_engine.kvcache.lease import Lease
 from kvpilot_engine.kvcache.loader import Loader
 from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK
@@ -27,6 +29,10 @@ budget was lowered; its checksum did not match; encoding it raised."""
 _TRIM_BYTES = 16 << 20
 """Evicted bytes after which the heap is asked to return memory: a block of a tighter codec leaves a hole
 where a looser one was, and a heap full of holes would undo what a lowered budget frees."""
+
+_TIGHTEN_AT_ONCE = 4
+"""Blocks on their way to a tighter codec: enough to keep the loader busy between two polls, no more than a
+lowered budget needs."""
 
 _PREFETCH_SHARE = 4  # unused prefetched pages may fill a quarter of the pool
 
@@ -49,15 +55,20 @@ class TierTraffic:
         self._encoding: set[bytes] = set()
         self._loads: dict[bytes, LoadJob] = {}
         self._ahead_pages = 0
+        self._looser: deque[bytes] = deque()  # may be tightened on the way to a lowered budget
+        self._tightening = 0
         self._untrimmed = 0
         self.configure(config, host_bytes)
 
     def configure(self, config: KVCacheConfig, host_bytes: int) -> None:
-        """Take new settings; the codec applies to blocks that leave the pool from now on."""
+        """Take new settings. The codec applies to blocks that leave the pool from now on, and under a lowered
+        budget to those that are stored.
+        """
         rung = codec_rung(config.use_compression, config.compression_ratio)
         self._codec: Codec = codec_named(rung.codec)
         self._ahead = config.prefetch_size if config.enable_prefetch else 0
         self.host.budget = host_bytes
+        self._looser = deque(self.host.looser(self._codec.fidelity) if host_bytes and self.host.over else ())
 
     @property
     def prefetches(self) -> bool:
@@ -113,9 +124,9 @@ class TierTraffic:
             self.lost["evicted"] += self.host.shrink(most=PAGES_PER_BLOCK)
             self._trim_after(full - self.host.used)
 
-    def _trim_after(self, freed: int) -> None:
+    def _trim_after(self, freed: int, *, at_once: bool = False) -> None:
         self._untrimmed += freed
-        if self._untrimmed >= _TRIM_BYTES:
+        if self._untrimmed >= _TRIM_BYTES or (at_once and self._untrimmed):
             self._untrimmed = 0
             self._loader.submit(TrimJob(), urgent=False)
 
@@ -241,11 +252,34 @@ class TierTraffic:
         return bool(self.grown)
 
     def shrink(self, most: int) -> None:
-        """One bounded step towards a lowered budget."""
-        dropped = self.host.shrink(most)
-        self.lost["shrunk"] += dropped
-        if dropped and not self.host.over:
-            self._loader.submit(TrimJob(), urgent=False)
+        """One bounded step towards a lowered budget: tighten what a looser codec has stored, then drop."""
+        if not self.host.over:
+            return
+        while self._looser and self._tightening < _TIGHTEN_AT_ONCE:
+            key = self._looser.popleft()
+            if (block := self.host.peek(key)) is not None and block.encoded.fidelity < self._codec.fidelity:
+                self._tightening += 1
+                layout = self.hot.pool.layout
+                job = TightenJob(key, block, self._codec, layout, self._clock, self._tightened)
+                self._loader.submit(job, urgent=False)
+        if self._tightening:
+            return
+        full = self.host.used
+        self.lost["shrunk"] += self.host.shrink(most)
+        self._trim_after(full - self.host.used, at_once=not self.host.over)
+
+    def _tightened(self, job: TightenJob) -> None:
+        self._tightening -= 1
+        self.codec_seconds["encode"] += job.seconds
+        if self.host.peek(job.key) is not job.block:
+            return
+        full = self.host.used
+        if job.tightened is None:
+            self.host.drop(job.key)
+            self.lost["corrupt"] += 1
+        else:
+            self.host.replace(job.key, job.tightened)
+        self._trim_after(full - self.host.used, at_once=not self.host.over)
 
     def wait(self, timeout_s: float) -> None:
         """Block until something can land, or the time is up."""
