@@ -42,7 +42,7 @@ programs: $(STAMP) ## Build Prometheus, Helm and the control plane from source (
 
 .PHONY: test-unit
 test-unit: $(STAMP) ## The fast tests, under a minute
-	@$(BIN)/pytest -q -m "not e2e and not slow" $(ARGS)
+	@$(BIN)/pytest -q -n logical --dist loadgroup -m "not e2e and not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## The tests that take longer

@@ -88,8 +88,11 @@ async def test_no_request_fails_while_changes_land(served: Any) -> None:
     failures: list[str] = []
     running = True
 
-    async def user(number: int) -> int:
-        done = 0
+    served_now = asyncio.Condition()
+    done = 0
+
+    async def user(number: int) -> None:
+        nonlocal done
         while running:
             try:
                 answer = await client.completions.create(
@@ -99,8 +102,9 @@ async def test_no_request_fails_while_changes_land(served: Any) -> None:
                 assert answer.usage.completion_tokens == 8
             except Exception as error:
                 failures.append(repr(error))
-            done += 1
-        return done
+            async with served_now:
+                done += 1
+                served_now.notify_all()
 
     users = [asyncio.create_task(user(i)) for i in range(8)]
     changes: tuple[dict[str, Any], ...] = (
@@ -112,12 +116,13 @@ async def test_no_request_fails_while_changes_land(served: Any) -> None:
     )  # fmt: skip
     for values in changes:
         await asyncio.to_thread(served.patch, **values)
-        await asyncio.sleep(0.1)
+        async with served_now:
+            enough = done + 4
+            await served_now.wait_for(lambda enough=enough: done >= enough)
     running = False
-    done = sum(await asyncio.gather(*users))
+    await asyncio.gather(*users)
     await client.close()
     assert failures == []
-    assert done >= 16
 
 
 def test_generation_in_metrics_follows_the_change(served: Any, wait_until: Any) -> None:
