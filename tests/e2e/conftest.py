@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -46,11 +48,21 @@ def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
     return pytest.fail(f"{what}: not within {within_s:g} s; last: {last!r}")
 
 
-def http(url: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> str:
+def http(
+    url: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout_s: float = 10
+) -> str:
     """One request, without the proxies of the environment."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(urllib.request.Request(url, data, headers or {}), timeout=10) as answer:
+    with opener.open(urllib.request.Request(url, data, headers or {}), timeout=timeout_s) as answer:
         return answer.read().decode()
+
+
+def complete(url: str, prompt: str, output_tokens: int) -> float:
+    """One completion by an engine; the seconds it took."""
+    body = {"model": "builtin/tiny-llama", "prompt": prompt, "max_tokens": output_tokens}
+    started = time.monotonic()
+    http(f"{url}/v1/completions", json.dumps(body).encode(), JSON, timeout_s=120)
+    return time.monotonic() - started
 
 
 @dataclass
@@ -196,13 +208,12 @@ class Load:
         """Seconds per request of each engine with one request in it, all engines busy: what it can do now."""
 
         def ask(host: str) -> float:
-            times = []
-            for number in range(10):
-                prompt = f"{host} asks for the {number}th time: " + f"how is {number} doing? " * 4
-                body = {"model": "builtin/tiny-llama", "prompt": prompt, "max_tokens": output_tokens}
-                started = time.monotonic()
-                http(f"http://{host}:8000/v1/completions", json.dumps(body).encode(), JSON)
-                times.append(time.monotonic() - started)
+            times = [
+                complete(
+                    f"http://{host}:8000", f"{host}, {number}: " + f"how is {number}? " * 6, output_tokens
+                )
+                for number in range(10)
+            ]
             return sum(times[2:]) / len(times[2:])
 
         with ThreadPoolExecutor(len(hosts)) as pool:
@@ -231,6 +242,94 @@ class Load:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(5)
+
+
+@dataclass
+class Users:
+    """A closed loop: users who ask again as soon as they have their answer.
+
+    However fast the machine is at the moment, queues are as long as there are users: no load is too light to
+    breach an objective or too heavy to be cured, and both arms of a comparison see the same.
+    """
+
+    url: str
+    number: int
+    output_tokens: int
+    failures: list[str] = field(default_factory=list)
+    _leaving: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(self.number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, user: int) -> None:
+        for number in itertools.count():
+            if self._leaving.is_set():
+                return
+            try:
+                complete(self.url, f"User {user} asks for the {number}th time. " * 3, self.output_tokens)
+            except OSError as error:
+                self.failures.append(f"user {user}, request {number}: {error}")
+
+    def stop(self) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@dataclass
+class Scene:
+    """Two engines with one worker each, and more users than they serve in time."""
+
+    cluster: Cluster
+    namespace: str
+    uids: list[str]
+    users: Users
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.cluster.get("kvcd", "chat", self.namespace).get("status", {})
+
+    def outcomes(self) -> list[str]:
+        return [f"{item['rule']}: {item['outcome']}" for item in self.status.get("decisions", ())]
+
+    def generation(self, uid: str) -> float:
+        """Of the configuration that an engine runs, as it says itself."""
+        rows = self.cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
+        return float(rows[0]["value"][1])
+
+    def wait_for(self, state: str) -> None:
+        """Until the status says that state of the tuner, as soon as it is written."""
+        watch = subprocess.Popen(
+            [
+                self.cluster.state["kubectl"], f"--kubeconfig={self.cluster.state['kubeconfig']}", "get",
+                "kvcd", "chat", f"--namespace={self.namespace}", "--watch",
+                "-o=jsonpath={.status.tuning.state}{'\\n'}",
+            ],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        too_late = threading.Timer(150, watch.kill)
+        too_late.start()
+        assert watch.stdout is not None
+        seen = []
+        for line in watch.stdout:
+            seen.append(line.strip())
+            if seen[-1] == state:
+                break
+        too_late.cancel()
+        watch.kill()
+        watch.wait()
+        assert seen[-1:] == [state], f"the change never came to {state}: {seen}; {self.outcomes()}"
+
+    def ended(self) -> bool:
+        """No change is in flight, and every engine runs the last known good configuration."""
+        held = yaml.safe_load(
+            self.cluster.get("configmap", "chat-config", self.namespace)["data"]["config.yaml"]
+        )
+        running = {self.generation(uid) for uid in self.uids}
+        return "change" not in self.status["tuning"] and running == {float(held["generation"])}
 
 
 @pytest.fixture(scope="session")
@@ -344,6 +443,43 @@ def serve(cluster: Cluster, namespace: str, load: Load) -> Callable[[dict[str, A
         load.url = f"http://{address}:8000"
 
     return apply
+
+
+SHORT, USERS = 8, 16
+"""Tokens of an answer: few, so that even a busy machine serves enough requests to judge by. Users: eight for
+each engine, so that an answer takes four times what the objective allows, or twice on a faster machine."""
+
+EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000)
+
+
+@pytest.fixture
+def overload(
+    cluster: Cluster, namespace: str, manifest: Callable[..., dict[str, Any]], serve: Any, load: Load
+) -> Iterator[Callable[[], Scene]]:
+    """Makes the scene, once an operator runs; the users leave in the end."""
+    made: list[Scene] = []
+
+    def begin() -> Scene:
+        config = {"numWorkers": 1, "batchSize": 16, "maxTokens": 16384, "maxQueue": 10000}
+        quiet = {"config": config, "replicas": 2, "cpu": "900m"}
+        serve(manifest(tuning={"mode": "Off"}, **quiet))
+        alone = max(load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], SHORT))
+        edge = next(edge for edge in EDGES_MS if edge >= alone * 2000)
+        limits = {
+            "latency": {"p50Ms": edge, "p95Ms": EDGES_MS[min(EDGES_MS.index(edge) + 3, 15)]},
+            "throughput": {"target": 0},
+            "hitRate": "0%",
+            "errors": "20%",
+        }
+        cluster.apply(manifest(objectives=limits, **quiet))
+        uids = sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace))
+        made.append(Scene(cluster, namespace, uids, Users(load.url, USERS, SHORT)))
+        made[0].users.start()
+        return made[0]
+
+    yield begin
+    for scene in made:
+        scene.users.stop()
 
 
 @pytest.fixture

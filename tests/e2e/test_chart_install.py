@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import uuid
@@ -139,16 +138,12 @@ def test_install_upgrade_and_uninstall_beside_a_running_deployment(
     kit["eventually"](lambda: not cluster.pods(namespace), 60, "nothing is stuck without an operator")
 
 
-def test_an_operator_pod_killed_within_a_change_leaves_a_whole_configuration(
-    cluster, namespace, release, manifest, serve, kit
+def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
+    cluster, namespace, release, overload, kit
 ) -> None:
     release.install()
-    serve(manifest(replicas=2, config={"numWorkers": 4}))
-    running = engines(cluster, namespace)
-    patch = {"spec": {"engine": {"config": {"numWorkers": 7, "batchSize": 3}}}}
-    cluster.kubectl(
-        "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge", f"--patch={json.dumps(patch)}"
-    )
+    scene = overload()
+    scene.wait_for("Verify")
     (pod,) = release.pods()
     cluster.kubectl(
         "delete",
@@ -158,15 +153,13 @@ def test_an_operator_pod_killed_within_a_change_leaves_a_whole_configuration(
         "--grace-period=0",
         "--force",
     )
-
-    def whole() -> bool:
-        held = yaml.safe_load(cluster.get("configmap", "chat-config", namespace)["data"]["config.yaml"])
-        rows = cluster.prometheus(f'kvpilot_config_generation{{namespace="{namespace}"}}')
-        same = {float(row["value"][1]) for row in rows} == {float(held["generation"])}
-        return same and len(rows) == 2 and held["config"].get("numWorkers") == 7
-
-    kit["eventually"](whole, 120, "the next operator goes on: both engines and the ConfigMap agree")
-    assert engines(cluster, namespace) == running
+    kit["eventually"](scene.ended, 150, f"the next operator ends the change; {scene.outcomes()}")
+    (next_pod,) = release.pods()
+    assert next_pod["metadata"]["uid"] != pod["metadata"]["uid"]
+    assert any(end in outcome for outcome in scene.outcomes() for end in ("Promoted", "Reverted", "Aborted"))
+    assert [uid for uid, _ in engines(cluster, namespace)] == scene.uids
+    assert [restarts for _, restarts in engines(cluster, namespace)] == [0, 0]
+    assert scene.users.failures == []
 
 
 def test_kubectl_apply_alone_installs_it(cluster, definitions, namespace, manifest, kit, tmp_path) -> None:

@@ -1,13 +1,12 @@
 """Rules on real engines: something is broken by real load, a rule finds it, and what it does cures it.
 
-No figure of the machine is assumed: the load is sized to what the engines were measured to do, and rises
-until it is too much for them.
+No figure of the machine is assumed: limits follow what the engines were measured to do, and where latency is
+judged, users who ask again once they are answered keep queues as long on a fast machine as on a slow one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import random
 import time
@@ -37,7 +36,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Gauges
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.flaky(reruns=1)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PACE_SCALE = 0.4
 """Of the fast pace: windows of 4 and 24 s, the shortest that a scrape each second allows."""
@@ -254,25 +253,15 @@ async def sent(client: Client, traffic: Traffic) -> AsyncIterator[LoadRun]:
 
 
 @asynccontextmanager
-async def rising(
-    deployment: Deployment, traffic: Traffic, full: Callable[[Look], bool]
-) -> AsyncIterator[None]:
-    """The rate grows by a tenth every 4 looks while the engines cope with it."""
-
-    async def rise() -> None:
-        while True:
-            for _ in range(4):
-                look = await deployment.until(lambda _: True, 30)
-            if not full(look):
-                traffic.rate *= 1.1
-
-    task = asyncio.create_task(rise())
+async def users(client: Client, traffic: Traffic, number: int) -> AsyncIterator[None]:
+    """So many requests in flight for as long as the block; none may fail."""
+    going_on = asyncio.create_task(closed_loop(client, traffic, number, 280))
     try:
         yield
+        assert not going_on.done(), "a user has left"
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        going_on.cancel()
+        await asyncio.gather(going_on, return_exceptions=True)
 
 
 async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
@@ -281,18 +270,17 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
     traffic = Traffic(prompt_tokens=32, output_tokens=8)
     async with deployment.running() as client:
         await deployment.until(lambda look: len(look.observation.ready) == 2, 100)
-        per_s, calm = await closed_loop(client, traffic, 2, 10)
-        latency = {"p50Ms": edge_above(2.5 * calm), "p95Ms": edge_above(5 * calm), "p99Ms": 30_000}
+        _, calm = await closed_loop(client, traffic, 2, 10)
+        latency = {"p50Ms": edge_above(2 * calm), "p95Ms": edge_above(4 * calm), "p99Ms": 30_000}
         objectives = manifest_of({})["spec"]["objectives"]
         deployment.edit(objectives={**objectives, "latency": latency})
-        traffic.rate = 1.2 * per_s
-        async with sent(client, traffic):
-            async with rising(deployment, traffic, lambda look: sum(g.running for g in gauges(look)) > 12):
-                started = await deployment.recorded("Started", 60)
+        async with users(client, traffic, 12):
+            started = await deployment.recorded("Started", 60)
             before = deployment.looks[-1]
             uids = {pod.uid for pod in before.observation.pods}
             promoted = await deployment.recorded("Promoted", 80)
-            after = await deployment.until(latency_met, 40)
+            # A first step of the batch may be too short for the limit; then another one follows.
+            after = await deployment.until(latency_met, 120)
 
     assert (started.rule, started.changes[0].knob, started.changes[0].before) == ("batch-up", "batchSize", 1)
     assert started.diagnosis is not None
@@ -343,11 +331,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
             blocks = await deployment.host_blocks()
             breach = deployment.looks[-1]
             promoted = await deployment.recorded("Promoted", 90)
-            kept = 0
-            async with asyncio.timeout(40):
-                while kept < 0.9 * blocks:
-                    await deployment.until(lambda _: True, 10)
-                    kept = await deployment.host_blocks()
+            kept = await deployment.host_blocks()
             after = await deployment.until(lambda _: True, 10)
 
     assert started.rule == "memory-relief"
@@ -367,6 +351,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     assert pod.engine.config["compressionRatio"] == promoted.changes[1].after
     assert codec_rung(True, pod.engine.config["compressionRatio"]).codec in {"int8", "int4"}
     [then], [now] = gauges(breach), gauges(after)
+    assert kept >= 0.9 * blocks, "the tighter codec keeps the number of blocks"
     assert then.memory_ratio > float(allowed.rstrip("%")) / 100 > now.memory_ratio
     assert now.cached_bytes <= promoted.changes[0].after * MIB < then.cached_bytes
 
@@ -382,16 +367,12 @@ async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp
         edge = max(edge for edge in EDGES_S if edge <= 0.7 * seconds)
         latency = {"p50Ms": round(1000 * edge), "p95Ms": 30_000, "p99Ms": 30_000}
         deployment.edit(objectives={**manifest_of({})["spec"]["objectives"], "latency": latency})
-        going_on = asyncio.create_task(closed_loop(client, traffic, at_once, 120))
-        try:
+        async with users(client, traffic, at_once):
             scaled = await deployment.recorded("ScaledOut", 30)
             before = deployment.looks[-1]
             wait = _admission_wait(before)
             await deployment.until(lambda look: len(look.observation.ready) == 2, 60)
             after = await deployment.until(lambda look: _admission_wait(look) < wait / 3, 50)
-        finally:
-            going_on.cancel()
-            await asyncio.gather(going_on, return_exceptions=True)
 
     assert scaled.rule == "replicas-up"
     assert scaled.replicas == (1, 2)
