@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 
 import torch
 from pydantic import ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 
 from kvpilot_engine import memory, protocol
 from kvpilot_engine.contract import KVCacheConfig, config_errors
@@ -207,16 +207,16 @@ class Engine:
         try:
             new = self.config.updated(change.values)
         except ValidationError as error:
-            return protocol.Refused(change.id, "invalid", "; ".join(config_errors(error)))
+            return protocol.Refused(change.id, "invalid", _as_spelled(config_errors(error), change.values))
         changed = self.config.difference(new)
         if cold := sorted(COLD_FIELDS & changed.keys()):
             now = self.config.model_dump(mode="json")
-            lines = (f"{f}: needs a restart, is {now[f]!r}, got {changed[f]!r}" for f in cold)
-            return protocol.Refused(change.id, "cold", "; ".join(lines))
+            lines = [f"{f}: needs a restart, is {now[f]!r}, got {changed[f]!r}" for f in cold]
+            return protocol.Refused(change.id, "cold", _as_spelled(lines, change.values))
         try:
             kept, lost = self.cache.apply(new)
         except ValueError as error:  # above what was reserved at the start
-            return protocol.Refused(change.id, "cold", str(error))
+            return protocol.Refused(change.id, "cold", _as_spelled([str(error)], change.values))
         self.config = self._scheduler.config = new
         self.generation, self.epoch = change.generation, change.epoch
         return protocol.Applied(
@@ -305,6 +305,13 @@ class Engine:
     def close(self) -> None:
         """End the cache's background work and free the pool."""
         self.cache.close()
+
+
+def _as_spelled(lines: list[str], values: Mapping[str, object]) -> str:
+    """Faults in one line, each field as the caller spelled it: both snake_case and camelCase are taken."""
+    given = {to_snake(name): name for name in values}
+    parts = (line.partition(":") for line in lines)
+    return "; ".join(f"{given.get(field, field)}{colon}{rest}" for field, colon, rest in parts)
 
 
 def _work(item: Scheduled) -> Work:

@@ -27,7 +27,7 @@ def test_what_is_refused_and_that_nothing_changes(make_engine: Make) -> None:
     assert (code, line) == ("cold", "dtype: needs a restart, is 'float32', got 'float16'")
     code, line = refused(driver.apply(generation=4, epoch=2, num_workers=3, batchSize=0))
     assert code == "invalid"
-    assert line.startswith("batch_size: ")
+    assert line.startswith("batchSize: "), "as it was spelled"
     assert line.endswith("got 0")
     code, line = refused(driver.apply(generation=4, epoch=2, batch=5))
     assert (code, line) == ("invalid", "batch: unknown field")
