@@ -268,6 +268,17 @@ def test_one_replica_before_and_after_is_labelled_unproven() -> None:
     settled(sim)
 
 
+def test_the_past_of_one_replica_is_as_long_as_a_verdict_needs() -> None:
+    slow = {"p50": (1.0, 0.5), "p95": (2.0, 0.95), "p99": (3.0, 0.99)}
+    wanted = replace(PRODUCTION, hit_rate=0.0, latency=slow)
+    policy = policy_of(scaling=None, single_replica="BeforeAfter", objectives=wanted)
+    long_answers = Model(tokens=24, timeout=600.0)
+    sim = Simulation(SMALL, policy, replicas=1, load=lambda t: 3 if t < 60 else 6, model=long_answers)
+    sim.run(400, until=lambda s: s.state.phase is Phase.COOLDOWN)
+    assert sim.outcomes() == ["Started", "Promoted"], sim.told()
+    assert sim.records[1].evidence["control"]["judged"] >= 100, "ten seconds hold 50 requests"
+
+
 # What calls an experiment off
 
 

@@ -14,7 +14,7 @@ from kvpilot_operator.tuning.decision import Outcome, WriteConfig
 from kvpilot_operator.tuning.evidence import arm
 from kvpilot_operator.tuning.guards import DAY, MOST_BARRED, MOST_REVERSALS
 from kvpilot_operator.tuning.look import Draft, Look, Plan, Proposal, told_changes
-from kvpilot_operator.tuning.objectives import backlog_gone, judged_window, rates
+from kvpilot_operator.tuning.objectives import backlog_gone, rates
 from kvpilot_operator.tuning.observation import Pod
 from kvpilot_operator.tuning.state import Barred, Change, Measure, Phase, Reversal, TuningState
 from kvpilot_operator.tuning.verdict import EXPOSURE_LIMIT, Verdict, judge_change
@@ -255,10 +255,11 @@ def _runs(look: Look, change: Change, pod: Pod) -> bool:
 def _before(look: Look, pod: Pod, objective: str) -> tuple[Measure, ...]:
     """What a change on the only replica is compared with: the breach as it was.
 
-    Only what it shall cure and the errors are tested for harm, as the load moves all else along.
+    Only what it shall cure and the errors are tested for harm, as the load moves all else along. The short
+    window shows it best, unless it holds too few requests for a verdict.
     """
     wanted = look.policy.objectives
-    window = judged_window(look.observation)
+    window = "short" if look.short.judged >= look.policy.pace.requests_per_arm else "long"
     measured = arm(look.observation, window, frozenset({pod.uid}), wanted)
     return tuple(
         item for name, item in measured.measures.items() if name == objective or name not in wanted.latency
