@@ -46,7 +46,8 @@ test-unit: $(STAMP) ## The fast tests, under a minute
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## The tests that take longer
-	@$(BIN)/pytest -q -m "slow and not e2e" $(ARGS)
+	@$(BIN)/pytest -q -n logical --dist loadgroup -m "slow and not e2e and not alone" $(ARGS)
+	@$(BIN)/pytest -q -m "slow and not e2e and alone" $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: $(STAMP) ## The tests on a real control plane (started for them, and stopped)

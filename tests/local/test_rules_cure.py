@@ -18,7 +18,7 @@ from kvpilot_operator.loop import Look
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.observation import Gauges
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
 LIMIT = 1 << 30
