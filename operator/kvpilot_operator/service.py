@@ -12,7 +12,7 @@ from aiohttp import web
 
 from kvpilot_operator import handlers
 from kvpilot_operator.adapters.engine_admin import EngineAdmin
-from kvpilot_operator.adapters.kubernetes_api import KubernetesApi
+from kvpilot_operator.adapters.kubernetes_api import ApiError, KubernetesApi
 from kvpilot_operator.adapters.kubernetes_cluster import KubernetesCluster
 from kvpilot_operator.adapters.prometheus_metrics import PrometheusMetrics
 from kvpilot_operator.alerts import AlertReceiver
@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 BOOST_S, RESOLVED_S, SWEEP_S = 600.0, 60.0, 10.0
 """Life of an alert's boost, what is left of it when the alert is resolved, and between two sweeps of expired
 overrides; scaled like every other duration."""
+
+DEFINITIONS_S = 1.0
+"""Between two questions for definitions that are missing at the start."""
 
 STUCK_S = 60.0
 """A queue that has not turned for this long makes /healthz fail."""
@@ -93,6 +96,7 @@ class Operator:
             task.add_done_callback(lambda _: stop.set())
         try:
             await self._serve()
+            await self._await_definitions()
             await handlers.watch(
                 self._queue.enqueue,
                 self._shut_down,
@@ -111,6 +115,23 @@ class Operator:
             self._metrics.close()
             await self._engines.close()
             await self._api.close()
+
+    async def _await_definitions(self) -> None:
+        """Wait for our kinds: what is not served when Kopf begins to watch is never watched."""
+        told: object = None
+        while True:
+            try:
+                missing: object = await self._cluster.missing_kinds()
+            except ApiError as error:
+                missing = str(error)
+            if not missing:
+                return
+            if missing != told:
+                log.warning(
+                    "definitions_missing", missing=missing, hint="kubectl apply --server-side -f crds/"
+                )
+                told = missing
+            await asyncio.sleep(DEFINITIONS_S)
 
     async def _look(self, key: Key) -> float | None:
         """One pass of the loop; the seconds until the next one."""

@@ -162,6 +162,24 @@ def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
     assert scene.users.failures == []
 
 
+def test_an_operator_that_comes_before_the_definitions_waits_for_them(
+    cluster, namespace, operator, manifest, kit
+) -> None:
+    def told() -> list[dict[str, Any]]:
+        return [line for line in operator.lines() if line.get("event") == "definitions_missing"]
+
+    (line,) = kit["eventually"](told, 20, "it says what is missing")
+    assert line["missing"] == ["KVCacheDeployment", "KVCacheOverride"]
+    try:
+        cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
+        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+        cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
+        kit["eventually"](lambda: cluster.pods(namespace), 30, "an engine pod is asked for")
+        assert len(told()) == 1
+    finally:
+        cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(ROOT / "crds"))
+
+
 def test_kubectl_apply_alone_installs_it(cluster, definitions, namespace, manifest, kit, tmp_path) -> None:
     values, install = tmp_path / "values.yaml", tmp_path / "install.yaml"
     values.write_text(yaml.safe_dump(chart_values(cluster)))

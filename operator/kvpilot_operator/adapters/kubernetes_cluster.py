@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, Literal
 
 import structlog
@@ -67,6 +68,21 @@ class KubernetesCluster:
     def source_of(self, key: Key) -> str:
         """Name of the metrics source that the resource asked for when it was last read."""
         return self._sources.get(key, "default")
+
+    async def missing_kinds(self) -> list[str]:
+        """Our kinds that the API server does not serve (yet).
+
+        Raises:
+            ApiError: the API server did not answer.
+        """
+        try:
+            served = await self._api.request("GET", f"/apis/{API_VERSION}")
+        except ApiError as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            served = {}
+        found = {item["kind"] for item in served.get("resources", ())}
+        return [kind for kind in ("KVCacheDeployment", "KVCacheOverride") if kind not in found]
 
     async def keys(self) -> list[Key]:
         """All resources of the watched namespaces."""
