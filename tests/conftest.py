@@ -8,6 +8,7 @@ TOGETHER = frozenset({"api", "guides", "server"})
 """Folders whose tests share engines that take seconds to start; elsewhere a file is what stays together."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name

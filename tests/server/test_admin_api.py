@@ -63,10 +63,10 @@ def test_change_takes_effect_and_is_read_back(served: Any) -> None:
     [
         ({"epoch": 0}, 409, "stale_epoch", "epoch"),
         ({"values": {"dtype": "float16"}}, 409, "cold", "restart"),
-        ({"values": {"numWorkers": 0}}, 400, "invalid", "num_workers: Input should be greater"),
+        ({"values": {"numWorkers": 0}}, 400, "invalid", "numWorkers: Input should be greater"),
         ({"values": {"numWorkers": 500}}, 400, "invalid", "128"),
         ({"values": {"bogus": 1}}, 400, "invalid", "bogus"),
-        ({"values": {"prefetchSize": 8, "numWorkers": 0}}, 400, "invalid", "num_workers"),
+        ({"values": {"prefetchSize": 8, "numWorkers": 0}}, 400, "invalid", "numWorkers"),
         ({"generation": -1}, 400, None, "generation: should be greater than or equal to 0, got -1"),
         ({"bogus": 1}, 400, None, "bogus: unknown parameter"),
     ],
