@@ -28,8 +28,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".cluster" / "cluster.json"
-PACE_SCALE = 0.5
-"""Of pace Fast: windows of 5 and 30 s over scrapes of one second, ticks each second."""
+PACE_SCALE = 0.4
+"""Of pace Fast: windows of 4 and 24 s, the shortest that a scrape each second allows."""
 
 ALERTS_TOKEN = "e2e-alerts-token"
 JSON = {"Content-Type": "application/json"}

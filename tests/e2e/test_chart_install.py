@@ -73,7 +73,7 @@ def chart_values(cluster: Any) -> dict[str, Any]:
     return {
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
         "sources": {"default": {"url": cluster.state["prometheus"]["url"], "scrapeInterval": "1s"}},
-        "paceScale": 0.5,
+        "paceScale": 0.4,
     }
 
 

@@ -48,8 +48,8 @@ def test_without_prometheus_it_holds_and_scales_nothing_in(
     assert "metrics source default" in untrusted["message"]
     holds = cluster.get("kvcd", "chat", namespace)["status"]["tuning"]["holds"]
     assert "MetricsUnavailable" in [hold["reason"] for hold in holds]
-    idle_s = 120 * 0.5
-    until = time.monotonic() + idle_s + 15
+    idle_s = 120 * 0.4  # of pace Fast, scaled
+    until = time.monotonic() + idle_s + 5
     while time.monotonic() < until:
         assert replicas(cluster, namespace) == 2
         time.sleep(1)
@@ -105,8 +105,8 @@ def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
     load.url = f"http://{address}:8000"
     # More than one engine is meant for, so that a second one is wanted; and that one is asked for already.
     (alone,) = load.one_at_a_time([ready[0]["status"]["podIP"]], 8)
-    load.start(rate=0.8 / alone, seconds=40, output_tokens=8)
-    until = time.monotonic() + 40
+    load.start(rate=0.8 / alone, seconds=28, output_tokens=8)  # a long window, and a look at it
+    until = time.monotonic() + 28
     while time.monotonic() < until:
         assert replicas(cluster, namespace) == 2, "the pending pod counts as capacity"
         time.sleep(1)

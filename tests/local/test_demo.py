@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow]
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 
@@ -33,6 +33,7 @@ async def demo(directory: Path, *arguments: str) -> tuple[int, str]:
     return process.returncode, output.decode()
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(420)
 @pytest.mark.flaky(reruns=1)
 async def test_a_knob_cures_the_breach(tmp_path: Path) -> None:
