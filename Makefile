@@ -45,7 +45,7 @@ programs: $(STAMP) ## Build Prometheus, Helm and the control plane from source (
 	@$(BIN)/python -m scripts.cluster build || [ "$$CI" != true ]
 
 .PHONY: test-unit
-test-unit: $(STAMP) ## The fast tests, under a minute
+test-unit: $(STAMP) ## The fast tests
 	@$(BIN)/pytest -q -n logical --dist loadgroup -m "not e2e and not slow" $(ARGS)
 
 .PHONY: test-slow

@@ -131,14 +131,15 @@ class Loop:
         try:
             resource = KVCacheDeployment.parse(snapshot.manifest)
             policy = policy_of(resource.spec, self._pace_scale)
+            base = base_config(resource.spec).model_dump(**DUMP)
         except ManifestError as error:
             await self._refuse(snapshot, error)
             return None
         with self._timed("roll_out"):
-            snapshot = await self._roll_out(snapshot, resource)
+            snapshot = await self._roll_out(snapshot, resource, base)
         state = state_from_status(snapshot.manifest.get("status") or {})
         with self._timed("gather"):
-            observation = await self._gather(snapshot, resource, policy, state)
+            observation = await self._gather(snapshot, base, policy, state)
         with self._timed("decide"):
             decision = decide(observation, state, policy, observation.at)
         with self._timed("write_status"):
@@ -160,11 +161,12 @@ class Loop:
             for event in events.transitions(before, after, ()):
                 await self._cluster.event(snapshot, event.kind, event.reason, event.message)
 
-    async def _roll_out(self, snapshot: Snapshot, resource: KVCacheDeployment) -> Snapshot:
+    async def _roll_out(
+        self, snapshot: Snapshot, resource: KVCacheDeployment, base: Mapping[str, Any]
+    ) -> Snapshot:
         """Apply the owned objects once per generation of the spec; replicas follow ``spec.replicas``."""
         seen = (snapshot.manifest["metadata"].get("uid"), snapshot.manifest["metadata"].get("generation"))
         if self._rolled_out.get(snapshot.key) != seen or snapshot.promoted is None:
-            base = base_config(resource.spec).model_dump(**DUMP)
             config = Promoted(1, base)
             if (promoted := snapshot.promoted) is not None:
                 # Before the workload: a pod that it starts at once must find the new cold fields.
@@ -181,7 +183,7 @@ class Loop:
         return snapshot
 
     async def _gather(
-        self, snapshot: Snapshot, resource: KVCacheDeployment, policy: Policy, state: TuningState
+        self, snapshot: Snapshot, base: Mapping[str, Any], policy: Policy, state: TuningState
     ) -> Observation:
         now = self._clock()
         windows = {"short": policy.pace.short, "long": policy.pace.long}
@@ -193,7 +195,7 @@ class Loop:
         return Observation(
             at=now,
             pods=tuple(_pod(pod, engines.get(pod.uid), samples.get(pod.uid)) for pod in snapshot.pods),
-            base=base_config(resource.spec).model_dump(**DUMP),
+            base=base,
             promoted=snapshot.promoted,
             replicas=snapshot.replicas or 0,
             replicas_managed_by=snapshot.replicas_managed_by,
