@@ -46,11 +46,11 @@ programs: $(STAMP) ## Build Prometheus, Helm and the control plane from source (
 
 .PHONY: test-unit
 test-unit: $(STAMP) ## The fast tests
-	@$(BIN)/pytest -q -n logical --dist loadgroup -m "not e2e and not slow" $(ARGS)
+	@$(BIN)/pytest -q -n logical --dist loadfile -m "not e2e and not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## The tests that take longer
-	@$(BIN)/pytest -q -n logical --dist loadgroup -m "slow and not e2e and not alone" $(ARGS)
+	@$(BIN)/pytest -q -n logical --dist loadfile -m "slow and not e2e and not alone" $(ARGS)
 	@$(BIN)/pytest -q -m "slow and not e2e and alone" $(ARGS)
 
 .PHONY: test-e2e
