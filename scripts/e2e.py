@@ -11,12 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 STATE = ROOT / ".cluster" / "cluster.json"
 
 
 def _cluster(verb: str) -> int:
     return subprocess.run([sys.executable, "-m", "scripts.cluster", verb], cwd=ROOT, check=False).returncode
+
+
+def _pytest(*arguments: str) -> int:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, check=False
+    ).returncode
 
 
 def main(arguments: list[str]) -> int:
@@ -31,8 +39,14 @@ def main(arguments: list[str]) -> int:
         print("e2e: skipped, no control plane here (reason above); `make cluster-up` starts one")
         return 0
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "e2e", *arguments]
-        return subprocess.run(command, cwd=ROOT, check=False).returncode
+        # Most of the time they wait, so two run beside each other where the cluster's state allows it.
+        codes = [
+            _pytest("-m", "e2e and not alone", "-n", "2", "--dist", "loadfile", *arguments),
+            _pytest("-m", "e2e and alone", *arguments),
+        ]
+        # With a selection such as `-k`, one of both may have nothing to run.
+        ran = [code for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED]
+        return max(ran, default=int(pytest.ExitCode.NO_TESTS_COLLECTED))
     finally:
         if not was_up:
             _cluster("down")

@@ -461,7 +461,7 @@ def overload(
 
     def begin() -> Scene:
         config = {"numWorkers": 1, "batchSize": 16, "maxTokens": 16384, "maxQueue": 10000}
-        quiet = {"config": config, "replicas": 2, "cpu": "900m"}
+        quiet = {"config": config, "replicas": 2, "cpu": "400m"}
         serve(manifest(tuning={"mode": "Off"}, **quiet))
         alone = max(load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], SHORT))
         edge = next(edge for edge in EDGES_MS if edge >= alone * 2000)

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# Alone: definitions come and go, and the operator serves all namespaces.
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "kvpilot"
 

@@ -27,6 +27,7 @@ def replicas(cluster: Any, namespace: str) -> int:
     return int(cluster.get("deployment", "chat", namespace)["spec"]["replicas"])
 
 
+@pytest.mark.alone  # nobody else is measured meanwhile
 def test_without_prometheus_it_holds_and_scales_nothing_in(
     cluster, namespace, operator, manifest, serve, kit, without_prometheus
 ) -> None:
@@ -72,7 +73,7 @@ def one_gpu(cluster) -> Iterator[None]:
 def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
     cluster, namespace, operator, manifest, kit, load, one_gpu
 ) -> None:
-    document = manifest(scaling={"min": 2, "max": 4}, objectives={"latency": {"p50Ms": 50}}, cpu="900m")
+    document = manifest(scaling={"min": 2, "max": 4}, objectives={"latency": {"p50Ms": 50}}, cpu="400m")
     (container,) = document["spec"]["template"]["spec"]["containers"]
     container["resources"]["limits"]["nvidia.com/gpu"] = "1"
     cluster.apply(document)

@@ -18,7 +18,8 @@ import pytest
 from scripts.cluster.layout import REPO, cache_dir
 from scripts.cluster.machine import COVERED, KUBELET_SYSCTLS
 
-pytestmark = [pytest.mark.e2e]
+# Alone: they stop what others need, and change what the node has.
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 STATE = REPO / ".cluster" / "cluster.json"
 ENGINE_LABELS = {
     "app.kubernetes.io/part-of": "kvpilot",
