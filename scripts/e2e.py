@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         ]
         # With a selection such as `-k`, one of both may have nothing to run.
         ran = [code for code in codes if code != pytest.ExitCode.NO_TESTS_COLLECTED]
-        return max(ran, default=int(pytest.ExitCode.NO_TESTS_COLLECTED))
+        return next(filter(None, ran), 0 if ran else int(pytest.ExitCode.NO_TESTS_COLLECTED))
     finally:
         if not was_up:
             _cluster("down")
