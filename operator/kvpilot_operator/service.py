@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +96,19 @@ class Operator:
         ]
         for task in background:
             task.add_done_callback(lambda _: stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT):  # until Kopf puts its own in their place
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self._serve()
-            await self._await_definitions()
-            await handlers.watch(
-                self._queue.enqueue,
-                self._shut_down,
-                namespaces=self._options.namespaces,
-                in_cluster=self._options.kubeconfig is None,
-                stop=stop,
-            )
+            await self._await_definitions(stop)
+            if not stop.is_set():
+                await handlers.watch(
+                    self._queue.enqueue,
+                    self._shut_down,
+                    namespaces=self._options.namespaces,
+                    in_cluster=self._options.kubeconfig is None,
+                    stop=stop,
+                )
             failed = [task.exception() for task in background if task.done() and not task.cancelled()]
             if error := next(filter(None, failed), None):
                 raise error
@@ -116,10 +121,10 @@ class Operator:
             await self._engines.close()
             await self._api.close()
 
-    async def _await_definitions(self) -> None:
-        """Wait for our kinds: what is not served when Kopf begins to watch is never watched."""
+    async def _await_definitions(self, stop: asyncio.Event) -> None:
+        """Wait for our kinds or the end: what is not served when Kopf begins to watch is never watched."""
         told: object = None
-        while True:
+        while not stop.is_set():
             try:
                 missing: object = await self._cluster.missing_kinds()
             except ApiError as error:
@@ -131,7 +136,8 @@ class Operator:
                     "definitions_missing", missing=missing, hint="kubectl apply --server-side -f crds/"
                 )
                 told = missing
-            await asyncio.sleep(DEFINITIONS_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), DEFINITIONS_S)
 
     async def _look(self, key: Key) -> float | None:
         """One pass of the loop; the seconds until the next one."""

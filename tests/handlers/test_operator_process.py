@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -126,19 +127,42 @@ def test_a_bad_sources_file_is_named_with_its_fault(tmp_path: Path, text: str, m
         load_sources(sources(tmp_path, text))
 
 
-def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("short")
-    kubeconfig = tmp_path / "kubeconfig"
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(folder: Path, key: str) -> list[str]:
+    """The operator's, for a cluster whose API server is not there."""
+    (folder / "key").write_text(key)
+    kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(
         "{apiVersion: v1, kind: Config, current-context: c, clusters: [{name: c, cluster: {server: 'http://127.0.0.1:9'}}],"
         " users: [{name: u, user: {}}], contexts: [{name: c, context: {cluster: c, user: u}}]}"
     )
-    command = [
+    return [
         sys.executable, "-c", "from kvpilot_operator.cli import app; app()", "operator",
-        f"--kubeconfig={kubeconfig}", f"--operator-key-file={tmp_path / 'key'}",
-        f"--sources-file={sources(tmp_path, '')}",
+        f"--kubeconfig={kubeconfig}", f"--operator-key-file={folder / 'key'}",
+        f"--sources-file={sources(folder, 'sources: {default: {url: http://127.0.0.1:9}}')}",
+        f"--metrics-port={free_port()}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def test_told_to_stop_while_it_waits_for_the_api_server_it_ends_at_once(tmp_path: Path) -> None:
+    with subprocess.Popen(command(tmp_path, "k" * 32), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            told = next(line for line in process.stderr if "definitions_missing" in line)
+            assert "127.0.0.1" in json.loads(told)["missing"]
+            process.terminate()
+            assert process.wait(5) == 0
+        finally:
+            process.kill()
+
+
+def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path, "short"), capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 2
     assert done.stderr.startswith("kvpilot operator: ")
     assert "at least 32 bytes are required, got 5" in done.stderr
