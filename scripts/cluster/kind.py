@@ -86,7 +86,7 @@ class KindCluster:
                 "engine_host": images.DOCKER_BASE,
             },
             engine=environment,
-            prometheus=prometheus_entry(self._layout, "127.0.0.1"),
+            prometheus=prometheus_entry(self._layout, "127.0.0.1", programs["prometheus"]),
             alertmanager=alertmanager_entry(self._layout, "127.0.0.1"),
             kubectl=str(programs["kubectl"]),
             helm=str(programs["helm"]),

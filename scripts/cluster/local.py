@@ -190,7 +190,7 @@ class LocalCluster:
             exec_prefix=tuple(machine.enter_network(self.processes)),
             images={"base": base.reference, "operator": operator.reference, "engine_host": base.reference},
             engine=engine_environment(),
-            prometheus=prometheus_entry(self._layout, NODE_IP),
+            prometheus=prometheus_entry(self._layout, NODE_IP, programs["prometheus"]),
             alertmanager=alertmanager_entry(self._layout, NODE_IP),
             kubectl=str(programs["kubectl"]),
             helm=str(programs["helm"]),

@@ -67,9 +67,10 @@ def outermost(paths: Iterable[Path]) -> list[Path]:
     return [path for path in unique if not any(other in path.parents for other in unique)]
 
 
-def prometheus_entry(layout: Layout, host: str) -> dict[str, str]:
-    """Where Prometheus is, given the address that it is reached at."""
+def prometheus_entry(layout: Layout, host: str, program: Path) -> dict[str, str]:
+    """Where Prometheus is, given the address that it is reached at, and which program it is."""
     return {
+        "program": str(program),
         "url": f"http://{host}:9090",
         "config": str(layout.prometheus_file),
         "rules_dir": str(layout.rules),

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,8 +30,22 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STATE = ROOT / ".cluster" / "cluster.json"
+CHART = ROOT / "charts" / "kvpilot"
 PACE_SCALE = 0.4
 """Of pace Fast: windows of 4 and 24 s, the shortest that a scrape each second allows."""
+
+API_PATHS = {
+    "kvcd": "apis/kvpilot.io/v1alpha1/{}/kvcachedeployments",
+    "kvco": "apis/kvpilot.io/v1alpha1/{}/kvcacheoverrides",
+    "pod": "api/v1/{}/pods",
+    "service": "api/v1/{}/services",
+    "configmap": "api/v1/{}/configmaps",
+    "secret": "api/v1/{}/secrets",
+    "serviceaccount": "api/v1/{}/serviceaccounts",
+    "deployment": "apis/apps/v1/{}/deployments",
+    "poddisruptionbudget": "apis/policy/v1/{}/poddisruptionbudgets",
+    "event": "apis/events.k8s.io/v1/{}/events",
+}
 
 ALERTS_TOKEN = "e2e-alerts-token"
 JSON = {"Content-Type": "application/json"}
@@ -67,9 +83,13 @@ def complete(url: str, prompt: str, output_tokens: int) -> float:
 
 @dataclass
 class Cluster:
-    """The cluster of `.cluster/cluster.json`, by kubectl."""
+    """The cluster of `.cluster/cluster.json`: written to by kubectl, read through one ``kubectl proxy``.
+
+    What tests wait for they ask for again and again, and each kubectl takes a tenth of a second of a CPU.
+    """
 
     state: dict[str, Any]
+    proxy: str
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
         command = [self.state["kubectl"], f"--kubeconfig={self.state['kubeconfig']}", *arguments]
@@ -85,28 +105,28 @@ class Cluster:
 
     def get(self, kind: str, name: str, namespace: str) -> dict[str, Any]:
         """The object; {} when there is none."""
-        text = self.kubectl("get", kind, name, f"--namespace={namespace}", "--ignore-not-found", "-o=json")
-        return json.loads(text) if text.strip() else {}
+        try:
+            return json.loads(http(f"{self._url(kind, namespace)}/{name}"))
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.NOT_FOUND:
+                raise
+            return {}
 
     def list(self, kind: str, namespace: str, selector: str = "") -> list[dict[str, Any]]:
-        text = self.kubectl("get", kind, f"--namespace={namespace}", f"--selector={selector}", "-o=json")
-        return list(json.loads(text)["items"])
+        query = urllib.parse.urlencode({"labelSelector": selector})
+        return list(json.loads(http(f"{self._url(kind, namespace)}?{query}"))["items"])
+
+    def _url(self, kind: str, namespace: str) -> str:
+        return f"{self.proxy}/{API_PATHS[kind].format(f'namespaces/{namespace}')}"
 
     def pods(self, namespace: str, name: str = "chat") -> list[dict[str, Any]]:
         """Engine pods that are not going."""
-        pods = self.list("pods", namespace, f"kvpilot.io/name={name}")
+        pods = self.list("pod", namespace, f"kvpilot.io/name={name}")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def prometheus(self, query: str) -> list[dict[str, Any]]:
         url = f"{self.state['prometheus']['url']}/api/v1/query"
         return json.loads(http(url, urllib.parse.urlencode({"query": query}).encode()))["data"]["result"]
-
-    def process(self, verb: str, name: str) -> None:
-        """Stop or start one process of the cluster, as its own commands do."""
-        subprocess.run(
-            [sys.executable, "-m", "scripts.cluster", verb, name], cwd=ROOT, check=True, timeout=60,
-            capture_output=True,
-        )  # fmt: skip
 
 
 def condition(item: dict[str, Any], name: str) -> dict[str, Any]:
@@ -124,12 +144,12 @@ class Operator:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     ports: dict[str, int] = field(default_factory=dict)
-    starts: int = 0
 
-    def start(self, **environment: str) -> None:
+    def start(self, prometheus: str | None = None) -> None:
+        """``prometheus`` is the URL of another one than the cluster's."""
         self.ports = {"metrics": free_port(), "alerts": free_port()}
-        self.starts += 1
-        sources = {"default": {"url": self.cluster.state["prometheus"]["url"], "scrapeInterval": "1s"}}
+        url = prometheus or self.cluster.state["prometheus"]["url"]
+        sources = {"default": {"url": url, "scrapeInterval": "1s"}}
         (self.folder / "sources.yaml").write_text(yaml.safe_dump({"sources": sources}))
         (self.folder / "key").write_text("k" * 32)
         (self.folder / "token").write_text(ALERTS_TOKEN)
@@ -145,9 +165,7 @@ class Operator:
             f"--alerts-port={self.ports['alerts']}",
         ]  # fmt: skip
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stderr=log, stdout=log, env={**os.environ, **environment}
-            )
+            self.process = subprocess.Popen(command, stderr=log, stdout=log)
         eventually(self.healthy, 60, f"the operator answers; see {self.log}")
 
     @property
@@ -188,6 +206,56 @@ class Operator:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(10)
+
+
+@dataclass
+class Release:
+    """The operator by Helm in a namespace of its own."""
+
+    cluster: Cluster
+    namespace: str
+    values: Path
+
+    def helm(self, *arguments: str) -> str:
+        state = self.cluster.state
+        command = [
+            state["helm"],
+            f"--kubeconfig={state['kubeconfig']}",
+            f"--namespace={self.namespace}",
+            *arguments,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+        assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def install(self, *arguments: str) -> None:
+        self.helm(
+            "install",
+            "kvpilot",
+            str(CHART),
+            f"--values={self.values}",
+            "--wait",
+            "--timeout=120s",
+            *arguments,
+        )
+
+    def upgrade(self, *arguments: str) -> None:
+        self.helm(
+            "upgrade",
+            "kvpilot",
+            str(CHART),
+            f"--values={self.values}",
+            "--wait",
+            "--timeout=120s",
+            *arguments,
+        )
+
+    def uninstall(self) -> None:
+        self.helm("uninstall", "kvpilot", "--wait", "--timeout=60s")
+
+    def pods(self) -> list[dict[str, Any]]:
+        selector = "app.kubernetes.io/component=operator"
+        return list(self.cluster.list("pod", self.namespace, selector))
 
 
 def free_port() -> int:
@@ -333,11 +401,19 @@ class Scene:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Cluster:
+def cluster() -> Iterator[Cluster]:
     if not STATE.exists():
         reason = "no cluster: run `make cluster-up`"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    return Cluster(json.loads(STATE.read_text()))
+    state = json.loads(STATE.read_text())
+    command = [state["kubectl"], f"--kubeconfig={state['kubeconfig']}", "proxy", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
+        try:
+            assert proxy.stdout is not None
+            address = proxy.stdout.readline().split()[-1]
+            yield Cluster(state, f"http://{address}")
+        finally:
+            proxy.kill()
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +442,33 @@ def operator(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Opera
     yield made
     if made.process is not None and made.process.poll() is None:
         made.stop()
+
+
+@pytest.fixture
+def chart_values(cluster: Cluster) -> dict[str, Any]:
+    """The operator's image as it was built for the cluster, and Prometheus as pods reach it."""
+    repository, _, tag = cluster.state["images"]["operator"].rpartition(":")
+    return {
+        "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
+        "sources": {"default": {"url": cluster.state["prometheus"]["url"], "scrapeInterval": "1s"}},
+        "paceScale": PACE_SCALE,
+    }
+
+
+@pytest.fixture
+def release(cluster: Cluster, chart_values: dict[str, Any], tmp_path: Path) -> Iterator[Release]:
+    """The chart in a namespace that is deleted afterwards; its pods' logs are kept in the test's folder."""
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump(chart_values))
+    made = Release(cluster, f"kvpilot-{uuid.uuid4().hex[:6]}", values)
+    cluster.kubectl("create", "namespace", made.namespace)
+    yield made
+    told = cluster.kubectl("describe", "pods", f"--namespace={made.namespace}", check=False)
+    (tmp_path / "operator.txt").write_text(told)
+    for pod in made.pods():
+        log = cluster.kubectl("logs", f"--namespace={made.namespace}", pod["metadata"]["name"], check=False)
+        (tmp_path / f"{pod['metadata']['name']}.log").write_text(log)
+    cluster.kubectl("delete", "namespace", made.namespace, "--timeout=60s")
 
 
 @pytest.fixture
@@ -421,6 +524,14 @@ def load(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Load]:
     made = Load("", tmp_path)
     yield made
     made.stop()
+
+
+def engines(cluster: Cluster, namespace: str) -> list[tuple[str, int]]:
+    """UIDs and restarts of the engine pods."""
+    return sorted(
+        (pod["metadata"]["uid"], sum(s["restartCount"] for s in pod["status"]["containerStatuses"]))
+        for pod in cluster.pods(namespace)
+    )
 
 
 def trusted(cluster: Cluster, namespace: str, name: str = "chat") -> bool:
@@ -485,4 +596,11 @@ def overload(
 @pytest.fixture
 def kit() -> dict[str, Any]:
     """Helpers of this file for the test modules, which cannot import it."""
-    return {"eventually": eventually, "condition": condition, "http": http, "trusted": trusted}
+    return {
+        "eventually": eventually,
+        "condition": condition,
+        "http": http,
+        "trusted": trusted,
+        "free_port": free_port,
+        "engines": engines,
+    }

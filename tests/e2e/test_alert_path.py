@@ -73,9 +73,13 @@ def test_an_alert_rescales_and_its_boost_decays(
     assert override["spec"]["reason"].startswith("alert CriticalLatency")
     kit["eventually"](lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
     assert override["metadata"]["name"] in cluster.get("kvcd", "chat", namespace)["status"]["overrides"]
-    reasons = [event["reason"] for event in cluster.list("events.events.k8s.io", namespace)]
+    reasons = [event["reason"] for event in cluster.list("event", namespace)]
     assert "AlertBoost" in reasons
-    assert operator.metrics("kvpilot_operator_alerts_total")['{result="boosted"}'] == 1
+    kit["eventually"](
+        lambda: operator.metrics("kvpilot_operator_alerts_total").get('{result="boosted"}') == 1,
+        10,
+        "counted, once it is answered",
+    )
     load.stop()
 
     kit["eventually"](lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")

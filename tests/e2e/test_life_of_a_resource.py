@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 OWNED = ("serviceaccount", "secret", "service", "poddisruptionbudget", "deployment", "configmap", "pod")
 
@@ -56,7 +56,7 @@ def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest,
     (pod,) = cluster.pods(namespace)
     (row,) = cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{pod["metadata"]["uid"]}"}}')
     assert row["metric"]["kvpilot_name"] == "chat"
-    reasons = {event["reason"] for event in cluster.list("events.events.k8s.io", namespace)}
+    reasons = {event["reason"] for event in cluster.list("event", namespace)}
     assert "Serving" in reasons
     eventually(lambda: looks_without_a_write(cluster, namespace, operator), 60, "at rest it writes nothing")
 

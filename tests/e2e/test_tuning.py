@@ -30,7 +30,7 @@ def test_a_breach_is_cured_by_a_knob_on_a_canary(cluster, namespace, operator, o
         f'sum(kvpilot_requests_total{{namespace="{namespace}",outcome=~"error|timeout|shed"}})'
     )
     assert float(failed[0]["value"][1]) == 0.0
-    reasons = {event["reason"] for event in cluster.list("events.events.k8s.io", namespace)}
+    reasons = {event["reason"] for event in cluster.list("event", namespace)}
     assert {"ChangeStarted", "ChangePromoted"} <= reasons
     assert any(
         'outcome="Promoted"' in labels for labels in operator.metrics("kvpilot_operator_decisions_total")

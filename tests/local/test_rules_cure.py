@@ -18,7 +18,7 @@ from kvpilot_operator.loop import Look
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.observation import Gauges
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
 LIMIT = 1 << 30
@@ -41,6 +41,7 @@ def latency_met(look: Look) -> bool:
     return all(o.measured_short is not None and o.measured_short >= o.target for o in latency)
 
 
+@pytest.mark.alone
 async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
     config = {"numWorkers": 64, "batchSize": 1, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
@@ -131,6 +132,7 @@ async def test_less_budget_and_a_tighter_codec_cure_memory(tmp_path: Path) -> No
     assert now.cached_bytes <= promoted.changes[0].after * MIB < then.cached_bytes
 
 
+@pytest.mark.alone
 async def test_a_saturated_device_gets_another_replica_and_no_knob_is_blamed(tmp_path: Path) -> None:
     config = {"numWorkers": 24, "batchSize": 24, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, scaling={"min": 1, "max": 2}))

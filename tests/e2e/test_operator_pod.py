@@ -1,0 +1,33 @@
+"""The operator as a pod, installed by the chart for one namespace, and lost in the middle of a change."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+
+def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
+    cluster, namespace, release, overload, kit
+) -> None:
+    release.install(
+        "--set=crds.install=false", "--set=rbac.aggregate=false", f"--set=watchNamespaces={{{namespace}}}"
+    )
+    scene = overload()
+    scene.wait_for("Verify")
+    (pod,) = release.pods()
+    cluster.kubectl(
+        "delete",
+        "pod",
+        pod["metadata"]["name"],
+        f"--namespace={release.namespace}",
+        "--grace-period=0",
+        "--force",
+    )
+    kit["eventually"](scene.ended, 150, f"the next operator ends the change; {scene.outcomes()}")
+    (next_pod,) = release.pods()
+    assert next_pod["metadata"]["uid"] != pod["metadata"]["uid"]
+    assert any(end in outcome for outcome in scene.outcomes() for end in ("Promoted", "Reverted", "Aborted"))
+    assert [uid for uid, _ in kit["engines"](cluster, namespace)] == scene.uids
+    assert [restarts for _, restarts in kit["engines"](cluster, namespace)] == [0, 0]
+    assert scene.users.failures == []
