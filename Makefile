@@ -39,9 +39,8 @@ demo: $(STAMP) ## Breach, diagnosis, cure: a whole tuning decision on this machi
 
 .PHONY: test
 test: programs ## Everything: lint, all tests, the real control plane included
-	@# The type checker uses one core and has half a minute to spare beside the unit tests.
-	@$(MAKE) --no-print-directory -j2 lint test-unit
-	@$(MAKE) --no-print-directory test-slow
+	@# The type checker uses one core and has half a minute to spare beside the first tests.
+	@$(MAKE) --no-print-directory -j2 lint test-local
 	@$(MAKE) --no-print-directory test-e2e
 
 .PHONY: programs
@@ -51,16 +50,15 @@ programs: $(STAMP) ## Build Prometheus, Helm and the control plane from source (
 
 .PHONY: test-unit
 test-unit: $(STAMP) ## The fast tests
-	@$(BIN)/pytest -q -n logical --dist loadfile -m "not e2e and not slow" $(ARGS)
+	@$(BIN)/pytest -q -n logical --dist loadfile --no-loadscope-reorder -m "not e2e and not slow" $(ARGS)
 
-.PHONY: test-slow
-test-slow: $(STAMP) ## The tests that take longer
-	@$(BIN)/pytest -q -n logical --dist loadfile -m "slow and not e2e and not alone" $(ARGS)
-	@$(BIN)/pytest -q -m "slow and not e2e and alone" $(ARGS)
+.PHONY: test-local
+test-local: $(STAMP) ## All tests that need no control plane
+	@$(BIN)/python -m scripts.tests local $(ARGS)
 
 .PHONY: test-e2e
 test-e2e: $(STAMP) ## The tests on a real control plane (started for them, and stopped)
-	@$(BIN)/python -m scripts.e2e $(ARGS)
+	@$(BIN)/python -m scripts.tests e2e $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff, mypy (strict), import-linter
