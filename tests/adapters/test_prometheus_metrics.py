@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from aiohttp import web
+from tests.ports import free_port
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.prometheus_metrics import PrometheusMetrics
@@ -109,9 +109,7 @@ class Prometheus:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         interval = f"{int(SCRAPE_S * 1000)}ms"
         config = {
             "global": {"scrape_interval": interval, "scrape_timeout": interval},

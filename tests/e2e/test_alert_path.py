@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.cluster import eventually, http
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
 
 @pytest.fixture
-def alerting(cluster, namespace, operator, kit) -> Iterator[None]:
+def alerting(cluster, namespace, operator) -> Iterator[None]:
     """A rule that fires while requests take longer than 50 ms, and Alertmanager's way to the operator."""
     rules = Path(cluster.state["prometheus"]["rules_dir"]) / f"{namespace}.yaml"
     config = Path(cluster.state["alertmanager"]["config"])
@@ -35,16 +36,16 @@ def alerting(cluster, namespace, operator, kit) -> Iterator[None]:
     route = {"receiver": "kvpilot", "group_by": ["namespace", "kvpilot_name"], "group_wait": "1s",
              "group_interval": "2s", "repeat_interval": "20s"}  # fmt: skip
     config.write_text(json.dumps({"route": route, "receivers": [receiver]}))
-    reload(cluster, kit)
+    reload(cluster)
     yield
     rules.unlink()
     config.write_text(before)
-    reload(cluster, kit)
+    reload(cluster)
 
 
-def reload(cluster: Any, kit: Any) -> None:
+def reload(cluster: Any) -> None:
     for name in ("prometheus", "alertmanager"):
-        kit["http"](f"{cluster.state[name]['url']}/-/reload", data=b"")
+        http(f"{cluster.state[name]['url']}/-/reload", data=b"")
 
 
 def replicas(cluster: Any, namespace: str) -> int:
@@ -52,7 +53,7 @@ def replicas(cluster: Any, namespace: str) -> int:
 
 
 def test_an_alert_rescales_and_its_boost_decays(
-    cluster, namespace, operator, manifest, serve, load, kit, alerting
+    cluster, namespace, operator, manifest, serve, load, alerting
 ) -> None:
     limits = {"latency": {"p50Ms": 50}, "throughput": {"target": 0}, "hitRate": "0%"}
     serve(
@@ -67,29 +68,29 @@ def test_an_alert_rescales_and_its_boost_decays(
     assert replicas(cluster, namespace) == 1
     (alone,) = load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], 32)
     load.start(rate=1.5 / alone, seconds=180, output_tokens=32)
-    override = kit["eventually"](lambda: cluster.list("kvco", namespace), 90, "an override")[0]
+    override = eventually(lambda: cluster.list("kvco", namespace), 90, "an override")[0]
     assert override["spec"]["target"] == "chat"
     assert override["spec"]["boost"] == {"minReplicas": 2}
     assert override["spec"]["reason"].startswith("alert CriticalLatency")
-    kit["eventually"](lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
+    eventually(lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
     assert override["metadata"]["name"] in cluster.get("kvcd", "chat", namespace)["status"]["overrides"]
     reasons = [event["reason"] for event in cluster.list("event", namespace)]
     assert "AlertBoost" in reasons
-    kit["eventually"](
+    eventually(
         lambda: operator.metrics("kvpilot_operator_alerts_total").get('{result="boosted"}') == 1,
         10,
         "counted, once it is answered",
     )
     load.stop()
 
-    kit["eventually"](lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")
-    kit["eventually"](lambda: replicas(cluster, namespace) == 1, 150, "idle: back to one replica")
+    eventually(lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")
+    eventually(lambda: replicas(cluster, namespace) == 1, 150, "idle: back to one replica")
     assert len(reasons) == len(set(reasons)) or reasons.count("AlertBoost") == 1
 
 
-def test_without_the_token_nothing_happens(cluster, namespace, operator, kit) -> None:
+def test_without_the_token_nothing_happens(cluster, namespace, operator) -> None:
     import urllib.error
 
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        kit["http"](f"http://127.0.0.1:{operator.ports['alerts']}/alerts", data=b"{}")
+        http(f"http://127.0.0.1:{operator.ports['alerts']}/alerts", data=b"{}")
     assert operator.metrics("kvpilot_operator_alerts_total")['{result="unauthorized"}'] == 1

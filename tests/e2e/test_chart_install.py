@@ -6,17 +6,15 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.e2e.cluster import ROOT, eventually
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 # Alone: definitions come and go, and the operators serve all namespaces.
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "charts" / "kvpilot"
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +32,12 @@ def release(cluster, definitions, release) -> Iterator[Any]:
 
 
 def test_install_upgrade_and_uninstall_beside_a_running_deployment(
-    cluster, namespace, release, manifest, serve, kit
+    cluster, namespace, release, manifest, serve
 ) -> None:
     release.install()
     release.helm("test", "kvpilot", "--timeout=60s")
     serve(manifest(scaling={"min": 1, "max": 2}))
-    running = kit["engines"](cluster, namespace)
+    running = cluster.engines(namespace)
     assert [restarts for _, restarts in running] == [0]
     before = {pod["metadata"]["uid"] for pod in release.pods()}
 
@@ -51,43 +49,43 @@ def test_install_upgrade_and_uninstall_beside_a_running_deployment(
         '--patch={"spec":{"engine":{"config":{"numWorkers":6}}}}',
     )  # fmt: skip
     uid = running[0][0]
-    kit["eventually"](
+    eventually(
         lambda: [
             row["value"][1] for row in cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
         ] == ["2"],
         90,
         "the new operator pushes the new base, hot",
     )  # fmt: skip
-    assert kit["engines"](cluster, namespace) == running
+    assert cluster.engines(namespace) == running
 
     release.uninstall()
-    kit["eventually"](lambda: not release.pods(), 20, "the operator ends at once, within its grace")
-    assert kit["engines"](cluster, namespace) == running
+    eventually(lambda: not release.pods(), 20, "the operator ends at once, within its grace")
+    assert cluster.engines(namespace) == running
     assert cluster.get("kvcd", "chat", namespace)["metadata"]["name"] == "chat", "definitions are kept"
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
-    kit["eventually"](lambda: not cluster.pods(namespace), 60, "nothing is stuck without an operator")
+    eventually(lambda: not cluster.pods(namespace), 60, "nothing is stuck without an operator")
 
 
 def test_an_operator_that_comes_before_the_definitions_waits_for_them(
-    cluster, namespace, operator, manifest, kit
+    cluster, namespace, operator, manifest
 ) -> None:
     def told() -> list[dict[str, Any]]:
         return [line for line in operator.lines() if line.get("event") == "definitions_missing"]
 
-    (line,) = kit["eventually"](told, 20, "it says what is missing")
+    (line,) = eventually(told, 20, "it says what is missing")
     assert line["missing"] == ["KVCacheDeployment", "KVCacheOverride"]
     try:
         cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
         cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
         cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
-        kit["eventually"](lambda: cluster.pods(namespace), 30, "an engine pod is asked for")
+        eventually(lambda: cluster.pods(namespace), 30, "an engine pod is asked for")
         assert len(told()) == 1
     finally:
         cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(ROOT / "crds"))
 
 
 def test_kubectl_apply_alone_installs_it(
-    cluster, definitions, chart_values, namespace, manifest, kit, tmp_path
+    cluster, definitions, chart_values, namespace, manifest, tmp_path
 ) -> None:
     values, install = tmp_path / "values.yaml", tmp_path / "install.yaml"
     values.write_text(yaml.safe_dump(chart_values))
@@ -101,6 +99,6 @@ def test_kubectl_apply_alone_installs_it(
         cluster.kubectl("apply", "--server-side", "-f", str(install))
         cluster.kubectl("rollout", "status", "deployment/kvpilot", f"--namespace={home}", "--timeout=120s")
         cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
-        kit["eventually"](lambda: cluster.pods(namespace), 60, "an engine pod is asked for")
+        eventually(lambda: cluster.pods(namespace), 60, "an engine pod is asked for")
     finally:
         cluster.kubectl("delete", "--ignore-not-found", "--timeout=90s", "-f", str(install), check=False)

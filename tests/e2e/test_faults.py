@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.cluster import ROOT, condition, eventually
+from tests.ports import free_port
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(540)]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -46,9 +47,9 @@ class Prometheus:
 
 
 @pytest.fixture
-def prometheus(cluster, kit, tmp_path) -> Iterator[Prometheus]:
+def prometheus(cluster, tmp_path) -> Iterator[Prometheus]:
     state = cluster.state["prometheus"]
-    made = Prometheus(state["program"], state["config"], tmp_path, kit["free_port"]())
+    made = Prometheus(state["program"], state["config"], tmp_path, free_port())
     made.start()
     yield made
     made.stop()
@@ -59,19 +60,17 @@ def replicas(cluster: Any, namespace: str) -> int:
 
 
 def test_without_prometheus_it_holds_and_scales_nothing_in(
-    cluster, namespace, operator, manifest, serve, kit, prometheus
+    cluster, namespace, operator, manifest, serve, prometheus
 ) -> None:
     operator.stop()
     operator.start(prometheus.url)
     serve(manifest(scaling={"min": 2, "max": 3}))
     prometheus.stop()
     cluster.apply(manifest(scaling={"min": 1, "max": 3}))
-    untrusted = kit["eventually"](
+    untrusted = eventually(
         lambda: (
             found
-            if (found := kit["condition"](cluster.get("kvcd", "chat", namespace), "MetricsTrusted")).get(
-                "status"
-            )
+            if (found := condition(cluster.get("kvcd", "chat", namespace), "MetricsTrusted")).get("status")
             == "False"
             else None
         ),
@@ -87,7 +86,7 @@ def test_without_prometheus_it_holds_and_scales_nothing_in(
         assert replicas(cluster, namespace) == 2
         time.sleep(1)
     prometheus.start()
-    kit["eventually"](lambda: replicas(cluster, namespace) == 1, idle_s + 90, "idle and measured: scaled in")
+    eventually(lambda: replicas(cluster, namespace) == 1, idle_s + 90, "idle and measured: scaled in")
 
 
 @pytest.fixture
@@ -103,18 +102,16 @@ def one_gpu(cluster) -> Iterator[None]:
 
 
 def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
-    cluster, namespace, operator, manifest, kit, load, one_gpu
+    cluster, namespace, operator, manifest, load, one_gpu
 ) -> None:
     document = manifest(scaling={"min": 2, "max": 4}, objectives={"latency": {"p50Ms": 50}}, cpu="400m")
     (container,) = document["spec"]["template"]["spec"]["containers"]
     container["resources"]["limits"]["nvidia.com/gpu"] = "1"
     cluster.apply(document)
-    told = kit["eventually"](
+    told = eventually(
         lambda: (
             found
-            if (found := kit["condition"](cluster.get("kvcd", "chat", namespace), "Progressing")).get(
-                "reason"
-            )
+            if (found := condition(cluster.get("kvcd", "chat", namespace), "Progressing")).get("reason")
             == "PodsPending"
             else None
         ),
@@ -122,7 +119,7 @@ def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
         "a pending pod is told",
     )
     assert "Insufficient nvidia.com/gpu" in told["message"]
-    ready = kit["eventually"](
+    ready = eventually(
         lambda: [
             pod
             for pod in cluster.pods(namespace)

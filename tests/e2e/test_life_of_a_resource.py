@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+from tests.e2e.cluster import condition, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -35,8 +36,7 @@ def looks_without_a_write(cluster: Any, namespace: str, operator: Any, wanted: i
     return version() == before
 
 
-def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest, kit) -> None:
-    eventually, condition = kit["eventually"], kit["condition"]
+def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 2}))
     ready = eventually(
         lambda: condition(cluster.get("kvcd", "chat", namespace), "Ready").get("status") == "True",
@@ -66,25 +66,25 @@ def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest,
 
 
 def test_delete_while_the_operator_is_down_leaves_nothing_stuck(
-    cluster, namespace, operator, manifest, kit
+    cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 1}))
-    kit["eventually"](lambda: cluster.pods(namespace), 30, "a pod")
+    eventually(lambda: cluster.pods(namespace), 30, "a pod")
     operator.kill()
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
-    kit["eventually"](lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
+    eventually(lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
 
 
-def test_a_bad_spec_is_a_condition_and_leaves_what_runs(cluster, namespace, operator, manifest, kit) -> None:
+def test_a_bad_spec_is_a_condition_and_leaves_what_runs(cluster, namespace, operator, manifest) -> None:
     bad = manifest(objectives={"latency": {"p50Ms": 500, "p95Ms": 1000}}, scaling={"min": 1, "max": 1})
     bad["spec"]["objectives"]["latency"] = {"p95Ms": 50}
     bad["spec"]["profile"] = "production"
     cluster.apply(bad)
 
     def refused() -> dict[str, Any]:
-        found = kit["condition"](cluster.get("kvcd", "chat", namespace), "Ready")
+        found = condition(cluster.get("kvcd", "chat", namespace), "Ready")
         return found if found.get("reason") == "InvalidSpec" else {}
 
-    told = kit["eventually"](refused, 20, "a condition that names the fault")
+    told = eventually(refused, 20, "a condition that names the fault")
     assert "p50Ms <= p95Ms <= p99Ms is required" in told["message"]
     assert not cluster.pods(namespace)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 
 def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
-    cluster, namespace, release, overload, kit
+    cluster, namespace, release, overload
 ) -> None:
     release.install(
         "--set=crds.install=false", "--set=rbac.aggregate=false", f"--set=watchNamespaces={{{namespace}}}"
@@ -24,10 +25,10 @@ def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
         "--grace-period=0",
         "--force",
     )
-    kit["eventually"](scene.ended, 150, f"the next operator ends the change; {scene.outcomes()}")
+    eventually(scene.ended, 150, f"the next operator ends the change; {scene.outcomes()}")
     (next_pod,) = release.pods()
     assert next_pod["metadata"]["uid"] != pod["metadata"]["uid"]
     assert any(end in outcome for outcome in scene.outcomes() for end in ("Promoted", "Reverted", "Aborted"))
-    assert [uid for uid, _ in kit["engines"](cluster, namespace)] == scene.uids
-    assert [restarts for _, restarts in kit["engines"](cluster, namespace)] == [0, 0]
+    assert [uid for uid, _ in cluster.engines(namespace)] == scene.uids
+    assert [restarts for _, restarts in cluster.engines(namespace)] == [0, 0]
     assert scene.users.failures == []

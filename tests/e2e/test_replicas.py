@@ -6,6 +6,7 @@ import subprocess
 from typing import Any
 
 import pytest
+from tests.e2e.cluster import condition, eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -15,28 +16,26 @@ def replicas(cluster: Any, namespace: str) -> int | None:
 
 
 def test_kubectl_scale_works_on_the_resource_and_the_operator_does_not_fight_it(
-    cluster, namespace, operator, manifest, kit
+    cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(replicas=2, nowhere=True))
-    kit["eventually"](lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
+    eventually(lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
     cluster.kubectl("scale", "kvcd", "chat", f"--namespace={namespace}", "--replicas=4")
-    kit["eventually"](lambda: replicas(cluster, namespace) == 4, 20, "four replicas")
-    kit["eventually"](
+    eventually(lambda: replicas(cluster, namespace) == 4, 20, "four replicas")
+    eventually(
         lambda: cluster.get("kvcd", "chat", namespace)["status"].get("replicas") == 4,
         20,
         "told in the status",
     )
     cluster.kubectl("scale", "kvcd", "chat", f"--namespace={namespace}", "--replicas=1")
-    kit["eventually"](lambda: replicas(cluster, namespace) == 1, 20, "one replica")
+    eventually(lambda: replicas(cluster, namespace) == 1, 20, "one replica")
     cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=3")
-    kit["eventually"](lambda: replicas(cluster, namespace) == 1, 30, "the resource's own number again")
+    eventually(lambda: replicas(cluster, namespace) == 1, 30, "the resource's own number again")
 
 
-def test_a_handover_at_five_replicas_never_drops_below_five(
-    cluster, namespace, operator, manifest, kit
-) -> None:
+def test_a_handover_at_five_replicas_never_drops_below_five(cluster, namespace, operator, manifest) -> None:
     cluster.apply(manifest(scaling={"min": 5, "max": 8}, nowhere=True))
-    kit["eventually"](lambda: replicas(cluster, namespace) == 5, 30, "five replicas")
+    eventually(lambda: replicas(cluster, namespace) == 5, 30, "five replicas")
     watch = subprocess.Popen(
         [
             cluster.state["kubectl"], f"--kubeconfig={cluster.state['kubeconfig']}", "get",
@@ -46,7 +45,7 @@ def test_a_handover_at_five_replicas_never_drops_below_five(
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        hand_over(cluster, namespace, manifest, kit)
+        hand_over(cluster, namespace, manifest)
     finally:
         watch.kill()
     assert watch.stdout is not None
@@ -55,7 +54,7 @@ def test_a_handover_at_five_replicas_never_drops_below_five(
     assert min(seen) >= 5
 
 
-def hand_over(cluster: Any, namespace: str, manifest: Any, kit: Any) -> None:
+def hand_over(cluster: Any, namespace: str, manifest: Any) -> None:
     """From kvpilot to a person, whose spec changes too, and back."""
     for number, spec in enumerate(({"replicas": 5}, {"replicas": 6}, {"scaling": {"min": 5, "max": 8}}), 2):
         document = manifest(nowhere=True, config={"numWorkers": number}, **spec)
@@ -66,14 +65,14 @@ def hand_over(cluster: Any, namespace: str, manifest: Any, kit: Any) -> None:
             f"--patch={merge_patch(document, absent)}",
         )  # fmt: skip
         generation = cluster.get("kvcd", "chat", namespace)["metadata"]["generation"]
-        kit["eventually"](
+        eventually(
             lambda generation=generation: (
                 cluster.get("kvcd", "chat", namespace)["status"].get("observedGeneration") == generation
             ),
             30,
             "the new spec is rolled out",
         )
-    kit["eventually"](lambda: replicas(cluster, namespace) == 6, 20, "six replicas stay")
+    eventually(lambda: replicas(cluster, namespace) == 6, 20, "six replicas stay")
 
 
 def merge_patch(document: dict[str, Any], absent: str) -> str:
@@ -83,17 +82,15 @@ def merge_patch(document: dict[str, Any], absent: str) -> str:
 
 
 def test_another_writer_of_the_deployment_is_told_and_not_fought(
-    cluster, namespace, operator, manifest, kit
+    cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True))
-    kit["eventually"](lambda: replicas(cluster, namespace) == 1, 30, "one replica")
+    eventually(lambda: replicas(cluster, namespace) == 1, 30, "one replica")
     cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=2")
-    conflict = kit["eventually"](
+    conflict = eventually(
         lambda: (
             found
-            if (found := kit["condition"](cluster.get("kvcd", "chat", namespace), "ActuatorConflict")).get(
-                "status"
-            )
+            if (found := condition(cluster.get("kvcd", "chat", namespace), "ActuatorConflict")).get("status")
             == "True"
             else None
         ),

@@ -6,19 +6,20 @@ import json
 from typing import Any
 
 import pytest
+from tests.e2e.cluster import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
-def test_a_breach_is_cured_by_a_knob_on_a_canary(cluster, namespace, operator, overload, kit) -> None:
+def test_a_breach_is_cured_by_a_knob_on_a_canary(cluster, namespace, operator, overload) -> None:
     scene = overload()
-    promoted = kit["eventually"](
+    promoted = eventually(
         lambda: [item for item in scene.status.get("decisions", ()) if item["outcome"] == "Promoted"],
         180,
         "a change is promoted",
     )
     assert promoted[0]["rule"] in {"workers-up", "batch-up"}
-    status = kit["eventually"](
+    status = eventually(
         lambda: scene.status if scene.status["config"]["generation"] > 1 else None, 20, "a new generation"
     )
     assert status["config"]["overlay"][0]["knob"] in {"numWorkers", "batchSize"}
@@ -40,7 +41,7 @@ def test_a_breach_is_cured_by_a_knob_on_a_canary(cluster, namespace, operator, o
 
 
 def test_an_operator_killed_at_each_step_of_a_change_leaves_a_whole_configuration(
-    cluster, namespace, operator, overload, kit
+    cluster, namespace, operator, overload
 ) -> None:
     scene: Any = overload()
     for state in ("Canary", "Settle", "Verify", "Promote"):
@@ -49,7 +50,7 @@ def test_an_operator_killed_at_each_step_of_a_change_leaves_a_whole_configuratio
         operator.kill()
         operator.start()
 
-    kit["eventually"](scene.ended, 150, f"the change ends; {scene.outcomes()}")
+    eventually(scene.ended, 150, f"the change ends; {scene.outcomes()}")
     assert sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace)) == scene.uids
     assert any(end in outcome for outcome in scene.outcomes() for end in ("Promoted", "Reverted", "Aborted"))
     assert scene.users.failures == []

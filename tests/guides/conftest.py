@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ports import free_port
 
 from kvpilot_engine import CacheStrategy, ConfigWarning, KVCacheConfig, KVCacheEngine
 
@@ -122,12 +123,6 @@ def program(name: str, package: str, *elsewhere: str) -> str:
     path = find()
     assert path is not None, f"{package} was installed, yet there is no {name}"
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def listening(port: int) -> bool:

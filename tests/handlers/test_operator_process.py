@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.ports import free_port
 
 from kvpilot_operator.logs import redact
 from kvpilot_operator.loop import Look
@@ -125,12 +125,6 @@ def test_sources_name_urls_and_intervals(tmp_path: Path) -> None:
 def test_a_bad_sources_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(SourcesError, match=message):
         load_sources(sources(tmp_path, text))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def command(folder: Path, key: str) -> list[str]:

@@ -1,0 +1,125 @@
+"""The cluster of `make cluster-up` as end-to-end tests use it, and waiting for what it shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+API_PATHS = {
+    "kvcd": "apis/kvpilot.io/v1alpha1/{}/kvcachedeployments",
+    "kvco": "apis/kvpilot.io/v1alpha1/{}/kvcacheoverrides",
+    "pod": "api/v1/{}/pods",
+    "service": "api/v1/{}/services",
+    "configmap": "api/v1/{}/configmaps",
+    "secret": "api/v1/{}/secrets",
+    "serviceaccount": "api/v1/{}/serviceaccounts",
+    "deployment": "apis/apps/v1/{}/deployments",
+    "poddisruptionbudget": "apis/policy/v1/{}/poddisruptionbudgets",
+    "event": "apis/events.k8s.io/v1/{}/events",
+}
+
+T = TypeVar("T")
+
+
+def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
+    """The first true value of ``probe``; fails with what it said last."""
+    deadline, last = time.monotonic() + within_s, None
+    while time.monotonic() < deadline:
+        last = probe()
+        if last:
+            return last
+        time.sleep(0.25)
+    return pytest.fail(f"{what}: not within {within_s:g} s; last: {last!r}")
+
+
+def http(
+    url: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout_s: float = 10
+) -> str:
+    """One request, without the proxies of the environment."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(url, data, headers or {}), timeout=timeout_s) as answer:
+        return answer.read().decode()
+
+
+@dataclass
+class Cluster:
+    """The cluster of `.cluster/cluster.json`: written to by kubectl, read through one ``kubectl proxy``.
+
+    What tests wait for they ask for again and again, and each kubectl takes a tenth of a second of a CPU.
+    """
+
+    state: dict[str, Any]
+    proxy: str
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
+        command = [self.state["kubectl"], f"--kubeconfig={self.state['kubeconfig']}", *arguments]
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0 or not check, f"kubectl {' '.join(arguments)}: {done.stderr}"
+        return done.stdout
+
+    def apply(self, *documents: dict[str, Any]) -> None:
+        text = yaml.safe_dump_all(documents)
+        self.kubectl(
+            "apply", "--server-side", "--field-manager=tester", "--force-conflicts", "-f", "-", stdin=text
+        )
+
+    def get(self, kind: str, name: str, namespace: str) -> dict[str, Any]:
+        """The object; {} when there is none."""
+        try:
+            return json.loads(http(f"{self._url(kind, namespace)}/{name}"))
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.NOT_FOUND:
+                raise
+            return {}
+
+    def list(self, kind: str, namespace: str, selector: str = "") -> list[dict[str, Any]]:
+        query = urllib.parse.urlencode({"labelSelector": selector})
+        return list(json.loads(http(f"{self._url(kind, namespace)}?{query}"))["items"])
+
+    def _url(self, kind: str, namespace: str) -> str:
+        return f"{self.proxy}/{API_PATHS[kind].format(f'namespaces/{namespace}')}"
+
+    def pods(self, namespace: str, name: str = "chat") -> list[dict[str, Any]]:
+        """Engine pods that are not going."""
+        pods = self.list("pod", namespace, f"kvpilot.io/name={name}")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def engines(self, namespace: str) -> list[tuple[str, int]]:
+        """UIDs and restarts of the engine pods."""
+        return sorted(
+            (pod["metadata"]["uid"], sum(s["restartCount"] for s in pod["status"]["containerStatuses"]))
+            for pod in self.pods(namespace)
+        )
+
+    def prometheus(self, query: str) -> list[dict[str, Any]]:
+        url = f"{self.state['prometheus']['url']}/api/v1/query"
+        return json.loads(http(url, urllib.parse.urlencode({"query": query}).encode()))["data"]["result"]
+
+
+def condition(item: dict[str, Any], name: str) -> dict[str, Any]:
+    """A condition of a resource; {} when it is not there."""
+    found = [c for c in item.get("status", {}).get("conditions", ()) if c["type"] == name]
+    return found[0] if found else {}
+
+
+def trusted(cluster: Cluster, namespace: str, name: str = "chat") -> bool:
+    """Whether every ready engine of the resource is measured."""
+    item = cluster.get("kvcd", name, namespace)
+    return (
+        condition(item, "MetricsTrusted").get("status") == "True"
+        and condition(item, "Ready").get("status") == "True"
+    )

@@ -1,0 +1,146 @@
+"""The operator as a process of this machine, and as a pod that the chart installs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.e2e.cluster import ROOT, Cluster, eventually, http
+from tests.ports import free_port
+
+CHART = ROOT / "charts" / "kvpilot"
+PACE_SCALE = 0.4
+"""Of pace Fast: windows of 4 and 24 s, the shortest that a scrape each second allows."""
+
+ALERTS_TOKEN = "e2e-alerts-token"
+
+
+@dataclass
+class Operator:
+    """The operator as a process of this machine, watching one namespace."""
+
+    cluster: Cluster
+    namespace: str
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    ports: dict[str, int] = field(default_factory=dict)
+
+    def start(self, prometheus: str | None = None) -> None:
+        """``prometheus`` is the URL of another one than the cluster's."""
+        self.ports = {"metrics": free_port(), "alerts": free_port()}
+        url = prometheus or self.cluster.state["prometheus"]["url"]
+        sources = {"default": {"url": url, "scrapeInterval": "1s"}}
+        (self.folder / "sources.yaml").write_text(yaml.safe_dump({"sources": sources}))
+        (self.folder / "key").write_text("k" * 32)
+        (self.folder / "token").write_text(ALERTS_TOKEN)
+        command = [
+            str(Path(sys.executable).parent / "kvpilot"), "operator",
+            f"--kubeconfig={self.cluster.state['kubeconfig']}",
+            f"--sources-file={self.folder / 'sources.yaml'}",
+            f"--operator-key-file={self.folder / 'key'}",
+            f"--alerts-token-file={self.folder / 'token'}",
+            f"--namespaces={self.namespace}",
+            f"--pace-scale={PACE_SCALE}",
+            f"--metrics-port={self.ports['metrics']}",
+            f"--alerts-port={self.ports['alerts']}",
+        ]  # fmt: skip
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stderr=log, stdout=log)
+        eventually(self.healthy, 60, f"the operator answers; see {self.log}")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "operator.log"
+
+    def healthy(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, f"the operator ended: {self.log.read_text()[-3000:]}"
+        try:
+            http(f"http://127.0.0.1:{self.ports['metrics']}/healthz")
+        except OSError:
+            return False
+        return True
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Series of its own page by their labels as text."""
+        page = http(f"http://127.0.0.1:{self.ports['metrics']}/metrics")
+        found = re.findall(rf"^{name}(\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
+        return {labels: float(value) for labels, value in found}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it logged."""
+        lines = []
+        for line in self.log.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+        return lines
+
+    def stop(self) -> int:
+        """As Kubernetes does: SIGTERM, then wait; its exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(30)
+
+    def kill(self) -> None:
+        """As a node that loses power."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+@dataclass
+class Release:
+    """The operator by Helm in a namespace of its own."""
+
+    cluster: Cluster
+    namespace: str
+    values: Path
+
+    def helm(self, *arguments: str) -> str:
+        state = self.cluster.state
+        command = [
+            state["helm"],
+            f"--kubeconfig={state['kubeconfig']}",
+            f"--namespace={self.namespace}",
+            *arguments,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+        assert done.returncode == 0, f"helm {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def install(self, *arguments: str) -> None:
+        self.helm(
+            "install",
+            "kvpilot",
+            str(CHART),
+            f"--values={self.values}",
+            "--wait",
+            "--timeout=120s",
+            *arguments,
+        )
+
+    def upgrade(self, *arguments: str) -> None:
+        self.helm(
+            "upgrade",
+            "kvpilot",
+            str(CHART),
+            f"--values={self.values}",
+            "--wait",
+            "--timeout=120s",
+            *arguments,
+        )
+
+    def uninstall(self) -> None:
+        self.helm("uninstall", "kvpilot", "--wait", "--timeout=60s")
+
+    def pods(self) -> list[dict[str, Any]]:
+        selector = "app.kubernetes.io/component=operator"
+        return list(self.cluster.list("pod", self.namespace, selector))

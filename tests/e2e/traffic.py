@@ -1,0 +1,165 @@
+"""Requests to engine pods: an open loop, a closed one, and the scene in which a knob cures a breach."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.e2e.cluster import Cluster, http
+
+JSON = {"Content-Type": "application/json"}
+
+
+def complete(url: str, prompt: str, output_tokens: int) -> float:
+    """One completion by an engine; the seconds it took."""
+    body = {"model": "builtin/tiny-llama", "prompt": prompt, "max_tokens": output_tokens}
+    started = time.monotonic()
+    http(f"{url}/v1/completions", json.dumps(body).encode(), JSON, timeout_s=120)
+    return time.monotonic() - started
+
+
+@dataclass
+class Load:
+    """`kvpilot load` as a process."""
+
+    url: str
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def one_at_a_time(self, hosts: Collection[str], output_tokens: int = 16) -> list[float]:
+        """Seconds per request of each engine with one request in it, all engines busy: what it can do now."""
+
+        def ask(host: str) -> float:
+            times = [
+                complete(
+                    f"http://{host}:8000", f"{host}, {number}: " + f"how is {number}? " * 6, output_tokens
+                )
+                for number in range(10)
+            ]
+            return sum(times[2:]) / len(times[2:])
+
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            return list(pool.map(ask, hosts))
+
+    def start(self, rate: float, seconds: float, output_tokens: int = 16, system_tokens: int = 64) -> None:
+        command = [
+            str(Path(sys.executable).parent / "kvpilot"), "load", self.url, f"--rate={rate}",
+            f"--duration={seconds}", f"--output-tokens={output_tokens}", "--user-tokens=16", "--turns=2",
+            f"--system-tokens={system_tokens}", "--think=0.5", f"--json={self.folder / 'load.json'}",
+        ]  # fmt: skip
+        with (self.folder / "load.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end; its figures."""
+        assert self.process is not None
+        self.process.wait(180)
+        return json.loads((self.folder / "load.json").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(5)
+
+
+@dataclass
+class Users:
+    """A closed loop: users who ask again as soon as they have their answer.
+
+    However fast the machine is at the moment, queues are as long as there are users: no load is too light to
+    breach an objective or too heavy to be cured, and both arms of a comparison see the same.
+    """
+
+    url: str
+    number: int
+    output_tokens: int
+    failures: list[str] = field(default_factory=list)
+    _leaving: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        self._threads = [threading.Thread(target=self._ask, args=(n,)) for n in range(self.number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, user: int) -> None:
+        for number in itertools.count():
+            if self._leaving.is_set():
+                return
+            try:
+                complete(self.url, f"User {user} asks for the {number}th time. " * 3, self.output_tokens)
+            except OSError as error:
+                self.failures.append(f"user {user}, request {number}: {error}")
+
+    def stop(self) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@dataclass
+class Scene:
+    """Two engines with one worker each, and more users than they serve in time."""
+
+    cluster: Cluster
+    namespace: str
+    uids: list[str]
+    users: Users
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.cluster.get("kvcd", "chat", self.namespace).get("status", {})
+
+    def outcomes(self) -> list[str]:
+        return [f"{item['rule']}: {item['outcome']}" for item in self.status.get("decisions", ())]
+
+    def generation(self, uid: str) -> float:
+        """Of the configuration that an engine runs, as it says itself."""
+        rows = self.cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
+        return float(rows[0]["value"][1])
+
+    def wait_for(self, state: str) -> None:
+        """Until the status says that state of the tuner, as soon as it is written."""
+        watch = subprocess.Popen(
+            [
+                self.cluster.state["kubectl"], f"--kubeconfig={self.cluster.state['kubeconfig']}", "get",
+                "kvcd", "chat", f"--namespace={self.namespace}", "--watch",
+                "-o=jsonpath={.status.tuning.state}{'\\n'}",
+            ],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        too_late = threading.Timer(150, watch.kill)
+        too_late.start()
+        assert watch.stdout is not None
+        seen = []
+        for line in watch.stdout:
+            seen.append(line.strip())
+            if seen[-1] == state:
+                break
+        too_late.cancel()
+        watch.kill()
+        watch.wait()
+        assert seen[-1:] == [state], f"the change never came to {state}: {seen}; {self.outcomes()}"
+
+    def ended(self) -> bool:
+        """No change is in flight, and every engine runs the last known good configuration."""
+        held = yaml.safe_load(
+            self.cluster.get("configmap", "chat-config", self.namespace)["data"]["config.yaml"]
+        )
+        running = {self.generation(uid) for uid in self.uids}
+        return "change" not in self.status["tuning"] and running == {float(held["generation"])}
