@@ -50,7 +50,7 @@ programs: $(STAMP) ## Build Prometheus, Helm and the control plane from source (
 
 .PHONY: test-unit
 test-unit: $(STAMP) ## The fast tests
-	@$(BIN)/pytest -q -n logical --dist loadfile --no-loadscope-reorder -m "not e2e and not slow" $(ARGS)
+	@$(BIN)/python -m scripts.tests unit $(ARGS)
 
 .PHONY: test-local
 test-local: $(STAMP) ## All tests that need no control plane

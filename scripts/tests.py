@@ -1,8 +1,8 @@
 """Run the tests: those that may share the machine beside each other, then the others one by one.
 
-``make test-local`` and ``make test-e2e`` call this. End-to-end tests have a real control plane, which is
-started for them when it is down, and then stopped again. Where none can be had they are skipped, and this
-says why; with ``CI=true`` that is a failure.
+``make test-unit``, ``test-local`` and ``test-e2e`` call this. End-to-end tests have a real control plane,
+which is started for them when it is down, and then stopped again. Where none can be had they are skipped, and
+this says why; with ``CI=true`` that is a failure.
 
     python -m scripts.tests local -k rules
     python -m scripts.tests e2e --durations=20
@@ -13,18 +13,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-STATE = ROOT / ".cluster" / "cluster.json"
+from scripts.cluster.layout import REPO, STATE_FILE
+
 TOGETHER = ("-n", "logical", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def _pytest(*arguments: str) -> int:
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    return subprocess.run(command, cwd=REPO, check=False).returncode
 
 
 def run(selection: str, arguments: list[str]) -> int:
@@ -39,12 +38,12 @@ def run(selection: str, arguments: list[str]) -> int:
 
 
 def _cluster(verb: str) -> int:
-    return subprocess.run([sys.executable, "-m", "scripts.cluster", verb], cwd=ROOT, check=False).returncode
+    return subprocess.run([sys.executable, "-m", "scripts.cluster", verb], cwd=REPO, check=False).returncode
 
 
 def end_to_end(arguments: list[str]) -> int:
     """Exit code of the tests on a control plane, or 0 with a sentence when they cannot run here."""
-    was_up = STATE.exists()
+    was_up = STATE_FILE.exists()
     if code := _cluster("up"):
         if not was_up:
             _cluster("down")
@@ -63,12 +62,16 @@ def end_to_end(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """Exit code of what was asked for."""
     match arguments:
+        case ["unit", *rest]:
+            return _pytest("-m", "not e2e and not slow", *TOGETHER, *rest)
         case ["local", *rest]:
             return run("not e2e", rest)
         case ["e2e", *rest]:
             return end_to_end(rest)
         case _:
-            print(f"tests: {' '.join(arguments) or 'nothing'}: allowed are local and e2e", file=sys.stderr)
+            print(
+                f"tests: {' '.join(arguments) or 'nothing'}: allowed are unit, local and e2e", file=sys.stderr
+            )
             return 2
 
 

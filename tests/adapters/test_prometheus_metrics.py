@@ -6,11 +6,10 @@ import asyncio
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from aiohttp import web
 from tests.ports import free_port
+from tests.prometheus import Prometheus
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.prometheus_metrics import PrometheusMetrics
@@ -100,16 +100,21 @@ class Exporter:
 
 
 @dataclass
-class Prometheus:
+class Scraping:
     """A running Prometheus and the exporters that it scrapes, by pod."""
 
-    folder: Path
-    url: str = ""
-    exporters: dict[str, Exporter] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
+    server: Prometheus
+    exporters: dict[str, Exporter]
+
+    @classmethod
+    def below(cls, folder: Path, exporters: dict[str, Exporter]) -> Scraping:
+        return cls(Prometheus(binary(), folder / "prometheus.yaml", folder, free_port()), exporters)
+
+    @property
+    def url(self) -> str:
+        return self.server.url
 
     def start(self) -> None:
-        address = f"127.0.0.1:{free_port()}"
         interval = f"{int(SCRAPE_S * 1000)}ms"
         config = {
             "global": {"scrape_interval": interval, "scrape_timeout": interval},
@@ -123,34 +128,22 @@ class Prometheus:
                 }
             ],
         }
-        (self.folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-        with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    binary(), f"--config.file={self.folder / 'prometheus.yaml'}",
-                    f"--storage.tsdb.path={self.folder / 'data'}", f"--web.listen-address={address}",
-                ],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-        self.url = f"http://{address}"
+        self.server.config.write_text(yaml.safe_dump(config))
+        self.server.start()
 
     def stop(self) -> None:
         for exporter in self.exporters.values():
             exporter.stop()
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-            self.process.wait(10)
+        self.server.stop()
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraping]:
     binary()  # before any thread: a skip here must leave nothing running
     owners = {"chat-1": CHAT, "chat-2": CHAT, "chat-3": CHAT, "chat-4": CHAT, "code-1": CODE}
     owners["strange-1"] = Key(CHAT.namespace, CODE.name)
-    running = Prometheus(
-        tmp_path_factory.mktemp("prometheus"),
-        exporters={pod: Exporter(pod, key) for pod, key in owners.items()},
+    running = Scraping.below(
+        tmp_path_factory.mktemp("prometheus"), {pod: Exporter(pod, key) for pod, key in owners.items()}
     )
     running.start()
     yield running
@@ -158,7 +151,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 
 
 @pytest.fixture
-async def metrics(prometheus: Prometheus) -> AsyncIterator[PrometheusMetrics]:
+async def metrics(prometheus: Scraping) -> AsyncIterator[PrometheusMetrics]:
     adapter = PrometheusMetrics(
         {"default": Source("default", prometheus.url, SCRAPE_S)}, lambda _: "default", timeout_s=3.0
     )
@@ -195,7 +188,7 @@ def settled(uid: str, key: Key = CHAT) -> Callable[[Mapping[Key, Mapping[str, Sa
     return check
 
 
-async def test_counts_resets_and_staleness(prometheus: Prometheus, metrics: PrometheusMetrics) -> None:
+async def test_counts_resets_and_staleness(prometheus: Scraping, metrics: PrometheusMetrics) -> None:
     async def read() -> dict[Key, dict[str, Sample]]:
         return await metrics.samples({CHAT: WINDOWS})
 
@@ -229,7 +222,7 @@ async def test_counts_resets_and_staleness(prometheus: Prometheus, metrics: Prom
 
 
 async def test_one_set_of_queries_serves_several_resources(
-    prometheus: Prometheus, metrics: PrometheusMetrics, monkeypatch: pytest.MonkeyPatch
+    prometheus: Scraping, metrics: PrometheusMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = prometheus.exporters["chat-2"], prometheus.exporters["code-1"]
     queries: list[str] = []
@@ -258,7 +251,7 @@ async def test_one_set_of_queries_serves_several_resources(
 
 
 async def test_a_pod_whose_metrics_are_not_whole_has_no_sample(
-    prometheus: Prometheus, metrics: PrometheusMetrics
+    prometheus: Scraping, metrics: PrometheusMetrics
 ) -> None:
     whole, broken, doubtful = (prometheus.exporters[f"chat-{n}"] for n in (2, 3, 4))
     del broken.values[f'{names.REQUEST_SECONDS}_bucket{{le="0.5"}}']
@@ -271,20 +264,20 @@ async def test_a_pod_whose_metrics_are_not_whole_has_no_sample(
 
 
 async def test_a_stopped_prometheus_is_one_clear_error_in_time(tmp_path: Path) -> None:
-    running = Prometheus(tmp_path)
+    running = Scraping.below(tmp_path, {})
     running.start()
     metrics = PrometheusMetrics(
         {"default": Source("default", running.url, SCRAPE_S)}, lambda _: "default", timeout_s=0.5
     )
     try:
         await until(lambda: metrics.samples({CHAT: WINDOWS}), lambda found: found == {CHAT: {}})
-        assert running.process is not None
-        running.process.send_signal(signal.SIGSTOP)
+        assert running.server.process is not None
+        running.server.process.send_signal(signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(MetricsError, match=r"default \(http://.*\) did not answer within 0\.5 s"):
             await metrics.samples({CHAT: WINDOWS})
         assert time.monotonic() - started < 2.5
-        running.process.send_signal(signal.SIGCONT)
+        running.server.process.send_signal(signal.SIGCONT)
         running.stop()
         with pytest.raises(MetricsError, match=r"default \(http://.*\) cannot be read: .*[Rr]efused"):
             await metrics.samples({CHAT: WINDOWS})

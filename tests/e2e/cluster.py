@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 import urllib.error
@@ -11,13 +12,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.cluster.layout import STATE_FILE
 
 API_PATHS = {
     "kvcd": "apis/kvpilot.io/v1alpha1/{}/kvcachedeployments",
@@ -33,6 +32,14 @@ API_PATHS = {
 }
 
 T = TypeVar("T")
+
+
+def cluster_state() -> dict[str, Any]:
+    """What `.cluster/cluster.json` says; without it the tests are skipped, and with CI=true they fail."""
+    if not STATE_FILE.exists():
+        reason = "no cluster: run `make cluster-up`"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    return json.loads(STATE_FILE.read_text())
 
 
 def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
@@ -63,10 +70,14 @@ class Cluster:
     """
 
     state: dict[str, Any]
-    proxy: str
+    proxy: str = ""
+
+    def command(self, *arguments: str) -> list[str]:
+        """A kubectl to start by oneself, such as a watch."""
+        return [self.state["kubectl"], f"--kubeconfig={self.state['kubeconfig']}", *arguments]
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        command = [self.state["kubectl"], f"--kubeconfig={self.state['kubeconfig']}", *arguments]
+        command = self.command(*arguments)
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0 or not check, f"kubectl {' '.join(arguments)}: {done.stderr}"
         return done.stdout

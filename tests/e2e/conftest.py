@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,25 +11,21 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.e2e.cluster import ROOT, Cluster, eventually, trusted
+from scripts.cluster.layout import REPO
+from tests.e2e.cluster import Cluster, cluster_state, eventually, trusted
 from tests.e2e.operators import PACE_SCALE, Operator, Release
 from tests.e2e.traffic import Load, Scene, Users
-
-STATE = ROOT / ".cluster" / "cluster.json"
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if not STATE.exists():
-        reason = "no cluster: run `make cluster-up`"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    state = json.loads(STATE.read_text())
-    command = [state["kubectl"], f"--kubeconfig={state['kubeconfig']}", "proxy", "--port=0"]
+    made = Cluster(cluster_state())
+    command = made.command("proxy", "--port=0")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
         try:
             assert proxy.stdout is not None
-            address = proxy.stdout.readline().split()[-1]
-            yield Cluster(state, f"http://{address}")
+            made.proxy = f"http://{proxy.stdout.readline().split()[-1]}"
+            yield made
         finally:
             proxy.kill()
 
@@ -39,8 +33,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def definitions(cluster: Cluster) -> None:
     """Our kinds, as `crds/` has them."""
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
-    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(REPO / "crds"))
+    cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(REPO / "crds"))
 
 
 @pytest.fixture

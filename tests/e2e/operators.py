@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.e2e.cluster import ROOT, Cluster, eventually, http
+from scripts.manifests import CHART
+from tests.e2e.cluster import Cluster, eventually, http
 from tests.ports import free_port
 
-CHART = ROOT / "charts" / "kvpilot"
 PACE_SCALE = 0.4
 """Of pace Fast: windows of 4 and 24 s, the shortest that a scrape each second allows."""
 
@@ -117,25 +117,14 @@ class Release:
         return done.stdout
 
     def install(self, *arguments: str) -> None:
-        self.helm(
-            "install",
-            "kvpilot",
-            str(CHART),
-            f"--values={self.values}",
-            "--wait",
-            "--timeout=120s",
-            *arguments,
-        )
+        self._deploy("install", *arguments)
 
     def upgrade(self, *arguments: str) -> None:
+        self._deploy("upgrade", *arguments)
+
+    def _deploy(self, verb: str, *arguments: str) -> None:
         self.helm(
-            "upgrade",
-            "kvpilot",
-            str(CHART),
-            f"--values={self.values}",
-            "--wait",
-            "--timeout=120s",
-            *arguments,
+            verb, "kvpilot", str(CHART), f"--values={self.values}", "--wait", "--timeout=120s", *arguments
         )
 
     def uninstall(self) -> None:

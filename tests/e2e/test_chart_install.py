@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.e2e.cluster import ROOT, eventually
+from scripts.cluster.layout import REPO
+from tests.e2e.cluster import eventually
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 # Alone: definitions come and go, and the operators serve all namespaces.
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def definitions(cluster) -> None:
     """None of ours: the chart brings them, and Helm adopts none that others applied."""
-    cluster.kubectl("delete", "--ignore-not-found", "--wait=true", "--timeout=60s", "-f", str(ROOT / "crds"))
+    cluster.kubectl("delete", "--ignore-not-found", "--wait=true", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def release(cluster, definitions, release) -> Iterator[Any]:
     """And what is not in its namespace, or is kept by the chart on purpose, is gone afterwards."""
     yield release
     cluster.kubectl("delete", "clusterrole,clusterrolebinding", "-l=app.kubernetes.io/instance=kvpilot")
-    cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(ROOT / "crds"))
+    cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
 def test_install_upgrade_and_uninstall_beside_a_running_deployment(
@@ -75,13 +76,13 @@ def test_an_operator_that_comes_before_the_definitions_waits_for_them(
     (line,) = eventually(told, 20, "it says what is missing")
     assert line["missing"] == ["KVCacheDeployment", "KVCacheOverride"]
     try:
-        cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "crds"))
-        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(ROOT / "crds"))
+        cluster.kubectl("apply", "--server-side", "-f", str(REPO / "crds"))
+        cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(REPO / "crds"))
         cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
         eventually(lambda: cluster.pods(namespace), 30, "an engine pod is asked for")
         assert len(told()) == 1
     finally:
-        cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(ROOT / "crds"))
+        cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
 def test_kubectl_apply_alone_installs_it(
@@ -93,7 +94,7 @@ def test_kubectl_apply_alone_installs_it(
     subprocess.run(
         [sys.executable, "-m", "scripts.manifests", f"--namespace={home}", f"--values={values}",
          f"--output={install}"],
-        cwd=ROOT, check=True, timeout=60,
+        cwd=REPO, check=True, timeout=60,
     )  # fmt: skip
     try:
         cluster.kubectl("apply", "--server-side", "-f", str(install))

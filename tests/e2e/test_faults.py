@@ -6,50 +6,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.cluster import ROOT, condition, eventually
+from scripts.cluster.layout import REPO
+from tests.e2e.cluster import condition, eventually
 from tests.ports import free_port
+from tests.prometheus import Prometheus
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(540)]
 
 
-@dataclass
-class Prometheus:
-    """One of the test's own, which measures what the cluster's does: that one is not ours to stop."""
-
-    program: str
-    config: str
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [
-            self.program, f"--config.file={self.config}", f"--storage.tsdb.path={self.folder / 'prometheus'}",
-            f"--web.listen-address=127.0.0.1:{self.port}", "--log.level=error",
-        ]  # fmt: skip
-        self.process = subprocess.Popen(command)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait(20)
-            self.process = None
-
-
 @pytest.fixture
 def prometheus(cluster, tmp_path) -> Iterator[Prometheus]:
+    """One that measures what the cluster's does: that one is not ours to stop."""
     state = cluster.state["prometheus"]
-    made = Prometheus(state["program"], state["config"], tmp_path, free_port())
+    made = Prometheus(Path(state["program"]), Path(state["config"]), tmp_path, free_port())
     made.start()
     yield made
     made.stop()
@@ -94,7 +68,7 @@ def one_gpu(cluster) -> Iterator[None]:
     """The node has one GPU, as far as Kubernetes knows."""
 
     def gpus(number: int) -> None:
-        subprocess.run([sys.executable, "-m", "scripts.cluster", "gpu", str(number)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "scripts.cluster", "gpu", str(number)], cwd=REPO, check=True)
 
     gpus(1)
     yield

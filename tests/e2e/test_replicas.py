@@ -37,11 +37,10 @@ def test_a_handover_at_five_replicas_never_drops_below_five(cluster, namespace, 
     cluster.apply(manifest(scaling={"min": 5, "max": 8}, nowhere=True))
     eventually(lambda: replicas(cluster, namespace) == 5, 30, "five replicas")
     watch = subprocess.Popen(
-        [
-            cluster.state["kubectl"], f"--kubeconfig={cluster.state['kubeconfig']}", "get",
-            "deployment", "chat",
-            f"--namespace={namespace}", "--watch", "-o=jsonpath={.spec.replicas}{'\\n'}",
-        ],
+        cluster.command(
+            "get", "deployment", "chat", f"--namespace={namespace}", "--watch",
+            "-o=jsonpath={.spec.replicas}{'\\n'}",
+        ),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -52,20 +52,14 @@ class Load:
         with ThreadPoolExecutor(len(hosts)) as pool:
             return list(pool.map(ask, hosts))
 
-    def start(self, rate: float, seconds: float, output_tokens: int = 16, system_tokens: int = 64) -> None:
+    def start(self, rate: float, seconds: float, output_tokens: int) -> None:
         command = [
             str(Path(sys.executable).parent / "kvpilot"), "load", self.url, f"--rate={rate}",
             f"--duration={seconds}", f"--output-tokens={output_tokens}", "--user-tokens=16", "--turns=2",
-            f"--system-tokens={system_tokens}", "--think=0.5", f"--json={self.folder / 'load.json'}",
+            "--system-tokens=64", "--think=0.5",
         ]  # fmt: skip
         with (self.folder / "load.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def result(self) -> dict[str, Any]:
-        """Wait for its end; its figures."""
-        assert self.process is not None
-        self.process.wait(180)
-        return json.loads((self.folder / "load.json").read_text())
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -136,11 +130,10 @@ class Scene:
     def wait_for(self, state: str) -> None:
         """Until the status says that state of the tuner, as soon as it is written."""
         watch = subprocess.Popen(
-            [
-                self.cluster.state["kubectl"], f"--kubeconfig={self.cluster.state['kubeconfig']}", "get",
-                "kvcd", "chat", f"--namespace={self.namespace}", "--watch",
+            self.cluster.command(
+                "get", "kvcd", "chat", f"--namespace={self.namespace}", "--watch",
                 "-o=jsonpath={.status.tuning.state}{'\\n'}",
-            ],
+            ),
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         too_late = threading.Timer(150, watch.kill)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 import uuid
@@ -17,10 +16,10 @@ from typing import Any
 import pytest
 from scripts.cluster.layout import REPO, cache_dir
 from scripts.cluster.machine import COVERED, KUBELET_SYSCTLS
+from tests.e2e.cluster import cluster_state, eventually, http
 
 # Alone: they stop what others need, and change what the node has.
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
-STATE = REPO / ".cluster" / "cluster.json"
 ENGINE_LABELS = {
     "app.kubernetes.io/part-of": "kvpilot",
     "app.kubernetes.io/component": "engine",
@@ -36,10 +35,7 @@ PROBE = (
 
 @pytest.fixture(scope="module")
 def cluster() -> dict[str, Any]:
-    if not STATE.exists():
-        reason = "no cluster: run `make cluster-up`"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    return json.loads(STATE.read_text())
+    return cluster_state()
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +57,9 @@ def namespace(kubectl: Callable[..., str]) -> Iterator[str]:
     kubectl("delete", "namespace", name, "--wait=false")
 
 
-def eventually(probe: Callable[[], bool], within_s: float, what: str) -> None:
-    deadline = time.monotonic() + within_s
-    while not probe():
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(0.2)
-
-
-def get(url: str) -> str:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=5) as answer:
-        return answer.read().decode()
-
-
 def samples(cluster: dict[str, Any], query: str) -> list[dict[str, Any]]:
     url = f"{cluster['prometheus']['url']}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    return json.loads(get(url))["data"]["result"]
+    return json.loads(http(url))["data"]["result"]
 
 
 def engine_pod(cluster: dict[str, Any]) -> str:
@@ -115,7 +98,7 @@ def test_an_engine_pod_runs_the_machines_environment_and_is_scraped(cluster, kub
     kubectl("wait", f"--namespace={namespace}", "pod/probe", "--for=condition=Ready", "--timeout=60s")
     assert "imported" in kubectl("logs", f"--namespace={namespace}", "probe")
     pod = json.loads(kubectl("get", f"--namespace={namespace}", "pod/probe", "-o=json"))
-    assert "python_info" in get(f"http://{pod['status']['podIP']}:8000/metrics")
+    assert "python_info" in http(f"http://{pod['status']['podIP']}:8000/metrics")
     query = f'up{{namespace="{namespace}"}}'
     eventually(lambda: [s["value"][1] for s in samples(cluster, query)] == ["1"], 15, "the pod is scraped")
     labels = samples(cluster, query)[0]["metric"]
@@ -154,7 +137,7 @@ def test_the_node_reports_the_gpus_that_it_is_given(cluster, kubectl):
 def test_prometheus_can_be_stopped_and_started(cluster):
     def ready() -> bool:
         try:
-            return "Ready" in get(f"{cluster['prometheus']['url']}/-/ready")
+            return "Ready" in http(f"{cluster['prometheus']['url']}/-/ready")
         except OSError:
             return False
 
