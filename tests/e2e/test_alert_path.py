@@ -62,7 +62,6 @@ def test_an_alert_rescales_and_its_boost_decays(
             objectives=limits,
             config={"numWorkers": 16, "batchSize": 16},
             tuning={"disabledRules": ["replicas-up"]},
-            cpu="400m",
         )
     )
     assert replicas(cluster, namespace) == 1
