@@ -132,13 +132,13 @@ def _numbers(item: float | Mapping[object, float]) -> tuple[float, ...]:
 
 def no_traffic(observation: Observation) -> bool:
     """True when no ready engine has arrivals, requests in flight, or a queue."""
-    counts = observation.counts("short") + observation.counts("long")
+    arrivals = sum(observation.counts(window).arrivals for window in ("short", "long"))
     in_engines = sum(
         pod.sample.gauges.waiting + pod.sample.gauges.running
         for pod in observation.ready
         if pod.sample is not None
     )
-    return counts.arrivals == 0 and in_engines == 0
+    return arrivals == 0 and in_engines == 0
 
 
 def stalled_pods(observation: Observation) -> tuple[str, ...]:

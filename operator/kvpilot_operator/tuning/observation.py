@@ -5,20 +5,16 @@ Gathered by the loop from the ports; nothing in this package performs I/O or rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Signal = Literal["request", "firstToken"]
 
 
-def _added(a: Mapping[Any, float], b: Mapping[Any, float]) -> Mapping[Any, float]:
-    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in {*a, *b}}
-
-
 @dataclass(frozen=True)
 class Counts:
-    """Increases of one engine's counters over a window; counts of several engines add up.
+    """Increases of one engine's counters over a window, or of several engines' (``total``).
 
     Attributes:
         pod_seconds: time covered, summed over engines, s.
@@ -54,12 +50,18 @@ class Counts:
     steps: float = 0.0
     step_rows: float = 0.0
 
-    def __add__(self, other: Counts) -> Counts:
-        values: dict[str, Any] = {}
-        for item in fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            values[item.name] = _added(mine, theirs) if isinstance(mine, Mapping) else mine + theirs
-        return Counts(**values)
+    @staticmethod
+    def total(engines: Iterable[Counts]) -> Counts:
+        """Of several engines together."""
+        parts = tuple(engines)
+        sums: dict[str, Any] = {name: sum((getattr(part, name) for part in parts), 0.0) for name in _NUMBERS}
+        for name in _BY_KEY:
+            by_key: dict[Any, float] = {}
+            for part in parts:
+                for key, number in getattr(part, name).items():
+                    by_key[key] = by_key.get(key, 0.0) + number
+            sums[name] = by_key
+        return Counts(**sums)
 
     @property
     def judged(self) -> float:
@@ -80,6 +82,10 @@ class Counts:
         """Good / judged at a published edge; None where nothing was judged."""
         within = self.request_within if signal == "request" else self.first_token_within
         return within.get(edge_s, 0.0) / self.judged if self.judged else None
+
+
+_BY_KEY = tuple(item.name for item in fields(Counts) if item.default_factory is dict)
+_NUMBERS = tuple(item.name for item in fields(Counts) if item.name not in _BY_KEY)
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,10 @@ class Observation:
     paused_by: str = ""
     boosts: tuple[Boost, ...] = ()
     rolling_out: bool = False
+    _totals: dict[tuple[str, frozenset[str] | None], Counts] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """A decision asks for the same sums a dozen times."""
 
     @property
     def ready(self) -> tuple[Pod, ...]:
@@ -189,8 +199,8 @@ class Observation:
 
     def counts(self, window: str, uids: frozenset[str] | None = None) -> Counts:
         """Counts of a window over the ready pods (or those of ``uids``) that have a sample."""
-        total = Counts()
-        for pod in self.ready:
-            if pod.sample is not None and (uids is None or pod.uid in uids):
-                total = total + pod.sample.windows.get(window, Counts())
-        return total
+        if (window, uids) not in self._totals:
+            samples = (pod.sample for pod in self.ready if uids is None or pod.uid in uids)
+            windows = (sample.windows.get(window) for sample in samples if sample is not None)
+            self._totals[window, uids] = Counts.total(counts for counts in windows if counts is not None)
+        return self._totals[window, uids]
