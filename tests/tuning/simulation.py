@@ -8,9 +8,11 @@ simulation acts on decisions as the loop does: status first, then actions.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from kvpilot_engine.contract import CATALOGUE
@@ -123,8 +125,9 @@ class Engine:
 
     def run(self, until: float) -> None:
         """Work until a time, in whole steps."""
+        workers, batch = value(self.config, "numWorkers"), value(self.config, "batchSize")
+        tax = self.model.tax(self.config)
         while self.clock < until:
-            workers, batch = value(self.config, "numWorkers"), value(self.config, "batchSize")
             while self.waiting and len(self.held) < workers and self.waiting[0].at <= self.clock:
                 request = self.waiting.popleft()
                 request.stages["admission_wait"] = self.clock - request.at
@@ -133,7 +136,7 @@ class Engine:
             if not rows:
                 self.clock = until
                 break
-            took = self.model.step_s(len(rows)) + self.model.tax(self.config)
+            took = self.model.step_s(len(rows)) + tax
             self.add("busy", took)
             self.add("steps", 1)
             self.add("rows", len(rows))
@@ -171,9 +174,9 @@ class Engine:
             self.add(name, amount)
         late = took > self.model.timeout
         self.add("outcome:timeout" if late else "outcome:ok", 1)
-        for edge in EDGES_S:
-            if took <= edge and not late:
-                self.add(f"within:{edge}", 1)
+        smallest = bisect_left(EDGES_S, took)
+        if not late and smallest < len(EDGES_S):
+            self.add(f"within:{EDGES_S[smallest]}", 1)
         for stage, seconds in request.stages.items():
             self.add(f"stage:{stage}", seconds)
 
@@ -190,7 +193,8 @@ class Engine:
         def named(prefix: str) -> dict[str, float]:
             return {k.removeprefix(prefix): v for k, v in increase.items() if k.startswith(prefix)}
 
-        within = dict.fromkeys(EDGES_S, 0.0) | {float(k): v for k, v in named("within:").items()}
+        ended = named("within:")
+        within = dict(zip(EDGES_S, accumulate(ended.get(str(edge), 0.0) for edge in EDGES_S), strict=True))
         return Counts(
             pod_seconds=max(last[0] - start[0], 1e-9),
             arrivals=increase.get("arrivals", 0.0),
