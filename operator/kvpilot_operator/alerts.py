@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 from aiohttp import web
@@ -29,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 MOST_BYTES = 1 << 20
 MOST_ALERTS = 500
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 class Result(StrEnum):
@@ -41,7 +43,7 @@ class Result(StrEnum):
     RESOLVED = "resolved"  #: resolved, and there was no boost
     UNKNOWN_RESOURCE = "unknown_resource"
     UNCONFIRMED = "unconfirmed"  #: our own measurements show no objective missed
-    NOT_SCALABLE = "not_scalable"  #: somebody else chooses the number of replicas
+    NOT_SCALABLE = "not_scalable"  #: somebody else chooses the number of replicas, or nothing is tuned now
     AT_MAXIMUM = "at_maximum"
     UNAVAILABLE = "unavailable"  #: could not be verified now; Alertmanager repeats it
     MALFORMED = "malformed"
@@ -63,7 +65,8 @@ class Alert(BaseModel):
         """The resource it names; None when it names none."""
         namespace = self.labels.get("namespace", "")
         name = self.labels.get("kvpilot_name") or self.labels.get("name", "")
-        return Key(namespace, name) if namespace and name else None
+        named = all(DNS_LABEL.fullmatch(item) for item in (namespace, name))
+        return Key(namespace, name) if named else None
 
 
 class Payload(BaseModel):
@@ -73,7 +76,7 @@ class Payload(BaseModel):
 
     group_key: str = ""
     truncated_alerts: int = 0
-    alerts: tuple[Alert, ...] = Field(max_length=MOST_ALERTS)
+    alerts: tuple[Any, ...]
 
 
 class Boosts(Cluster, Protocol):
@@ -132,13 +135,14 @@ class AlertReceiver:
             return web.json_response({"error": "a valid bearer token is required"}, status=401)
         try:
             payload = Payload.model_validate(json.loads(await request.text()))
-        except (ValueError, ValidationError, web.HTTPRequestEntityTooLarge) as error:
+        except (ValueError, LookupError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
             log.warning("alert_malformed", error=str(error)[:500])
             self._count(Result.MALFORMED)
             return web.json_response({"results": [Result.MALFORMED]})
-        results = [await self._counted(alert, payload.group_key) for alert in payload.alerts]
-        if payload.truncated_alerts:
-            log.warning("alerts_truncated", missing=payload.truncated_alerts, group=payload.group_key)
+        taken = payload.alerts[:MOST_ALERTS]
+        results = [await self._counted(item, payload.group_key) for item in taken]
+        if missing := payload.truncated_alerts + len(payload.alerts) - len(taken):
+            log.warning("alerts_truncated", missing=missing, group=payload.group_key)
             await self._wake()
         return web.json_response({"results": results}, status=503 if Result.UNAVAILABLE in results else 200)
 
@@ -151,7 +155,13 @@ class AlertReceiver:
             return False
         return bool(token) and hmac.compare_digest(header.encode(), f"Bearer {token}".encode())
 
-    async def _counted(self, alert: Alert, group: str) -> Result:
+    async def _counted(self, item: Any, group: str) -> Result:
+        try:
+            alert = Alert.model_validate(item)
+        except ValidationError as error:
+            log.warning("alert_malformed", error=str(error)[:500])
+            self._count(Result.MALFORMED)
+            return Result.MALFORMED
         try:
             result = await self._take(alert)
         except Exception as error:
@@ -187,14 +197,17 @@ class AlertReceiver:
         if look is None:
             return Result.UNKNOWN_RESOURCE
         scaling, observation = look.policy.scaling, look.observation
-        if scaling is None:
+        others = observation.paused_by or observation.replicas_managed_by
+        if scaling is None or others or look.policy.mode != "Auto":
             return Result.NOT_SCALABLE
         if not any(map(missed, look.decision.objectives)):
             return Result.UNCONFIRMED if judged(look) else Result.UNAVAILABLE
         if not minimum:
             if observation.replicas >= scaling.maximum:
                 return Result.AT_MAXIMUM
-            minimum = observation.replicas + 1
+            # One incident is one step, however many alerts tell of it: pods that start count as capacity.
+            starting = len(observation.ready) < observation.replicas
+            minimum = observation.replicas if starting else observation.replicas + 1
         renewed = any(boost.min_replicas >= minimum for boost in look.snapshot.boosts)
         until = self._clock() + self._ttl_s
         override = await self._cluster.boost(look.snapshot, identity, minimum, until, why)

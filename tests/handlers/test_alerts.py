@@ -34,6 +34,7 @@ class World:
 
     objectives: tuple[Objective, ...] = (SLOW,)
     replicas: int = 2
+    starting: int = 0
     policy: Policy = POLICY
     problem: str = ""
     arrivals: float = 0.0
@@ -60,7 +61,8 @@ class World:
         if snapshot is None:
             return None
         sample = None if self.problem else Sample({"short": Counts(arrivals=self.arrivals)}, Gauges(), 0, 10)
-        pods = (Pod("p1", "chat-1", True, sample=sample),)
+        serving = range(self.replicas - self.starting)
+        pods = tuple(Pod(f"p{n}", f"chat-{n}", True, sample=sample) for n in serving)
         seen = Observation(self.now, pods, {}, None, self.replicas, metrics_problem=self.problem)
         decision = Decision(TuningState(), objectives=() if self.problem else self.objectives)
         return Look(CHAT, snapshot, self.policy, seen, decision)
@@ -252,3 +254,34 @@ async def test_one_group_may_mix_firing_and_resolved(world: World, send: Send) -
 )
 def test_what_counts_as_missed(objective: Objective, is_missed: bool) -> None:
     assert missed(objective) is is_missed
+
+
+async def test_alerts_of_one_incident_are_one_step(world: World, send: Send) -> None:
+    assert await send(payload(alert())) == (200, {"results": ["boosted"]})
+    world.replicas, world.starting = 3, 1
+    others = [alert(fingerprint=name, alertname="HighErrorRate") for name in ("f2", "f3", "f4")]
+    assert await send(payload(*others)) == (200, {"results": ["refreshed"] * 3})
+    assert {boost.min_replicas for boost in world.boosts.values()} == {3}
+    world.starting = 0
+    assert await send(payload(alert(fingerprint="f5"))) == (200, {"results": ["boosted"]})
+    assert world.boosts["chat-alert-f5@T1"].min_replicas == 4
+
+
+@pytest.mark.parametrize("bad", [alert(status="pending"), "nonsense", alert() | {"fingerprint": ""}])
+async def test_a_malformed_alert_takes_no_other_with_it(world: World, send: Send, bad: Any) -> None:
+    assert await send(payload(bad, alert())) == (200, {"results": ["malformed", "boosted"]})
+
+
+@pytest.mark.parametrize("name", ["Bad Name", "my/thing", "a,b", "x" * 64])
+async def test_a_name_that_no_resource_has_is_not_asked_for_again(
+    world: World, send: Send, name: str
+) -> None:
+    world.away = True  # it is not even looked up
+    assert await send(payload(alert(kvpilot_name=name))) == (200, {"results": ["unknown_resource"]})
+    assert await send(payload(alert(namespace=name))) == (200, {"results": ["unknown_resource"]})
+
+
+async def test_nothing_is_promised_where_nothing_is_tuned(world: World, send: Send) -> None:
+    world.policy = replace(POLICY, mode="Recommend")
+    assert await send(payload(alert())) == (200, {"results": ["not_scalable"]})
+    assert not world.boosts
