@@ -132,11 +132,11 @@ class Loop:
             resource = KVCacheDeployment.parse(snapshot.manifest)
             policy = policy_of(resource.spec, self._pace_scale)
             base = base_config(resource.spec).model_dump(**DUMP)
+            with self._timed("roll_out"):
+                snapshot = await self._roll_out(snapshot, resource, base)
         except ManifestError as error:
             await self._refuse(snapshot, error)
             return None
-        with self._timed("roll_out"):
-            snapshot = await self._roll_out(snapshot, resource, base)
         state = state_from_status(snapshot.manifest.get("status") or {})
         with self._timed("gather"):
             observation = await self._gather(snapshot, base, policy, state)
@@ -164,9 +164,11 @@ class Loop:
     async def _roll_out(
         self, snapshot: Snapshot, resource: KVCacheDeployment, base: Mapping[str, Any]
     ) -> Snapshot:
-        """Apply the owned objects once per generation of the spec; replicas follow ``spec.replicas``."""
+        """Apply the owned objects once per generation of the spec, and when the workload or the configuration
+        is gone; replicas follow ``spec.replicas``."""
         seen = (snapshot.manifest["metadata"].get("uid"), snapshot.manifest["metadata"].get("generation"))
-        if self._rolled_out.get(snapshot.key) != seen or snapshot.promoted is None:
+        lost = snapshot.promoted is None or snapshot.replicas is None
+        if self._rolled_out.get(snapshot.key) != seen or lost:
             config = Promoted(1, base)
             if (promoted := snapshot.promoted) is not None:
                 # Before the workload: a pod that it starts at once must find the new cold fields.

@@ -58,6 +58,8 @@ def test_an_address_of_the_newer_kind_is_bracketed() -> None:
         ({"containerStatuses": [{"state": {"waiting": {"reason": "ErrImagePull", "message": "none"}}}]},
          "ErrImagePull: none"),
         ({"containerStatuses": [{"state": {"waiting": {"reason": "CrashLoopBackOff"}}}]}, "CrashLoopBackOff"),
+        ({"initContainerStatuses": [{"state": {"waiting": {"reason": "ErrImageNeverPull"}}}],
+          "containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}, "ErrImageNeverPull"),
         ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, ""),
         ({"conditions": [{"type": "Ready", "status": "False"}]}, ""),
     ],
@@ -117,6 +119,14 @@ def test_only_overrides_in_force_of_the_resource_count() -> None:
     )
     assert (found.paused_by, found.names) == ("b", ("b", "c"))
     assert [(boost.min_replicas, boost.expires_at) for boost in found.boosts] == [(3, NOW + 600)]
+
+
+@pytest.mark.parametrize(
+    "expires", ["0000-01-01T00:00:00Z", "2027-01-01T12:00:00x5Z", "2027-01-01T12:00:00+99:00"]
+)
+def test_a_time_that_only_the_api_server_reads_has_expired(expires: str) -> None:
+    found = objects.in_force([override("a", expires, pause={}), override("b", pause={})], "chat", NOW)
+    assert found.names == ("b",)
 
 
 def test_the_admin_token_follows_from_the_key_and_the_resource() -> None:

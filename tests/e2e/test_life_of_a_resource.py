@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
 from tests.e2e.cluster import condition, eventually
 
+# ruff: noqa: PLR0917 - fixtures are taken by name
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 OWNED = ("serviceaccount", "secret", "service", "poddisruptionbudget", "deployment", "configmap", "pod")
@@ -80,11 +82,79 @@ def test_a_bad_spec_is_a_condition_and_leaves_what_runs(cluster, namespace, oper
     bad["spec"]["objectives"]["latency"] = {"p95Ms": 50}
     bad["spec"]["profile"] = "production"
     cluster.apply(bad)
+    assert "p50Ms <= p95Ms <= p99Ms is required" in refusal(cluster, namespace)
+    assert not cluster.pods(namespace)
 
+
+def refusal(cluster: Any, namespace: str) -> str:
     def refused() -> dict[str, Any]:
         found = condition(cluster.get("kvcd", "chat", namespace), "Ready")
         return found if found.get("reason") == "InvalidSpec" else {}
 
-    told = eventually(refused, 20, "a condition that names the fault")
-    assert "p50Ms <= p95Ms <= p99Ms is required" in told["message"]
-    assert not cluster.pods(namespace)
+    return str(eventually(refused, 20, "a condition that names the fault")["message"])
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        (
+            {"tolerations": [{"operator": "Sometimes"}]},
+            ("spec.template", "tolerations[0].operator", "Sometimes"),
+        ),
+        ({"nodeSelectr": {"a": "b"}}, ("spec.template", "nodeSelectr")),
+    ],
+)
+def test_a_template_that_the_api_server_refuses_is_a_condition(
+    cluster, namespace, operator, manifest, part, named
+) -> None:
+    document = manifest(scaling={"min": 1, "max": 1}, nowhere=True)
+    right = json.dumps({"spec": {"template": {"spec": dict.fromkeys(part)}}})
+    document["spec"]["template"]["spec"].update(part)
+    cluster.apply(document)
+    told = refusal(cluster, namespace)
+    assert all(item in told for item in named), told
+    cluster.kubectl("patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge", f"--patch={right}")
+    eventually(lambda: cluster.pods(namespace), 30, "the corrected template is rolled out")
+
+
+def test_what_is_somebody_elses_is_neither_taken_nor_deleted(cluster, namespace, operator, manifest) -> None:
+    theirs = {
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "chat", "namespace": namespace},
+        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]},
+    }  # fmt: skip
+    cluster.apply(theirs, manifest(scaling={"min": 1, "max": 1}, nowhere=True))
+    told = refusal(cluster, namespace)
+    assert told.startswith("metadata.name: Service chat exists and is not this resource's"), told
+    cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
+    held = cluster.get("service", "chat", namespace)
+    assert held["spec"]["selector"] == {"app": "web"}
+    assert "ownerReferences" not in held["metadata"]
+
+
+def test_a_deployment_that_was_deleted_by_hand_comes_back_as_large(
+    cluster, namespace, operator, manifest
+) -> None:
+    def deployment() -> dict[str, Any]:
+        return dict(cluster.get("deployment", "chat", namespace))
+
+    def replicas() -> int:
+        return int(deployment().get("spec", {}).get("replicas", 0))
+
+    cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True), boost(namespace))
+    eventually(
+        lambda: cluster.get("kvcd", "chat", namespace).get("status", {}).get("replicas") == 3, 40, "boosted"
+    )
+    first = deployment()["metadata"]["uid"]
+    cluster.kubectl("delete", "deployment", "chat", f"--namespace={namespace}")
+    eventually(lambda: deployment() and replicas() == 3, 30, "made again")
+    assert deployment()["metadata"]["uid"] != first
+    decisions = cluster.get("kvcd", "chat", namespace)["status"]["decisions"]
+    assert [item["outcome"] for item in decisions] == ["ScaledOut"], "nothing was decided about the loss"
+
+
+def boost(namespace: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "kvpilot.io/v1alpha1", "kind": "KVCacheOverride",
+        "metadata": {"name": "more", "namespace": namespace},
+        "spec": {"target": "chat", "boost": {"minReplicas": 3}, "expiresAt": "2099-01-01T00:00:00Z"},
+    }  # fmt: skip

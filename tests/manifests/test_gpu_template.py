@@ -26,7 +26,7 @@ def test_the_gpu_example_asks_for_its_gpu() -> None:
 
 def test_selector_labels_and_digest_cannot_be_overridden() -> None:
     plain = load_manifest(EXAMPLE)
-    labels = {NAME_LABEL: "other", "team": "a"}
+    labels = {NAME_LABEL: "other", "app.kubernetes.io/part-of": "shop", "team": "a"}
     annotations = {"kvpilot.io/cold-hash": "none", "sidecar.istio.io/inject": "false"}
     given = {"metadata": {"labels": labels, "annotations": annotations}}
     document = {
@@ -38,6 +38,7 @@ def test_selector_labels_and_digest_cannot_be_overridden() -> None:
     *_, workload = owned_objects(KVCacheDeployment.parse(document), "token")
     metadata = workload["spec"]["template"]["metadata"]
     assert metadata["labels"][NAME_LABEL] == "chat"
+    assert metadata["labels"]["app.kubernetes.io/part-of"] == "kvpilot", "or nobody would measure it"
     assert metadata["labels"]["team"] == "a"
     assert metadata["annotations"]["kvpilot.io/cold-hash"] != "none"
     assert metadata["annotations"]["sidecar.istio.io/inject"] == "false"

@@ -123,6 +123,16 @@ def test_figures_in_a_message_alone_rewrite_nothing() -> None:
     assert second["tuning"]["holds"][0]["message"] == "every rule is at its bound"
 
 
+def test_a_new_spec_has_its_own_figures() -> None:
+    scene = Scene()
+    scene.decision = replace(scene.decision, infeasible="ceiling 61% < 70%")
+    first = scene.status()
+    scene.decision = replace(scene.decision, infeasible="ceiling 61% < 90%")
+    assert condition(scene.status(first), "Infeasible")["message"].endswith("70%")
+    scene.manifest["metadata"]["generation"] = 5
+    assert condition(scene.status(first), "Infeasible")["message"].endswith("90%")
+
+
 def test_a_transition_is_dated_when_the_status_flips_and_not_before() -> None:
     scene = Scene()
     first = scene.status()

@@ -19,8 +19,10 @@ from kvpilot_operator import manifests
 from kvpilot_operator.adapters import kubernetes_objects as objects
 from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
 from kvpilot_operator.manifests import names
+from kvpilot_operator.manifests.names import NAME_LABEL
 from kvpilot_operator.ports import Conflict, Key, Snapshot
-from kvpilot_operator.spec.models import API_VERSION, KVCacheDeployment
+from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.spec.models import API_VERSION, DeploymentSpec, KVCacheDeployment
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted
 
@@ -30,6 +32,9 @@ EVENTS_API = "events.k8s.io/v1"
 REPORTER = "kvpilot.io/operator"
 NOTE_BYTES = 1024
 """The API's limit of an Event's note."""
+
+REFUSALS = frozenset({400, 422, 500})
+"""Answers to an object that is wrong; the API server says 500 of a field that it cannot convert."""
 
 SAME_EVENT_S = 600.0
 """An Event that was told this recently is not told again: a repeated look is no new transition."""
@@ -97,6 +102,8 @@ class KubernetesCluster:
         """
         namespace, name = key
         pods_of = ",".join(f"{label}={value}" for label, value in names.selector_labels(name).items())
+        if self._namespaces and namespace not in self._namespaces:
+            return None
         manifest, workload, pods, config, overrides = await asyncio.gather(
             self._api.get(path_of(API_VERSION, "KVCacheDeployment", namespace, name)),
             self._api.get(path_of("apps/v1", "Deployment", namespace, name)),
@@ -128,26 +135,51 @@ class KubernetesCluster:
         )
 
     async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
-        """Apply the owned objects. The configuration is written only where there is none yet."""
+        """Apply the owned objects. The configuration is written only where there is none yet.
+
+        Raises:
+            ManifestError: an object of that name is somebody else's, or the API server refuses the template.
+        """
         resource = KVCacheDeployment.parse(snapshot.manifest)
+        token = objects.admin_token(self._key, snapshot.manifest["metadata"]["uid"])
+        await self._raise_if_taken(snapshot, manifests.owned_objects(resource, token, None))
         if snapshot.promoted is None:
             await self.write_config(snapshot, config)
         first = None
         workload = await self._workload(snapshot.key)
         if workload is None:
-            scaling = resource.spec.scaling
-            first = resource.spec.replicas if scaling is None else scaling.minimum
+            first = _first_replicas(snapshot, resource.spec)
         elif objects.MANAGER in objects.replica_managers(workload):
             # Left by a first apply that was cut short: what the main manager drops would go back to one.
             await self._write_scale(snapshot.key, int(workload["spec"].get("replicas", 1)))
-        token = objects.admin_token(self._key, snapshot.manifest["metadata"]["uid"])
         for item in manifests.owned_objects(resource, token, first):
-            await self._api.apply(item, objects.MANAGER)
+            try:
+                await self._api.apply(item, objects.MANAGER)
+            except ApiError as error:
+                if item["kind"] == "Deployment" and error.status in REFUSALS:
+                    raise ManifestError([f"spec.template: {error}"]) from error
+                raise
         if first is not None:
             # The number gets its own manager now, so that the next apply may leave it out.
             await self._write_scale(snapshot.key, first)
             *_, workload = manifests.owned_objects(resource, token, None)
             await self._api.apply(workload, objects.MANAGER)
+
+    async def _raise_if_taken(self, snapshot: Snapshot, owned: Iterable[Mapping[str, Any]]) -> None:
+        """Apply would make them ours, and they would go with the resource. Secrets are not read."""
+        uid = snapshot.manifest["metadata"]["uid"]
+        for item in owned:
+            if item["kind"] == "Secret":
+                continue
+            path = path_of(item["apiVersion"], item["kind"], snapshot.key.namespace, item["metadata"]["name"])
+            held = await self._api.get(path)
+            if held is not None and not _owned_by(held, uid) and not _orphan(held, snapshot.key.name):
+                raise ManifestError(
+                    [
+                        f"metadata.name: {item['kind']} {item['metadata']['name']} exists and is not this "
+                        "resource's; choose another name, or delete it"
+                    ]
+                )
 
     async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
         """Replace the status.
@@ -317,6 +349,20 @@ def _owned_by(item: Mapping[str, Any] | None, uid: str) -> bool:
     """An object of the same name that somebody else made is not ours to read."""
     owners = ((item or {}).get("metadata") or {}).get("ownerReferences") or ()
     return any(owner.get("uid") == uid for owner in owners)
+
+
+def _orphan(item: Mapping[str, Any], name: str) -> bool:
+    """Left by a resource of the same name that was deleted without what it owned."""
+    metadata = item["metadata"]
+    return not metadata.get("ownerReferences") and (metadata.get("labels") or {}).get(NAME_LABEL) == name
+
+
+def _first_replicas(snapshot: Snapshot, spec: DeploymentSpec) -> int | None:
+    """Of a workload that is made: the number before it was lost, else the least that is asked for."""
+    if spec.scaling is None:
+        return spec.replicas
+    before = int((snapshot.manifest.get("status") or {}).get("replicas") or 0)
+    return min(max(before, spec.scaling.minimum), spec.scaling.maximum)
 
 
 def _tells_of(line: str, record: Record) -> bool:

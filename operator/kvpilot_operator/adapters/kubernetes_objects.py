@@ -6,11 +6,11 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from kvpilot_operator.manifests.names import ADMIN_PORT
 from kvpilot_operator.ports import Replica
+from kvpilot_operator.spec.times import from_rfc3339
 from kvpilot_operator.tuning.observation import Boost
 
 MANAGER = "kvpilot"
@@ -28,8 +28,11 @@ def admin_token(operator_key: bytes, uid: str) -> str:
 
 
 def seconds_of(moment: str | None) -> float:
-    """An RFC 3339 time as seconds since the epoch; 0 for none."""
-    return datetime.fromisoformat(moment).timestamp() if moment else 0.0
+    """An RFC 3339 time as seconds since the epoch; 0 for none, and for one that only the API server reads."""
+    try:
+        return from_rfc3339(moment) if moment else 0.0
+    except ValueError:
+        return 0.0
 
 
 def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
@@ -38,7 +41,7 @@ def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
     if status.get("phase") in {"Succeeded", "Failed"}:
         return None
     conditions = {item["type"]: item for item in status.get("conditions") or ()}
-    containers = status.get("containerStatuses") or ()
+    containers = (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ()))
     address = status.get("podIP", "")
     host = f"[{address}]" if ":" in address else address
     ready = conditions.get("Ready", {}).get("status") == "True"

@@ -113,7 +113,9 @@ class PrometheusSource:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._query, promql)
 
     def _query(self, promql: str) -> list[dict[str, Any]]:
-        told = f"metrics source {self.source.name} ({self.source.url})"
+        # Users of a resource see this: not a password within the URL.
+        shown = re.sub(r"//[^/@]*@", "//", self.source.url)
+        told = f"metrics source {self.source.name} ({shown})"
         try:
             self._client.headers = self._headers()
             result = self._client.custom_query(

@@ -8,6 +8,8 @@ NAME_LABEL = "kvpilot.io/name"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 COLD_HASH = "kvpilot.io/cold-hash"
 """Annotation of the pod template: digest of what an engine takes at its start only."""
+PART_OF = {"app.kubernetes.io/part-of": "kvpilot"}
+"""What monitors and the operator's watch find engine pods by."""
 
 HTTP_PORT, ADMIN_PORT = 8000, 8001
 CONFIG_KEY, TOKEN_KEY = "config.yaml", "token"
@@ -41,6 +43,6 @@ def labels(name: str) -> Mapping[str, str]:
         **selector_labels(name),
         "app.kubernetes.io/name": "kvpilot-engine",
         "app.kubernetes.io/instance": name,
-        "app.kubernetes.io/part-of": "kvpilot",
+        **PART_OF,
         "app.kubernetes.io/managed-by": "kvpilot",
     }

@@ -51,11 +51,11 @@ def deployment(resource: KVCacheDeployment, metadata: dict[str, Any], replicas: 
 
 
 def pod_template(name: str, spec: DeploymentSpec) -> dict[str, Any]:
-    """The pod template: ours, the user's over it, and what nobody overrides (selector labels, digest)."""
+    """The pod template: ours, the user's over it, and what nobody overrides (labels that find it, digest)."""
     ours = {"metadata": {"labels": dict(names.labels(name))}, "spec": _pod(name, spec)}
     template = merged(ours, {"metadata": spec.template.metadata, "spec": spec.template.spec})
     fixed = {
-        "labels": names.selector_labels(name),
+        "labels": {**names.selector_labels(name), **names.PART_OF},
         "annotations": {names.COLD_HASH: cold_hash(base_config(spec))},
     }
     return {**template, "metadata": merged(template["metadata"], fixed)}

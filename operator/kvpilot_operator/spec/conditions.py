@@ -67,7 +67,9 @@ def dated(
     for new in conditions:
         old = known.get(new.type, {})
         message = new.message[:MESSAGE_LIMIT]
-        if old.get("reason") == new.reason and same_but_for_figures(old.get("message", ""), message):
+        # Figures of the same spec are kept, so that a look alone writes nothing; a new spec has its own.
+        same_spec = old.get("observedGeneration") == generation and old.get("reason") == new.reason
+        if same_spec and same_but_for_figures(old.get("message", ""), message):
             message = old.get("message", message)
         flipped = old.get("status") != new.status
         result[new.type] = {

@@ -273,6 +273,11 @@ class MetricsSource(Part):
     )
 
 
+def _require_mappings(where: str, items: Any) -> None:
+    if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+        raise ValueError(f"{where}: must be a list of mappings, got {items!r:.80}")
+
+
 class Template(BaseModel):
     """Overrides of the pod template. Lists of containers, env, volumes, ports merge by name."""
 
@@ -287,6 +292,10 @@ class Template(BaseModel):
             items = self.spec.get(kind) or []
             if not (isinstance(items, list) and all(isinstance(i, dict) and i.get("name") for i in items)):
                 raise ValueError(f"spec.{kind}: must be a list of containers that each have a name")
+            for item in items:
+                for field in ("env", "ports", "volumeMounts"):
+                    _require_mappings(f"spec.{kind}[{item['name']}].{field}", item.get(field))
+        _require_mappings("spec.volumes", self.spec.get("volumes"))
         return self
 
 
