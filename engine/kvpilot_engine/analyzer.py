@@ -260,7 +260,8 @@ def _memory(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets) -
 
 
 def _errors(stats: Mapping[str, Any], targets: Targets) -> Finding | None:
-    rate = stats["failed_requests"] / stats["total_requests"]
+    judged = stats["total_requests"] - stats["cancelled_requests"]
+    rate = stats["failed_requests"] / max(judged, 1)
     if rate <= targets.errors:
         return None
     evidence = (

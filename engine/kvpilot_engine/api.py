@@ -61,7 +61,7 @@ class TextRequest(BaseModel):
     max_length: int = Field(DEFAULT_NEW_TOKENS, ge=1, description="New tokens, at most.")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     exact_only: bool = Field(False, description="Use cached pages of exact fidelity only.")
 
 
@@ -255,8 +255,9 @@ class KVCacheEngine:
         """What was measured since the start; latencies over the last 10,000 requests.
 
         Returns:
-            ``total_requests``, ``failed_requests``, ``active_requests``, ``throughput`` (requests/s over the
-            last minute), ``hit_rate`` and ``miss_rate`` (of prompt tokens), ``hit_rate_ceiling`` (an infinite
+            ``total_requests``, ``failed_requests``, ``cancelled_requests`` (by their caller, no failure),
+            ``active_requests``, ``throughput`` (requests/s over the last minute),
+            ``hit_rate`` and ``miss_rate`` (of prompt tokens), ``hit_rate_ceiling`` (an infinite
             cache's), ``avg_latency``, ``p50_latency``, ``p95_latency``, ``p99_latency``, ``p50_first_token``
             (ms), ``memory_usage`` (used over limit, the larger of host and device), ``memory_bytes``,
             ``memory_limit_bytes``, ``gpu_utilization`` (share of time in steps on a GPU; 0.0 on a CPU),
@@ -301,9 +302,13 @@ class KVCacheEngine:
             status["reason"] = reason
         return status | {"core_pid": client.core.pid, "active_requests": client.open_requests}
 
-    def shutdown(self) -> None:
-        """Finish what is running, then end the core; again is nothing. Waiting requests get an error."""
-        self._finalizer()
+    def shutdown(self, timeout_s: float = 10.0) -> None:
+        """Finish what is running, then end the core; again is nothing.
+
+        Requests that wait, or are not done within ``timeout_s``, get a ``CoreUnavailableError``.
+        """
+        if self._finalizer.detach() is not None:
+            self._runtime.close(self._gate, timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -348,8 +353,13 @@ class KVCacheEngine:
                 ended = await self._generate(request, prompt, arrived, waited)
             finally:
                 self._gate.leave()
-        except (EngineError, asyncio.CancelledError):
+        except EngineError:
             self._statistics.failed()
+            raise
+        except asyncio.CancelledError:
+            self._statistics.cancelled()
+            if self._runtime.closed:  # not the caller's doing
+                raise CoreUnavailableError("the engine was shut down") from None
             raise
         self._statistics.succeeded(ended)
         return ended.result(self._tokenizer.decode(ended.ids), request.session_id, request.priority)

@@ -257,9 +257,10 @@ class CoreClient:
             CoreUnavailableError: when there is no core any more.
         """
         self._require()
+        sent = frame(request)  # what cannot be encoded is not waited for
         generation = Generation(request.id, self._abort)
         self._open[request.id] = generation
-        self._send(request)
+        self._write(sent)
         return generation
 
     async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> ApplyReport:
@@ -269,6 +270,8 @@ class CoreClient:
             ChangeRefusedError: and nothing has changed.
             CoreUnavailableError: when there is no core any more.
         """
+        for name, value in values.items():
+            _require_encodable(name, value)
         change = protocol.Apply(self.next_id(), epoch, generation, values)
         applied = await self._ask(change, protocol.Applied)
         return ApplyReport(
@@ -359,16 +362,28 @@ class CoreClient:
             self._send(protocol.Abort(generation.id))
 
     def _send(self, message: msgspec.Struct) -> None:
+        self._write(frame(message))
+
+    def _write(self, framed: bytes) -> None:
         assert self._transport is not None
-        self._transport.write(frame(message))
+        self._transport.write(framed)
 
     async def _ask(self, question: Any, kind: type[A]) -> A:
         self._require()
+        sent = frame(question)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[question.id] = answer
-        self._send(question)
+        self._write(sent)
         reply = await answer
         if isinstance(reply, protocol.Refused):
             raise ChangeRefusedError(reply.code, reply.message)  # type: ignore[arg-type]  # checked by the core
         assert isinstance(reply, kind)
         return reply
+
+
+def _require_encodable(name: str, value: Any) -> None:
+    """Refuse what the core's protocol cannot carry, such as an integer of more than 64 bits."""
+    try:
+        msgspec.msgpack.encode(value)
+    except (OverflowError, TypeError) as error:
+        raise ChangeRefusedError("invalid", f"{name}: got {value!r:.60}; {error}") from None

@@ -62,6 +62,7 @@ class Statistics:
         self._began_at = clock()
         self._total = 0
         self._failed = 0
+        self._cancelled = 0
         self._ended: deque[tuple[float, Ended]] = deque(maxlen=WINDOW)
 
     def began(self) -> None:
@@ -71,6 +72,10 @@ class Statistics:
     def failed(self) -> None:
         """It ended without a result."""
         self._failed += 1
+
+    def cancelled(self) -> None:
+        """Its caller wants no result any more: no failure of ours."""
+        self._cancelled += 1
 
     def succeeded(self, ended: Ended) -> None:
         """It ended with one."""
@@ -90,6 +95,7 @@ class Statistics:
         return {
             "total_requests": self._total,
             "failed_requests": self._failed,
+            "cancelled_requests": self._cancelled,
             "throughput": self._throughput(),
             "hit_rate": hit_rate,
             "miss_rate": 1.0 - hit_rate if queried else 0.0,

@@ -27,7 +27,8 @@ class Recorded:
             "kvpilot_cache_bytes{tier=pool}": 900 * 2.0**20, **figures.pop("engine", {}),
         }  # fmt: skip
         self._stats: dict[str, Any] = {
-            "total_requests": 100, "failed_requests": 0, "throughput": 80.0, "avg_latency": 95.0,
+            "total_requests": 100, "failed_requests": 0, "cancelled_requests": 0,
+            "throughput": 80.0, "avg_latency": 95.0,
             "p50_latency": 50.0, "p95_latency": 100.0, "p99_latency": 200.0, "hit_rate": 0.8,
             "hit_rate_ceiling": 0.9, "evictions": 0, "preemptions": 0, "memory_usage": 0.3,
             "memory_bytes": 2**30, "memory_limit_bytes": 2**31, "waiting": 0, "step_utilization": 0.5,

@@ -57,6 +57,7 @@ async def test_sixteen_new_tokens_and_greedy_by_default(engine: KVCacheEngine) -
         ({"text": "a", "max_length": 0}, "max_length: should be greater than or equal to 1, got 0"),
         ({"text": "a", "max_length": 10**6}, "max_length: 1000000 new tokens after a prompt of 1 exceed"),
         ({"text": "a", "priority": "high"}, "priority: should be a valid integer, got 'high'"),
+        ({"text": "a", "seed": 2**63}, "seed: should be less than 9223372036854775808, got 92233"),
         ({"text": "a", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1"),
         ({"text": "a", "maxlength": 3}, "maxlength: unknown key, must be one of text, priority, session_id"),
         ({"text": "\ud800"}, "text"),
@@ -87,7 +88,7 @@ async def test_a_thousand_at_once_all_finish(engine: KVCacheEngine) -> None:
 
 
 async def test_cancelled_request_frees_what_it_held(engine: KVCacheEngine) -> None:
-    failed = engine.get_stats()["failed_requests"]
+    before = engine.get_stats()
     tasks = [
         asyncio.create_task(engine.process_request({"text": f"Cancelled {i}", "max_length": 5000}))
         for i in range(60)
@@ -99,7 +100,8 @@ async def test_cancelled_request_frees_what_it_held(engine: KVCacheEngine) -> No
     deadline = time.monotonic() + 10
     while (stats := engine.get_stats())["running"] or stats["active_requests"]:
         assert time.monotonic() < deadline, stats
-    assert stats["failed_requests"] == failed + 60
+    assert stats["cancelled_requests"] == before["cancelled_requests"] + 60
+    assert stats["failed_requests"] == before["failed_requests"], "the caller's doing is no failure"
     assert (await engine.process_request({"text": "Still here"}))["output_tokens"] == 16
 
 
@@ -224,6 +226,17 @@ async def test_in_process_engine_shut_down_under_load_ends_every_request() -> No
     with pytest.raises(CoreUnavailableError, match="the engine was shut down"):
         await engine.process_request({"text": "Too late"})
     assert engine.get_health_status()["status"] == "unhealthy"
+
+
+async def test_requests_that_outlive_the_limit_of_a_shutdown_are_told_so() -> None:
+    engine = KVCacheEngine(KVCacheConfig(dtype="float32"), inproc=True)
+    tasks = [
+        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 3000})) for i in range(3)
+    ]
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(engine.shutdown, 0.2)
+    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    assert {type(end) for end in ends} == {CoreUnavailableError}
 
 
 @pytest.mark.slow

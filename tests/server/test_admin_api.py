@@ -66,6 +66,7 @@ def test_change_takes_effect_and_is_read_back(served: Any) -> None:
         ({"values": {"numWorkers": 0}}, 400, "invalid", "numWorkers: Input should be greater"),
         ({"values": {"numWorkers": 500}}, 400, "invalid", "128"),
         ({"values": {"bogus": 1}}, 400, "invalid", "bogus"),
+        ({"values": {"maxTokens": 10**30}}, 400, "invalid", "maxTokens: got 1000"),
         ({"values": {"prefetchSize": 8, "numWorkers": 0}}, 400, "invalid", "numWorkers"),
         ({"generation": -1}, 400, None, "generation: should be greater than or equal to 0, got -1"),
         ({"bogus": 1}, 400, None, "bogus: unknown parameter"),

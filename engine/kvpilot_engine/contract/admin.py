@@ -20,8 +20,8 @@ class ConfigPatch(_Body):
     Sending the same generation and values twice is the same as sending them once.
     """
 
-    epoch: int = Field(ge=0, description="Fencing number of the writer; never goes back.")
-    generation: int = Field(ge=0, description="Name of the configuration that results.")
+    epoch: int = Field(ge=0, lt=2**63, description="Fencing number of the writer; never goes back.")
+    generation: int = Field(ge=0, lt=2**63, description="Name of the configuration that results.")
     values: dict[str, Any] = Field(description="Fields to replace, camelCase or snake_case.")
 
 
