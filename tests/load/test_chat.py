@@ -125,6 +125,7 @@ def test_calm_is_what_the_probes_took_until_there_are_answers() -> None:
         (None, None, "exactly one of rate and in_flight"),
         (1, 1, "exactly one of rate and in_flight"),
         (0, None, "rate must be above 0, got 0"),
+        (float("inf"), None, "rate must be finite, got inf"),
     ],
 )
 def test_a_bad_phase_is_refused(rate: float | None, in_flight: float | None, message: str) -> None:

@@ -123,6 +123,10 @@ async def test_an_edit_counts_and_invalidates_what_was_read(tmp_path: Path) -> N
         ({**MANIFEST, "metadata": {"name": "other"}}, "metadata: default/chat is up"),
         (changed(replicas="many"), "spec.replicas"),
         (
+            changed(profile="production", objectives={"latency": {"p95Ms": 50}}),
+            "p50Ms <= p95Ms <= p99Ms is required",
+        ),
+        (
             changed(
                 template={
                     "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "0"}}}]}

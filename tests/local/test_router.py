@@ -159,3 +159,9 @@ async def test_a_taken_port_is_named() -> None:
         port = int(router.url.rpartition(":")[2])
         with pytest.raises(PortError, match=f"--port: cannot listen on 127.0.0.1:{port}: "):
             await Router("127.0.0.1", port).start()
+
+
+async def test_a_dead_replica_costs_nobody_an_answer_however_many_ask_at_once() -> None:
+    async with fleet("a") as (router, _, backends, session):
+        router.use([Backend("dead", "http://127.0.0.1:1"), *backends])
+        assert await asyncio.gather(*(_get(session, f"{router.url}/x") for _ in range(50))) == [200] * 50

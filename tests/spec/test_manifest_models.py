@@ -161,6 +161,7 @@ def test_every_fault_is_told_at_once() -> None:
         ("- a\n", "a mapping is expected, got list"),
         ("a: [1\n", "not valid YAML: line 2, column 1: "),
         ("a: 1\na: 2\n", "not valid YAML: line 2, column 1: 'a' is given twice"),
+        ("a: {{ b }}\n", "not valid YAML: line 1, column 5: a key must be plain text; is a {{ "),
     ],
 )
 def test_text_that_is_no_manifest(text: str, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,9 @@ class Phase:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise LoadError(f"phase {self.name}: {name} must be above 0, got {value}")
+        for name in ("rate", "in_flight"):
+            if getattr(self, name) == math.inf:
+                raise LoadError(f"phase {self.name}: {name} must be finite, got inf")
 
     @property
     def sized(self) -> bool:

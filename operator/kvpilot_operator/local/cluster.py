@@ -22,7 +22,7 @@ from kvpilot_operator.manifests.workload import cold_hash
 from kvpilot_operator.ports import Conflict, Key, Snapshot
 from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import DeploymentSpec, KVCacheDeployment
-from kvpilot_operator.spec.resolve import base_config
+from kvpilot_operator.spec.resolve import base_config, policy_of
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted
 
@@ -109,6 +109,7 @@ class LocalCluster:
         """
         resource = KVCacheDeployment.parse(manifest)
         memory_limit(resource.spec)
+        policy_of(resource.spec)
         if Key(resource.metadata.namespace, resource.metadata.name) != self.key:
             raise ManifestError(
                 [f"metadata: {self.key} is up; another name or namespace needs its own kvpilot up"]

@@ -90,12 +90,6 @@ class Router:
         if self._session is not None:
             await self._session.close()
 
-    def _next(self) -> Backend | None:
-        if not self._backends:
-            return None
-        self._turn += 1
-        return self._backends[self._turn % len(self._backends)]
-
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             body = await request.read() if request.can_read_body else None
@@ -105,11 +99,13 @@ class Router:
             (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP
         ]
         tried: set[str] = set()
-        # One more try than there are replicas, so that one stale connection to each does no harm.
-        for _ in range(len(self._backends) + 1):
-            backend = self._next()
-            if backend is None:
+        # From its own turn on, whoever else takes turns meanwhile; twice round, since a first try may meet a
+        # stale connection.
+        self._turn += 1
+        for turn in range(self._turn, self._turn + 2 * len(self._backends)):
+            if not self._backends:
                 break
+            backend = self._backends[turn % len(self._backends)]
             tried.add(backend.name)
             try:
                 return await self._pass(request, backend, body, headers)
