@@ -66,7 +66,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 
 async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_have(fleet: Fleet) -> None:
-    fleet.set.ask(2, "t", 5)
+    fleet.set.ask(2, "t", 60)
     await until(lambda: len(fleet.ready) == 2)
     last = fleet.set.backends[1]
     body = {"model": "x", "prompt": "a" * 64, "max_tokens": 300, "temperature": 0}
@@ -75,7 +75,7 @@ async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_hav
             body["model"] = (await answer.json())["data"][0]["id"]
         running = asyncio.create_task(_post(session, f"{last.url}/v1/completions", body))
         await _until_running(session, last.url)
-        fleet.set.ask(1, "t", 5)
+        fleet.set.ask(1, "t", 60)
         assert [backend.name for backend in fleet.set.backends] == ["engine-1"]
         status, answered = await running
     assert status == 200
