@@ -21,8 +21,8 @@ class ConfigFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    generation: int = Field(0, ge=0)
-    epoch: int = Field(0, ge=0)
+    generation: int = Field(0, ge=0, lt=2**63)
+    epoch: int = Field(0, ge=0, lt=2**63)
     config: KVCacheConfig = KVCacheConfig()
 
 
@@ -40,7 +40,7 @@ def read_config(path: Path) -> ConfigFile:
         content: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise _FileError(f"--config: cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise _FileError(
             f"--config: {path} is neither YAML nor JSON: {' '.join(str(error).split())}"
         ) from None

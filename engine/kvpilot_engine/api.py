@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
 
 from kvpilot_engine import memory, protocol
 from kvpilot_engine.client import GRACE_S, CoreClient
@@ -29,7 +31,7 @@ from kvpilot_engine.completion import (
     fault_lines,
     raise_unless_complete,
 )
-from kvpilot_engine.contract import ApplyReport, KVCacheConfig, config_errors
+from kvpilot_engine.contract import ApplyReport, ConfigWarning, KVCacheConfig, config_errors
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.core import CoreProcess, CoreStart, CoreThread
@@ -93,7 +95,12 @@ class _Runtime:
     @classmethod
     def begin(cls) -> _Runtime:
         loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="kvpilot-client", daemon=True)
+
+        def run() -> None:
+            loop.run_forever()
+            loop.close()
+
+        thread = threading.Thread(target=run, name="kvpilot-client", daemon=True)
         thread.start()
         return cls(loop, thread)
 
@@ -107,10 +114,11 @@ class _Runtime:
         """End the core and the thread; who waits at the gate is turned away."""
         ended = self.submit(self._end(gate, timeout_s))
         self.closed = True
+        ended.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+        if threading.current_thread() is self.thread:
+            return  # a request's end dropped the engine, here: this thread cannot wait for itself
         ended.result(timeout_s + GRACE_S)
-        self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(GRACE_S)
-        self.loop.close()
 
     async def _end(self, gate: Gate, timeout_s: float) -> None:
         gate.close(CoreUnavailableError("the engine was shut down"))
@@ -225,8 +233,10 @@ class KVCacheEngine:
             prioritise, prioritize: send in the order of priority, the most urgent first.
             return_exceptions: put an error in its request's place, instead of raising the first one.
         """
-        if batch_size is not None and batch_size < 1:
-            raise InvalidRequestError(f"batch_size: must be at least 1, got {batch_size}", "batch_size")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise InvalidRequestError(
+                f"batch_size: must be a whole number of at least 1, got {batch_size!r:.80}", "batch_size"
+            )
         wanted = [parse_request(request, f"requests.{i}: ") for i, request in enumerate(requests)]
         slots = asyncio.Semaphore(batch_size or max(1, len(wanted)))
 
@@ -271,12 +281,26 @@ class KVCacheEngine:
 
         Raises:
             ChangeRefusedError: for a cold field, or a value that does not fit; nothing has changed.
+
+        Warns:
+            ConfigWarning: once, listing the changed fields whose value is doubtful or has no effect.
         """
-        return self._wait(self._apply(changes))
+        report = self._wait(self._apply(changes))
+        self._warn(changes)
+        return report
 
     async def apply(self, changes: Mapping[str, Any]) -> ApplyReport:
         """:meth:`update_config`, awaitable."""
-        return await asyncio.wrap_future(self._runtime.submit(self._apply(changes)))
+        report = await asyncio.wrap_future(self._runtime.submit(self._apply(changes)))
+        self._warn(changes)
+        return report
+
+    def _warn(self, changes: Mapping[str, Any]) -> None:
+        """Say of a change what the constructor says of a start."""
+        changed = {to_camel(name) for name in changes}
+        notes = [n for n in self._config.updated(dict(changes)).notices() if to_camel(n.field) in changed]
+        if notes:
+            warnings.warn("; ".join(f"{n.field}: {n.message}" for n in notes), ConfigWarning, stacklevel=3)
 
     def validate_configuration(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Check a configuration without applying it; the one in force without ``values``.

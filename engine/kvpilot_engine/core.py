@@ -32,6 +32,8 @@ from kvpilot_engine.wire import FrameReader, frame
 THREADS_VARIABLE = "KVPILOT_TORCH_THREADS"
 """Environment variable with the number of torch threads of a core on a CPU; 1 without it."""
 
+_MAX_THREADS = 1024
+
 _RECEIVE_BYTES = 1 << 18
 _SOCKET_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
@@ -98,6 +100,10 @@ def build_engine(start: CoreStart) -> SteppingEngine:
     try:
         config = KVCacheConfig.model_validate(start.config, context=QUIET)
         engine = Engine(config, model=start.model, revision=start.revision)
+    except MemoryError:
+        raise StartError(
+            f"max_tokens: there is not enough memory for a cache of {config.max_tokens} tokens"
+        ) from None
     except (ValueError, OSError, RuntimeError) as error:
         raise StartError(_one_line(error)) from error
     applied = engine.apply(protocol.Apply("start", start.epoch, start.generation, {}))
@@ -265,6 +271,16 @@ def main(argv: list[str]) -> int:
     return run_core(start, sock, build)
 
 
+def _threads() -> str:
+    """The number of torch threads, checked before a core is spawned that would trip over it."""
+    threads = os.environ.get(THREADS_VARIABLE, "1")
+    if not threads.isdecimal() or not 1 <= int(threads) <= _MAX_THREADS:
+        raise StartError(
+            f"{THREADS_VARIABLE}: must be a whole number from 1 to {_MAX_THREADS}, got {threads!r:.80}"
+        )
+    return threads
+
+
 def _socket_pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in (ours, theirs):
@@ -279,8 +295,8 @@ class CoreProcess:
     """
 
     def __init__(self, start: CoreStart) -> None:
+        threads = _threads()
         self.socket, theirs = _socket_pair()
-        threads = os.environ.get(THREADS_VARIABLE, "1")
         environment = {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,

@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 import transformers
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from kvpilot_engine.attention import IMPLEMENTATION
 from kvpilot_engine.contract import KVCacheConfig
@@ -167,9 +168,20 @@ def _from_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, bytes]:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise ModelError(f"model: {str(directory)!r} has no .safetensors file")
+    for file in weights:
+        _check_readable(file)
     cls = getattr(transformers, settings["architectures"][0])
     module = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
     return module, _digest(weights)
+
+
+def _check_readable(file: Path) -> None:
+    """Refuse a file whose header does not fit its length, such as a download that was cut off."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ModelError(f"model: {file} is broken: {error}") from None
 
 
 def check_supported(settings: dict[str, Any]) -> None:

@@ -182,7 +182,10 @@ class FileTokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"model: {directory} has no tokenizer.json")
-        self._tokenizer = FastTokenizer.from_file(str(path))
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower one
+            raise TokenizerError(f"model: {path} is no usable tokenizer: {error}") from None
         settings = _read_json(directory / "tokenizer_config.json")
         self._special = {
             name: _special_text(settings[name])
@@ -247,7 +250,10 @@ class FileTokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise TokenizerError(f"model: {path} is not JSON: {error}") from None
     return content if isinstance(content, dict) else {}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from kvpilot_engine import KVCacheConfig, KVCacheEngine
+from kvpilot_engine.contract import ConfigWarning
 from kvpilot_engine.errors import (
     ChangeRefusedError,
     CoreUnavailableError,
@@ -17,6 +20,7 @@ from kvpilot_engine.errors import (
     RequestTimeoutError,
     StartError,
 )
+from kvpilot_engine.models import ModelError, load_model
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
 
@@ -145,8 +149,10 @@ async def test_batch_with_a_wrong_request_sends_nothing(engine: KVCacheEngine) -
     before = engine.get_stats()["total_requests"]
     with pytest.raises(InvalidRequestError, match=r"requests\.1: max_length: should be greater"):
         await engine.process_batch([{"text": "fine"}, {"text": "wrong", "max_length": 0}])
-    with pytest.raises(InvalidRequestError, match="batch_size: must be at least 1, got 0"):
-        await engine.process_batch([{"text": "fine"}], batch_size=0)
+    wrong: Any
+    for wrong in (0, True, "a"):
+        with pytest.raises(InvalidRequestError, match=f"batch_size: must be .* at least 1, got {wrong!r}"):
+            await engine.process_batch([{"text": "fine"}], batch_size=wrong)
     assert engine.get_stats()["total_requests"] == before
 
 
@@ -179,6 +185,15 @@ async def test_hot_change_keeps_the_cache(engine: KVCacheEngine) -> None:
     assert (await engine.process_request({"text": text}))["cached_tokens"] == (len(text) - 1) // 16 * 16
 
 
+async def test_hot_change_without_effect_is_said_once(engine: KVCacheEngine) -> None:
+    with pytest.warns(ConfigWarning, match="^enable_gc: has no effect yet") as caught:
+        engine.update_config(enable_gc=False, prefetch_size=9)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(ConfigWarning, match="^cache_strategy: has no effect yet: adaptive runs as lru$"):
+        await engine.apply({"cacheStrategy": "adaptive"})
+    engine.update_config(enable_gc=True, cache_strategy="lru")
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
@@ -205,9 +220,18 @@ def test_validation_and_health(engine: KVCacheEngine) -> None:
     assert engine.get_health_status()["status"] == "healthy"
 
 
-def test_model_that_does_not_fit_the_configuration() -> None:
-    with pytest.raises(StartError, match="num_heads"):
-        KVCacheEngine(KVCacheConfig(dtype="float32", num_heads=3), inproc=True)
+@pytest.mark.parametrize(("field", "value"), [("num_heads", 3), ("max_tokens", 10**15)])
+@pytest.mark.filterwarnings("ignore::kvpilot_engine.contract.ConfigWarning")
+def test_model_or_machine_that_does_not_fit_the_configuration(field: str, value: int) -> None:
+    with pytest.raises(StartError, match=field):
+        KVCacheEngine(KVCacheConfig(dtype="float32", **{field: value}), inproc=True)
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "model.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{")
+    with pytest.raises(ModelError, match=r"model\.safetensors is broken"):
+        load_model(str(tmp_path), KVCacheConfig(dtype="float32"))
 
 
 async def test_in_process_engine_shut_down_under_load_ends_every_request() -> None:
@@ -237,6 +261,17 @@ async def test_requests_that_outlive_the_limit_of_a_shutdown_are_told_so() -> No
     await asyncio.to_thread(engine.shutdown, 0.2)
     ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
     assert {type(end) for end in ends} == {CoreUnavailableError}
+
+
+async def test_engine_dropped_by_the_end_of_its_last_request_ends_itself() -> None:
+    engine = KVCacheEngine(KVCacheConfig(dtype="float32"), inproc=True)
+    thread = engine._runtime.thread
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.process_request({"text": "Dropped", "max_length": 3000}), 0.2)
+    del engine
+    gc.collect()
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive()
 
 
 @pytest.mark.slow

@@ -37,7 +37,9 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": "a", "stop": [""]}, "stop", "each stop string must have 1 to 256 characters"),
         ({"prompt": "a", "n": 2}, "n", "n: not supported, must be null or 1, got 2"),
         ({"prompt": "a", "best_of": 3}, "best_of", "best_of: not supported, must be null or 1, got 3"),
+        ({"prompt": "a", "n": True}, "n", "n: not supported, must be null or 1, got True"),
         ({"prompt": "a", "logprobs": 1}, "logprobs", "logprobs: not supported"),
+        ({"prompt": "a", "logprobs": 0}, "logprobs", "logprobs: not supported, must be null or false, got 0"),
         ({"prompt": "a", "echo": True}, "echo", "echo: not supported, must be null or false, got True"),
         ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", "presence_penalty: not supported"),
         ({"prompt": "a", "bogus": 1}, "bogus", "bogus: unknown parameter"),
@@ -64,6 +66,11 @@ def test_wrong_completion_is_a_clear_400(
         ({"messages": []}, "messages", "messages: list should have at least 1 item"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "messages.0.content"),
+        ({"messages": [{"role": "user"}]}, "messages", "messages.0.content: must be a string or text parts"),
+        ({"messages": [{"role": "system", "content": None}]}, "messages", "messages.0.content: must be"),
+        ({"messages": [{"role": "assistant", "content": []}]}, "messages", "messages.0.content: must be"),
+        ({"messages": [{**CHAT[0], "bogus": 1}]}, "messages", "messages.0.bogus: unknown parameter"),
+        ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages", "messages.0.tool_calls: not supported"),
         ({"messages": CHAT, "tools": [{"type": "function"}]}, "tools", "must be null or []"),
         ({"messages": CHAT, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"messages": CHAT, "logprobs": True}, "logprobs", "logprobs: not supported"),
@@ -85,8 +92,12 @@ def test_neutral_values_of_unsupported_parameters_are_accepted(served: Any) -> N
         "presence_penalty": 0,
         "tools": [],
         "response_format": {"type": "text"},
+        "stream": True,
+        "stream_options": {"include_obfuscation": False},
     }
-    answer = served.http.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1, **neutral})
+    answered = {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []}
+    body = {"messages": [*CHAT, answered, {**CHAT[0], "name": "Ann"}], "max_tokens": 1, **neutral}
+    answer = served.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
 
 

@@ -122,12 +122,15 @@ def started(*options: str, **environment: str) -> subprocess.CompletedProcess[st
         ({"config": {"maxTokens": 5}}, "config.maxTokens: Input should be greater than or equal to 128"),
         ({"config": {"bogus": 5}}, "--config: config.bogus: unknown field"),
         ({"generation": -1}, "--config: generation: Input should be greater than or equal to 0, got -1"),
+        ({"generation": 10**24}, "--config: generation: Input should be less than 9223372036854775808"),
         ([1], "must hold a mapping of generation, epoch and config"),
+        (b"generation: 2020-13-45", "engine.json is neither YAML nor JSON: month must be in 1..12"),
+        (b"\xff\xfe", "engine.json is neither YAML nor JSON: 'utf-8' codec can't decode"),
     ],
 )  # fmt: skip
 def test_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, content: Any, message: str) -> None:
     file = tmp_path / "engine.json"
-    file.write_text(json.dumps(content))
+    file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     ended = started("--config", str(file))
     assert ended.returncode == 2
     assert message in ended.stderr
@@ -143,6 +146,18 @@ def test_missing_config_file_unknown_model_and_bad_limit(tmp_path: Path) -> None
     limit = started(KVPILOT_MEMORY_LIMIT_BYTES="lots")
     assert limit.returncode == 2
     assert "KVPILOT_MEMORY_LIMIT_BYTES: must be a positive whole number of bytes, got 'lots'" in limit.stderr
+
+
+def test_bad_thread_count_and_broken_tokenizer_are_one_line(tmp_path: Path) -> None:
+    threads = started(KVPILOT_TORCH_THREADS="abc")
+    assert threads.returncode == 2
+    assert "error: KVPILOT_TORCH_THREADS: must be a whole number from 1 to 1024, got 'abc'" in threads.stderr
+    assert "Traceback" not in threads.stderr
+    (tmp_path / "tokenizer.json").write_text("{")
+    tokenizer = started("--model", str(tmp_path))
+    assert tokenizer.returncode == 2
+    assert f"error: model: {tmp_path / 'tokenizer.json'} is no usable tokenizer" in tokenizer.stderr
+    assert len(tokenizer.stderr.splitlines()) == 1
 
 
 def test_taken_port_is_named(served: Any) -> None:

@@ -129,7 +129,7 @@ class Endpoint:
         """Token ids, their field, the field that limits the answer, and its value."""
         tokenizer = self._front.tokenizer
         if isinstance(body, ChatRequest):
-            turns = [message.model_dump(exclude_unset=True) for message in body.messages]
+            turns = [message.model_dump(exclude_none=True) for message in body.messages]
             limit_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
             limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
             return tokenizer.apply_chat_template(turns), "messages", limit_field, limit

@@ -6,7 +6,15 @@ import json
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from kvpilot_engine.completion import PRIORITY_BOUND
 from kvpilot_engine.server.errors import ApiError, validation_error
@@ -56,6 +64,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = Field(None, description="No chunk is ever padded.")
 
 
 class _Request(BaseModel):
@@ -87,12 +96,35 @@ class CompletionRequest(_Request):
     prompt: Annotated[str | list[int], BeforeValidator(_prompt)]
 
 
+def _nothing(value: Any) -> None:
+    if value not in (None, []):
+        raise ValueError("not supported, must be null or []")
+
+
+Nothing = Annotated[None, BeforeValidator(_nothing)]
+"""A field that OpenAI's answers carry, so that a client sends it back; here it never says anything."""
+
+
 class Message(BaseModel):
     """One turn of a chat; the content is text or a list of text parts."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None
+    content: Any = Field(None, validate_default=True)
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Nothing = None
+    function_call: Nothing = None
+    refusal: Nothing = None
+    audio: Nothing = None
+    annotations: Nothing = None
+
+    @field_validator("content")
+    @classmethod
+    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+        if content == [] or (content is None and info.data.get("role") != "assistant"):
+            raise ValueError("must be a string or text parts")
+        return content
 
 
 class ChatRequest(_Request):
@@ -126,7 +158,10 @@ def _refuse_unless_neutral(name: str, value: Any) -> None:
         raise ApiError(
             HTTPStatus.BAD_REQUEST, f"{name}: unknown parameter", param=name, code="unknown_parameter"
         )
-    if value is None or value in NEUTRAL[name]:
+    if value is None or any(
+        value == neutral and isinstance(value, bool) is isinstance(neutral, bool)  # 1 == True
+        for neutral in NEUTRAL[name]
+    ):
         return
     allowed = " or ".join(json.dumps(neutral) for neutral in (None, *NEUTRAL[name]))
     raise ApiError(
