@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvpilot_engine.contract import ConfigWarning, KVCacheConfig, config_errors
+from kvpilot_engine.contract.admin import Serial
 
 TOKEN_VARIABLE = "KVPILOT_ADMIN_TOKEN"
 
@@ -21,8 +22,8 @@ class ConfigFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    generation: int = Field(0, ge=0, lt=2**63)
-    epoch: int = Field(0, ge=0, lt=2**63)
+    generation: Serial = 0
+    epoch: Serial = 0
     config: KVCacheConfig = KVCacheConfig()
 
 

@@ -11,7 +11,6 @@ import concurrent.futures
 import functools
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from kvpilot_engine.client import GRACE_S, CoreClient
 from kvpilot_engine.completion import (
     DEFAULT_NEW_TOKENS,
     PRIORITY_BOUND,
+    SEED_BOUND,
     check_length,
     fault_lines,
     raise_unless_complete,
 )
-from kvpilot_engine.contract import ApplyReport, ConfigWarning, KVCacheConfig, config_errors
-from kvpilot_engine.contract.config import QUIET
+from kvpilot_engine.contract import ApplyReport, KVCacheConfig, config_errors
+from kvpilot_engine.contract.config import QUIET, warn_of
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.core import CoreProcess, CoreStart, CoreThread
 from kvpilot_engine.errors import CoreUnavailableError, EngineError, InvalidRequestError, RequestTimeoutError
@@ -63,7 +63,7 @@ class TextRequest(BaseModel):
     max_length: int = Field(DEFAULT_NEW_TOKENS, ge=1, description="New tokens, at most.")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-SEED_BOUND, lt=SEED_BOUND)
     exact_only: bool = Field(False, description="Use cached pages of exact fidelity only.")
 
 
@@ -298,9 +298,8 @@ class KVCacheEngine:
     def _warn(self, changes: Mapping[str, Any]) -> None:
         """Say of a change what the constructor says of a start."""
         changed = {to_camel(name) for name in changes}
-        notes = [n for n in self._config.updated(dict(changes)).notices() if to_camel(n.field) in changed]
-        if notes:
-            warnings.warn("; ".join(f"{n.field}: {n.message}" for n in notes), ConfigWarning, stacklevel=3)
+        notices = self._config.updated(dict(changes)).notices()
+        warn_of([notice for notice in notices if to_camel(notice.field) in changed], stacklevel=4)
 
     def validate_configuration(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Check a configuration without applying it; the one in force without ``values``.

@@ -21,6 +21,9 @@ DEFAULT_NEW_TOKENS = 16
 PRIORITY_BOUND = 1_000_000
 """Largest magnitude of a priority; higher is more urgent."""
 
+SEED_BOUND = 2**63
+"""Seeds have 64 bits."""
+
 
 _SHOWN = 80  # characters of a wrong value that an error repeats
 

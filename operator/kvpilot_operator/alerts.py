@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
@@ -23,6 +22,7 @@ from pydantic.alias_generators import to_camel
 from kvpilot_operator import events
 from kvpilot_operator.loop import Look
 from kvpilot_operator.ports import Cluster, Key, Snapshot
+from kvpilot_operator.spec.fields import DNS_LABEL
 from kvpilot_operator.spec.times import to_rfc3339
 from kvpilot_operator.tuning.decision import Objective
 
@@ -30,7 +30,6 @@ log = structlog.get_logger(__name__)
 
 MOST_BYTES = 1 << 20
 MOST_ALERTS = 500
-DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 class Result(StrEnum):
@@ -136,9 +135,7 @@ class AlertReceiver:
         try:
             payload = Payload.model_validate(json.loads(await request.text()))
         except (ValueError, LookupError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
-            log.warning("alert_malformed", error=str(error)[:500])
-            self._count(Result.MALFORMED)
-            return web.json_response({"results": [Result.MALFORMED]})
+            return web.json_response({"results": [self._malformed(error)]})
         taken = payload.alerts[:MOST_ALERTS]
         results = [await self._counted(item, payload.group_key) for item in taken]
         if missing := payload.truncated_alerts + len(payload.alerts) - len(taken):
@@ -155,13 +152,16 @@ class AlertReceiver:
             return False
         return bool(token) and hmac.compare_digest(header.encode(), f"Bearer {token}".encode())
 
+    def _malformed(self, error: Exception) -> Result:
+        log.warning("alert_malformed", error=str(error)[:500])
+        self._count(Result.MALFORMED)
+        return Result.MALFORMED
+
     async def _counted(self, item: Any, group: str) -> Result:
         try:
             alert = Alert.model_validate(item)
         except ValidationError as error:
-            log.warning("alert_malformed", error=str(error)[:500])
-            self._count(Result.MALFORMED)
-            return Result.MALFORMED
+            return self._malformed(error)
         try:
             result = await self._take(alert)
         except Exception as error:

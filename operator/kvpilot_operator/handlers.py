@@ -11,11 +11,11 @@ from typing import Any
 
 import kopf
 
-from kvpilot_operator.manifests.names import COMPONENT_LABEL, NAME_LABEL
+from kvpilot_operator.manifests.names import COMPONENT_LABEL, NAME_LABEL, PART_OF
 from kvpilot_operator.ports import Key
 from kvpilot_operator.spec.models import GROUP, VERSION
 
-POD_SELECTOR = f"app.kubernetes.io/part-of=kvpilot,{COMPONENT_LABEL}=engine"
+POD_SELECTOR = ",".join(f"{label}={value}" for label, value in {**PART_OF, COMPONENT_LABEL: "engine"}.items())
 """Only our own pods are watched, filtered by the server: a cluster may have a great many others."""
 
 

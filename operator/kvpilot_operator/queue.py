@@ -146,9 +146,8 @@ class KeyedQueue:
                 if period is not None:
                     entry.due = min(entry.due, self._on_grid(period))
         except Exception as error:
-            delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(entry.failures, 16)) * random.uniform(
-                0.8, 1.2
-            )
+            doubled = FIRST_DELAY_S * 2 ** min(entry.failures, 16)  # of thousands it would not be a float
+            delay = min(LONGEST_DELAY_S, doubled) * random.uniform(0.8, 1.2)
             entry.failures += 1
             entry.due = min(entry.due, self._clock() + delay)
             log.warning("look_failed", resource=str(key), error=str(error), kind=type(error).__name__)

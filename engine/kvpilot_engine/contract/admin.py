@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract.config import KVCacheConfig
+
+Serial = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number that only grows, of at most 63 bits: what every reader of a message can hold."""
 
 
 class _Body(BaseModel):
@@ -20,8 +23,8 @@ class ConfigPatch(_Body):
     Sending the same generation and values twice is the same as sending them once.
     """
 
-    epoch: int = Field(ge=0, lt=2**63, description="Fencing number of the writer; never goes back.")
-    generation: int = Field(ge=0, lt=2**63, description="Name of the configuration that results.")
+    epoch: Serial = Field(description="Fencing number of the writer; never goes back.")
+    generation: Serial = Field(description="Name of the configuration that results.")
     values: dict[str, Any] = Field(description="Fields to replace, camelCase or snake_case.")
 
 

@@ -6,6 +6,7 @@ Python spells the fields in snake_case, the resource and the admin API in camelC
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -39,6 +40,13 @@ class Notice:
 
     field: str
     message: str
+
+
+def warn_of(notices: Sequence[Notice], stacklevel: int) -> None:
+    """One ConfigWarning of them all; none without any. ``stacklevel`` counts from here, as warnings' does."""
+    if notices:
+        text = "; ".join(f"{notice.field}: {notice.message}" for notice in notices)
+        warnings.warn(text, ConfigWarning, stacklevel=stacklevel)
 
 
 def _enum_by_value(value: Any) -> Any:
@@ -127,8 +135,7 @@ class KVCacheConfig(BaseModel):
         """Say once what is doubtful about the explicitly given values."""
         if context is QUIET:
             return
-        if notes := self.notices():
-            warnings.warn("; ".join(f"{n.field}: {n.message}" for n in notes), ConfigWarning, stacklevel=4)
+        warn_of(self.notices(), stacklevel=5)
 
     def notices(self) -> list[Notice]:
         """Everything a user should know about the values that were given explicitly."""

@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from kvpilot_engine.completion import PRIORITY_BOUND
+from kvpilot_engine.completion import PRIORITY_BOUND, SEED_BOUND
 from kvpilot_engine.server.errors import ApiError, validation_error
 
 MAX_STOPS = 4
@@ -74,7 +74,7 @@ class _Request(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(None, ge=-SEED_BOUND, lt=SEED_BOUND)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -30,6 +30,7 @@ from kvpilot_operator.adapters.series import (
 )
 from kvpilot_operator.ports import Key, MetricsError
 from kvpilot_operator.sources import Source
+from kvpilot_operator.spec.fields import DNS_LABEL
 from kvpilot_operator.tuning.observation import Sample
 
 log = structlog.get_logger(__name__)
@@ -47,8 +48,6 @@ SERIES = "kvpilot_series"
 
 SCRAPES = "scrapes"
 TIMESTAMP = "timestamp"
-
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 
 
 class _QueryError(MetricsError):
@@ -244,7 +243,7 @@ class PrometheusMetrics:
         """Why a resource cannot be measured at all; "" when it can."""
         if name not in self._sources:
             return f"metrics source {name} is not configured; there is {', '.join(self._sources) or 'none'}"
-        if not (_NAME.fullmatch(key.namespace) and _NAME.fullmatch(key.name)):
+        if not (DNS_LABEL.fullmatch(key.namespace) and DNS_LABEL.fullmatch(key.name)):
             return f"{key} is not a name that metrics can be asked for"
         source = self._sources[name].source
         shortest = min(windows, key=lambda window: windows[window])

@@ -19,6 +19,8 @@ KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
 PERCENT_PATTERN = r"^(100(\.0{1,2})?|[0-9]{1,2}(\.[0-9]{1,2})?)%$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_LIMIT = 63
+DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+"""What the API server takes for a namespace, and for the name of any resource here."""
 
 
 class Part(BaseModel):
