@@ -104,6 +104,10 @@ class Cluster:
     def _url(self, kind: str, namespace: str) -> str:
         return f"{self.proxy}/{API_PATHS[kind].format(f'namespaces/{namespace}')}"
 
+    def replicas(self, namespace: str) -> int | None:
+        """What the workload of `chat` asks for; None without one."""
+        return self.get("deployment", "chat", namespace).get("spec", {}).get("replicas")
+
     def pods(self, namespace: str, name: str = "chat") -> list[dict[str, Any]]:
         """Engine pods that are not going."""
         pods = self.list("pod", namespace, f"kvpilot.io/name={name}")

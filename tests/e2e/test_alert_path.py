@@ -48,10 +48,6 @@ def reload(cluster: Any) -> None:
         http(f"{cluster.state[name]['url']}/-/reload", data=b"")
 
 
-def replicas(cluster: Any, namespace: str) -> int:
-    return int(cluster.get("deployment", "chat", namespace)["spec"]["replicas"])
-
-
 def test_an_alert_rescales_and_its_boost_decays(
     cluster, namespace, operator, manifest, serve, load, alerting
 ) -> None:
@@ -64,14 +60,14 @@ def test_an_alert_rescales_and_its_boost_decays(
             tuning={"disabledRules": ["replicas-up"]},
         )
     )
-    assert replicas(cluster, namespace) == 1
+    assert cluster.replicas(namespace) == 1
     (alone,) = load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], 32)
     load.start(rate=1.5 / alone, seconds=180, output_tokens=32)
     override = eventually(lambda: cluster.list("kvco", namespace), 90, "an override")[0]
     assert override["spec"]["target"] == "chat"
     assert override["spec"]["boost"] == {"minReplicas": 2}
     assert override["spec"]["reason"].startswith("alert CriticalLatency")
-    eventually(lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
+    eventually(lambda: cluster.replicas(namespace) == 2, 30, "two replicas")
     assert override["metadata"]["name"] in cluster.get("kvcd", "chat", namespace)["status"]["overrides"]
     reasons = [event["reason"] for event in cluster.list("event", namespace)]
     assert "AlertBoost" in reasons
@@ -83,7 +79,7 @@ def test_an_alert_rescales_and_its_boost_decays(
     load.stop()
 
     eventually(lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")
-    eventually(lambda: replicas(cluster, namespace) == 1, 150, "idle: back to one replica")
+    eventually(lambda: cluster.replicas(namespace) == 1, 150, "idle: back to one replica")
     assert len(reasons) == len(set(reasons)) or reasons.count("AlertBoost") == 1
 
 

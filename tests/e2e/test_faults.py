@@ -29,10 +29,6 @@ def prometheus(cluster, tmp_path) -> Iterator[Prometheus]:
     made.stop()
 
 
-def replicas(cluster: Any, namespace: str) -> int:
-    return int(cluster.get("deployment", "chat", namespace)["spec"]["replicas"])
-
-
 def test_without_prometheus_it_holds_and_scales_nothing_in(
     cluster, namespace, operator, manifest, serve, prometheus
 ) -> None:
@@ -57,10 +53,10 @@ def test_without_prometheus_it_holds_and_scales_nothing_in(
     idle_s = 120 * 0.4  # of pace Fast, scaled
     until = time.monotonic() + idle_s + 5
     while time.monotonic() < until:
-        assert replicas(cluster, namespace) == 2
+        assert cluster.replicas(namespace) == 2
         time.sleep(1)
     prometheus.start()
-    eventually(lambda: replicas(cluster, namespace) == 1, idle_s + 90, "idle and measured: scaled in")
+    eventually(lambda: cluster.replicas(namespace) == 1, idle_s + 90, "idle and measured: scaled in")
 
 
 @pytest.fixture
@@ -107,5 +103,5 @@ def test_a_gpu_that_is_not_there_is_named_and_causes_no_cascade(
     load.start(rate=0.8 / alone, seconds=28, output_tokens=8)  # a long window, and a look at it
     until = time.monotonic() + 28
     while time.monotonic() < until:
-        assert replicas(cluster, namespace) == 2, "the pending pod counts as capacity"
+        assert cluster.replicas(namespace) == 2, "the pending pod counts as capacity"
         time.sleep(1)

@@ -11,31 +11,27 @@ from tests.e2e.cluster import condition, eventually
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def replicas(cluster: Any, namespace: str) -> int | None:
-    return cluster.get("deployment", "chat", namespace).get("spec", {}).get("replicas")
-
-
 def test_kubectl_scale_works_on_the_resource_and_the_operator_does_not_fight_it(
     cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(replicas=2, nowhere=True))
-    eventually(lambda: replicas(cluster, namespace) == 2, 30, "two replicas")
+    eventually(lambda: cluster.replicas(namespace) == 2, 30, "two replicas")
     cluster.kubectl("scale", "kvcd", "chat", f"--namespace={namespace}", "--replicas=4")
-    eventually(lambda: replicas(cluster, namespace) == 4, 20, "four replicas")
+    eventually(lambda: cluster.replicas(namespace) == 4, 20, "four replicas")
     eventually(
         lambda: cluster.get("kvcd", "chat", namespace)["status"].get("replicas") == 4,
         20,
         "told in the status",
     )
     cluster.kubectl("scale", "kvcd", "chat", f"--namespace={namespace}", "--replicas=1")
-    eventually(lambda: replicas(cluster, namespace) == 1, 20, "one replica")
+    eventually(lambda: cluster.replicas(namespace) == 1, 20, "one replica")
     cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=3")
-    eventually(lambda: replicas(cluster, namespace) == 1, 30, "the resource's own number again")
+    eventually(lambda: cluster.replicas(namespace) == 1, 30, "the resource's own number again")
 
 
 def test_a_handover_at_five_replicas_never_drops_below_five(cluster, namespace, operator, manifest) -> None:
     cluster.apply(manifest(scaling={"min": 5, "max": 8}, nowhere=True))
-    eventually(lambda: replicas(cluster, namespace) == 5, 30, "five replicas")
+    eventually(lambda: cluster.replicas(namespace) == 5, 30, "five replicas")
     watch = subprocess.Popen(
         cluster.command(
             "get", "deployment", "chat", f"--namespace={namespace}", "--watch",
@@ -71,7 +67,7 @@ def hand_over(cluster: Any, namespace: str, manifest: Any) -> None:
             30,
             "the new spec is rolled out",
         )
-    eventually(lambda: replicas(cluster, namespace) == 6, 20, "six replicas stay")
+    eventually(lambda: cluster.replicas(namespace) == 6, 20, "six replicas stay")
 
 
 def merge_patch(document: dict[str, Any], absent: str) -> str:
@@ -84,7 +80,7 @@ def test_another_writer_of_the_deployment_is_told_and_not_fought(
     cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True))
-    eventually(lambda: replicas(cluster, namespace) == 1, 30, "one replica")
+    eventually(lambda: cluster.replicas(namespace) == 1, 30, "one replica")
     cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=2")
     conflict = eventually(
         lambda: (
@@ -97,4 +93,4 @@ def test_another_writer_of_the_deployment_is_told_and_not_fought(
         "ActuatorConflict",
     )
     assert "kubectl" in conflict["message"]
-    assert replicas(cluster, namespace) == 2
+    assert cluster.replicas(namespace) == 2
