@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvpilot_operator.adapters import kubernetes_objects as objects
-from kvpilot_operator.adapters.kubernetes_api import path_of
+from kvpilot_operator.adapters.kubernetes_api import ApiError, path_of
 
 NOW = 1_795_399_200.0  # 2026-11-23T02:00:00Z
 
@@ -149,3 +149,22 @@ def test_the_admin_token_follows_from_the_key_and_the_resource() -> None:
 )
 def test_paths(given: tuple[str, ...], path: str) -> None:
     assert path_of(*given) == path
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "refused"),
+    [
+        (422, "spec.tolerations: Unsupported value", True),
+        (400, "unknown field", True),
+        (
+            500,
+            "failed to create typed patch object (a/chat; apps/v1, Kind=Deployment): .spec.x: no such",
+            True,
+        ),
+        (500, "etcdserver: request timed out", False),
+        (503, "the server is currently unable to handle the request", False),
+        (0, "cannot connect", False),
+    ],
+)
+def test_a_wrong_object_is_told_from_a_server_in_trouble(status: int, message: str, refused: bool) -> None:
+    assert ApiError(message, status).refuses_object is refused

@@ -117,37 +117,40 @@ def test_a_template_that_the_api_server_refuses_is_a_condition(
     eventually(lambda: cluster.pods(namespace), 30, "the corrected template is rolled out")
 
 
-def test_what_is_somebody_elses_is_neither_taken_nor_deleted(cluster, namespace, operator, manifest) -> None:
-    theirs = {
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "chat", "namespace": namespace},
-        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]},
-    }  # fmt: skip
-    cluster.apply(theirs, manifest(scaling={"min": 1, "max": 1}, nowhere=True))
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("Service", "chat", {"spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}),
+        ("ConfigMap", "chat-config", {"data": {"theirs": "yes"}}),
+    ],
+)
+def test_what_is_somebody_elses_is_neither_taken_nor_deleted(
+    cluster, namespace, operator, manifest, kind, name, content
+) -> None:
+    theirs = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": namespace}, **content}
+    cluster.apply(theirs)
+    before = cluster.get(kind.lower(), name, namespace)
+    cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
     told = refusal(cluster, namespace)
-    assert told.startswith("metadata.name: Service chat exists and is not this resource's"), told
+    assert told.startswith(f"metadata.name: {kind} {name} exists and is not this resource's"), told
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
-    held = cluster.get("service", "chat", namespace)
-    assert held["spec"]["selector"] == {"app": "web"}
-    assert "ownerReferences" not in held["metadata"]
+    assert cluster.get(kind.lower(), name, namespace) == before
 
 
 def test_a_deployment_that_was_deleted_by_hand_comes_back_as_large(
     cluster, namespace, operator, manifest
 ) -> None:
-    def deployment() -> dict[str, Any]:
-        return dict(cluster.get("deployment", "chat", namespace))
-
-    def replicas() -> int:
-        return int(deployment().get("spec", {}).get("replicas", 0))
+    def uid() -> str:
+        return str(cluster.get("deployment", "chat", namespace)["metadata"]["uid"])
 
     cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True), boost(namespace))
     eventually(
         lambda: cluster.get("kvcd", "chat", namespace).get("status", {}).get("replicas") == 3, 40, "boosted"
     )
-    first = deployment()["metadata"]["uid"]
+    first = uid()
     cluster.kubectl("delete", "deployment", "chat", f"--namespace={namespace}")
-    eventually(lambda: deployment() and replicas() == 3, 30, "made again")
-    assert deployment()["metadata"]["uid"] != first
+    eventually(lambda: cluster.replicas(namespace) == 3, 30, "made again")
+    assert uid() != first
     decisions = cluster.get("kvcd", "chat", namespace)["status"]["decisions"]
     assert [item["outcome"] for item in decisions] == ["ScaledOut"], "nothing was decided about the loss"
 

@@ -7,7 +7,9 @@ validated already.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,25 @@ PLURALS: Mapping[str, str] = {
 """Every kind that the operator touches."""
 
 
+_NOT_CONVERTED = re.compile("failed to (create typed patch object|convert)")
+
+
 class ApiError(Exception):
     """The API server refused or could not be reached: one sentence. ``status`` is 0 without an answer."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+    @property
+    def refuses_object(self) -> bool:
+        """Whether what was sent is wrong, so that sending it again is of no use.
+
+        A field that the API server cannot convert is a 500 as well; others of these are its own trouble.
+        """
+        return self.status in {400, 422} or (
+            self.status == HTTPStatus.INTERNAL_SERVER_ERROR and _NOT_CONVERTED.search(str(self)) is not None
+        )
 
 
 def path_of(api_version: str, kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:

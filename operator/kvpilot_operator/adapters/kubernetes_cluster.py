@@ -19,7 +19,6 @@ from kvpilot_operator import manifests
 from kvpilot_operator.adapters import kubernetes_objects as objects
 from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
 from kvpilot_operator.manifests import names
-from kvpilot_operator.manifests.names import NAME_LABEL
 from kvpilot_operator.ports import Conflict, Key, Snapshot
 from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import API_VERSION, DeploymentSpec, KVCacheDeployment
@@ -32,9 +31,6 @@ EVENTS_API = "events.k8s.io/v1"
 REPORTER = "kvpilot.io/operator"
 NOTE_BYTES = 1024
 """The API's limit of an Event's note."""
-
-REFUSALS = frozenset({400, 422, 500})
-"""Answers to an object that is wrong; the API server says 500 of a field that it cannot convert."""
 
 SAME_EVENT_S = 600.0
 """An Event that was told this recently is not told again: a repeated look is no new transition."""
@@ -142,37 +138,42 @@ class KubernetesCluster:
         """
         resource = KVCacheDeployment.parse(snapshot.manifest)
         token = objects.admin_token(self._key, snapshot.manifest["metadata"]["uid"])
-        await self._raise_if_taken(snapshot, manifests.owned_objects(resource, token, None))
+        owned = manifests.owned_objects(resource, token)
+        maps = (manifests.config_map(resource, config), manifests.decisions_map(resource, ()))
+        *_, workload = await self._read_own(snapshot, (*maps, *owned))
         if snapshot.promoted is None:
             await self.write_config(snapshot, config)
         first = None
-        workload = await self._workload(snapshot.key)
         if workload is None:
             first = _first_replicas(snapshot, resource.spec)
         elif objects.MANAGER in objects.replica_managers(workload):
             # Left by a first apply that was cut short: what the main manager drops would go back to one.
             await self._write_scale(snapshot.key, int(workload["spec"].get("replicas", 1)))
-        for item in manifests.owned_objects(resource, token, first):
+        for item in owned if first is None else manifests.owned_objects(resource, token, first):
             try:
                 await self._api.apply(item, objects.MANAGER)
             except ApiError as error:
-                if item["kind"] == "Deployment" and error.status in REFUSALS:
+                if item["kind"] == "Deployment" and error.refuses_object:
                     raise ManifestError([f"spec.template: {error}"]) from error
                 raise
         if first is not None:
             # The number gets its own manager now, so that the next apply may leave it out.
             await self._write_scale(snapshot.key, first)
-            *_, workload = manifests.owned_objects(resource, token, None)
-            await self._api.apply(workload, objects.MANAGER)
+            await self._api.apply(owned[-1], objects.MANAGER)
 
-    async def _raise_if_taken(self, snapshot: Snapshot, owned: Iterable[Mapping[str, Any]]) -> None:
-        """Apply would make them ours, and they would go with the resource. Secrets are not read."""
-        uid = snapshot.manifest["metadata"]["uid"]
-        for item in owned:
-            if item["kind"] == "Secret":
-                continue
-            path = path_of(item["apiVersion"], item["kind"], snapshot.key.namespace, item["metadata"]["name"])
-            held = await self._api.get(path)
+    async def _read_own(
+        self, snapshot: Snapshot, wanted: Iterable[Mapping[str, Any]]
+    ) -> list[JsonObject | None]:
+        """What there is of the wanted objects, None for the others; Secrets, which nobody reads, left out.
+
+        Raises:
+            ManifestError: one is somebody else's. Apply would make it ours, to go with the resource.
+        """
+        uid, namespace = snapshot.manifest["metadata"]["uid"], snapshot.key.namespace
+        asked = [item for item in wanted if item["kind"] != "Secret"]
+        paths = [path_of(i["apiVersion"], i["kind"], namespace, i["metadata"]["name"]) for i in asked]
+        found = await asyncio.gather(*map(self._api.get, paths))
+        for item, held in zip(asked, found, strict=True):
             if held is not None and not _owned_by(held, uid) and not _orphan(held, snapshot.key.name):
                 raise ManifestError(
                     [
@@ -180,6 +181,7 @@ class KubernetesCluster:
                         "resource's; choose another name, or delete it"
                     ]
                 )
+        return found
 
     async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
         """Replace the status.
@@ -312,9 +314,6 @@ class KubernetesCluster:
         )
         return [item for items in lists for item in items]
 
-    async def _workload(self, key: Key) -> JsonObject | None:
-        return await self._api.get(path_of("apps/v1", "Deployment", *key))
-
     async def _write_scale(self, key: Key, replicas: int) -> None:
         scale = {
             "apiVersion": "autoscaling/v1",
@@ -354,7 +353,9 @@ def _owned_by(item: Mapping[str, Any] | None, uid: str) -> bool:
 def _orphan(item: Mapping[str, Any], name: str) -> bool:
     """Left by a resource of the same name that was deleted without what it owned."""
     metadata = item["metadata"]
-    return not metadata.get("ownerReferences") and (metadata.get("labels") or {}).get(NAME_LABEL) == name
+    return (
+        not metadata.get("ownerReferences") and (metadata.get("labels") or {}).get(names.NAME_LABEL) == name
+    )
 
 
 def _first_replicas(snapshot: Snapshot, spec: DeploymentSpec) -> int | None:
