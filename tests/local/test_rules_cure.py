@@ -7,7 +7,6 @@ judged, users who ask again once they are answered keep queues as long on a fast
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.local.deployment import Deployment, Traffic, closed_loop, manifest_of, users
@@ -16,7 +15,7 @@ from kvpilot_engine.contract import codec_rung
 from kvpilot_engine.contract.metrics import EDGES_S, Stage
 from kvpilot_operator.loop import Look
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.observation import Gauges
+from kvpilot_operator.tuning.observation import Counts, Gauges
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -57,6 +56,7 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
             before = deployment.looks[-1]
             uids = {pod.uid for pod in before.observation.pods}
             promoted = await deployment.recorded("Promoted", 80)
+            breached = _with_a_batch_of_one(deployment.looks)
             # A first step of the batch may be too short for the limit; then another one follows.
             after = await deployment.until(latency_met, 120)
 
@@ -74,12 +74,20 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
         pod.engine is not None and pod.engine.config["batchSize"] >= promoted.changes[0].after
         for pod in after.observation.pods
     )
-    breached = before.observation.counts("short")
     cured = after.observation.counts("short")
     assert _batch_wait(cured) < _batch_wait(breached) / 2
 
 
-def _batch_wait(counts: Any) -> float:
+def _with_a_batch_of_one(looks: list[Look]) -> Counts:
+    """Of the control, when there last was one: as the change starts, users have only begun to come."""
+    for look in reversed(looks):
+        pods = [pod for pod in look.observation.pods if pod.engine and pod.engine.config["batchSize"] == 1]
+        if pods:
+            return look.observation.counts("short", frozenset(pod.uid for pod in pods))
+    raise AssertionError("no engine ever ran with a batch of one")
+
+
+def _batch_wait(counts: Counts) -> float:
     return counts.stage_seconds[Stage.BATCH_WAIT] / counts.judged
 
 
