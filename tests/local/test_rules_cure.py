@@ -75,7 +75,7 @@ async def test_a_larger_batch_cures_the_wait_for_it(tmp_path: Path) -> None:
         for pod in after.observation.pods
     )
     cured = after.observation.counts("short")
-    assert _batch_wait(cured) < _batch_wait(breached) / 2
+    assert _batch_wait(cured) < _batch_wait(breached) / 4
 
 
 def _with_a_batch_of_one(looks: list[Look]) -> Counts:
