@@ -253,6 +253,7 @@ class Engine:
     def sample(self, id: str) -> protocol.Sampled:  # noqa: A002
         """Counters and gauges of the core; those of HTTP are the front's."""
         meter, scheduler = self.meter, self._scheduler
+        short = scheduler.short
         counters = {
             names.STEPS_TOTAL: float(meter.steps),
             names.STEP_BUSY_SECONDS_TOTAL: meter.busy_s,
@@ -263,8 +264,8 @@ class Engine:
         }
         gauges = {
             names.STEP_MARGINAL_GAIN: meter.marginal_gain(),
-            names.REQUESTS_WAITING: float(len(scheduler.waiting)),
-            names.REQUESTS_RUNNING: float(len(scheduler.admitted)),
+            names.REQUESTS_WAITING: float(len(scheduler.waiting) + short),
+            names.REQUESTS_RUNNING: float(len(scheduler.admitted) - short),
             names.CONFIG_GENERATION: float(self.generation),
             names.CONFIG_CONVERGING: float(self._converging),
             **{f"{names.STEP_CURVE_SECONDS}{{rows={rows}}}": s for rows, s in sorted(meter.curve.items())},

@@ -1,6 +1,6 @@
 """Who runs in the next step.
 
-waiting --(worker slot)--> loading --(blocks landed)--> ready --(row, pages)--> running --> ended.
+waiting --(worker slot)--> short --(pages)--> loading --(blocks landed)--> ready --(row)--> running --> ended.
 A running sequence that finds no page sends the youngest of the lowest priority back to waiting.
 """
 
@@ -49,12 +49,17 @@ class Scheduler:
         self._cache = cache
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._step = 0
-        self._releases = 0  # leases given back: only then can a blocked sequence find more pages than before
+        self._releases = 0  # leases given back: only then can a preempted sequence find more pages
 
     @property
     def live(self) -> int:
         """Sequences that have not ended."""
         return len(self.waiting) + len(self.admitted)
+
+    @property
+    def short(self) -> int:
+        """Sequences with a worker slot that wait for pages."""
+        return sum(s.phase is Phase.SHORT for s in self.admitted)
 
     @property
     def rows(self) -> int:
@@ -90,7 +95,7 @@ class Scheduler:
         self._step += 1
         self._land_loads(now)
         self._admit(now)
-        self._give_rows(now)
+        self._give_rows()
         plan = self._decodes(now)
         plan += self._prefills(self.config.max_step_tokens - len(plan), now)
         plan = [item for item in plan if item.sequence.phase is Phase.RUNNING]
@@ -109,47 +114,65 @@ class Scheduler:
         sequence.enter(Stage.BATCH_WAIT, now)
 
     def _admit(self, now: float) -> None:
+        for sequence in [s for s in self.admitted if s.phase is Phase.SHORT]:
+            if sequence.phase is Phase.SHORT and not self._find_room(sequence, now):
+                break
         while self.waiting and len(self.admitted) < self.config.num_workers:
             sequence = self.waiting[0]
+            if self._would_overtake(sequence):
+                return
             if sequence.blocked_at == self._releases and self.admitted:
-                return  # it found no page, and none has come free since
+                return  # it lost its pages, and none has come free since
             del self.waiting[0]
             request = sequence.request
             first = not sequence.leased
             sequence.leased = True
             sequence.lease = self._cache.lease(sequence.tokens, request.salt, request.exact_only, count=first)
+            sequence.phase = Phase.SHORT
             insort(self.admitted, sequence, key=_BY_URGENCY)
-            if sequence.lease.loading:
-                sequence.phase = Phase.LOADING
-                sequence.enter(Stage.TIER_LOAD, now)
-            else:
-                self._ready(sequence, now)
+            self._find_room(sequence, now)
 
-    def _give_rows(self, now: float) -> None:
-        rows = self.rows
-        for sequence in list(self.admitted):
-            if rows >= self.config.batch_size:
-                return
-            if sequence.phase is not Phase.READY or sequence.lease is None:
-                continue
-            self._cache.relook(sequence.lease)
-            while not self._room_for(sequence):
-                # Nobody who runs is disturbed for a newcomer; with no row in use, another newcomer gives way.
-                if rows:
-                    self._send_back(sequence, now)
-                    return
-                if self._preempt(now, besides=sequence) is None:
-                    break  # alone: pages come free as loads land, or go beyond a quota lowered since
-            sequence.phase = Phase.RUNNING
-            rows += 1
+    def _would_overtake(self, newcomer: Sequence) -> bool:
+        """Whether a more urgent sequence waits for pages, which ``newcomer`` must not take before it."""
+        return any(s.phase is Phase.SHORT and s.urgency < newcomer.urgency for s in self.admitted)
+
+    def _find_room(self, sequence: Sequence, now: float) -> bool:
+        """Let a short sequence go on, and its blocks be loaded, once pages suffice for its whole prompt.
+
+        Nobody who got that far is disturbed for it; while nobody did, others that are short give way.
+        """
+        lease = sequence.lease
+        assert lease is not None
+        self._cache.relook(lease)
+        while not self._room_for(sequence):
+            if any(s.phase is not Phase.SHORT for s in self.admitted):
+                return False
+            if self._preempt(now, besides=sequence) is None:
+                break  # alone: pages come free as loads land, or go beyond a quota lowered since
+        self._cache.load(lease)
+        if lease.loading:
+            sequence.phase = Phase.LOADING
+            sequence.enter(Stage.TIER_LOAD, now)
+        else:
+            self._ready(sequence, now)
+        return True
 
     def _room_for(self, newcomer: Sequence) -> bool:
         """Whether pages suffice for all prompts under way and this one, with one more for each row."""
         wanted = self.rows
         for sequence in self.admitted:
-            if sequence.lease and (sequence is newcomer or sequence.phase is Phase.RUNNING):
+            if sequence.lease and (sequence is newcomer or sequence.phase is not Phase.SHORT):
                 wanted += max(0, -(-len(sequence.tokens) // PAGE_TOKENS) - len(sequence.lease.pages))
         return self._cache.pages_available >= wanted
+
+    def _give_rows(self) -> None:
+        free = self.config.batch_size - self.rows
+        for sequence in self.admitted:
+            if free <= 0:
+                return
+            if sequence.phase is Phase.READY:
+                sequence.phase = Phase.RUNNING
+                free -= 1
 
     def _prefills(self, budget: int, now: float) -> list[Scheduled]:
         """Chunks of prefill, most urgent first.

@@ -15,10 +15,19 @@ class Phase(Enum):
     """What the scheduler may do with a sequence next."""
 
     WAITING = "waiting"  #: holds nothing
-    LOADING = "loading"  #: holds a worker slot and a lease; blocks of a slower tier are on their way
-    READY = "ready"  #: holds a worker slot and a lease; waits for a row
+    SHORT = "short"  #: holds a worker slot and a lease; waits for the pages that its prompt needs
+    LOADING = "loading"  #: has room for its prompt; blocks of a slower tier are on their way
+    READY = "ready"  #: has room for its prompt; waits for a row
     RUNNING = "running"  #: holds a row
     ENDED = "ended"
+
+
+_UNSIGNED = 2**64 - 1
+
+
+def _random(seed: int | None) -> random.Random:
+    """A generator of its own for each seed of 64 bits; ``Random`` itself takes -7 for 7."""
+    return random.Random(None if seed is None else seed & _UNSIGNED)
 
 
 @dataclass(eq=False)
@@ -31,7 +40,7 @@ class Sequence:
         tokens: prompt, then everything generated. The last generated token's key is not computed yet.
         computed: tokens from the start whose keys and values are in the pool.
         cached_tokens: prompt tokens that the cache served when it first ran.
-        blocked_at: leases given back when it lost its pages or found none; it waits for a further one.
+        blocked_at: leases given back when it lost its pages; it waits for a further one.
         leased: has held a lease: a further one is not a new query of the cache.
         last_step: number of the last step it took part in.
     """
@@ -61,7 +70,7 @@ class Sequence:
             arrived=now,
             order=order,
             tokens=list(request.prompt),
-            random=random.Random(request.seed),
+            random=_random(request.seed),
             _stage_since=now,
         )
 

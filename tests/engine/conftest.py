@@ -52,6 +52,12 @@ class Driver:
             self.step()
         raise AssertionError(f"still working after {most_steps} steps")
 
+    def settle(self) -> None:
+        """Wait until every evicted block is encoded; at once when none is under way."""
+        for _ in range(50):
+            self.engine.cache.wait(1.0)
+            self.engine.cache.poll()
+
     def ask(self, name: str, prompt: list[int], new: int = 8, **rest: Any) -> protocol.Finished:
         self.submit(name, prompt, new, **rest)
         self.run()

@@ -250,6 +250,42 @@ def test_many_waiting_requests_in_a_small_pool_all_finish(make_engine: Make, pro
     assert all(len(driver.tokens[str(i)]) == 5 + i % 20 for i in range(40))
 
 
+def test_a_prompt_without_pages_waits_for_admission(make_engine: Make, prompt: Prompt) -> None:
+    """It is no wait for the batch, and nobody less urgent takes the pages that come free."""
+    clock = Clock()
+    driver = make_engine(clock=clock, max_tokens=512)
+    driver.submit("runs", prompt(300, 0), 20)
+    driver.step()
+    driver.submit("urgent", prompt(350, 1), 2, priority=5)
+    driver.submit("small", prompt(100, 2), 2)
+    for _ in range(3):
+        clock.now += 1.0
+        driver.step()
+        assert not driver.tokens["urgent"] and not driver.tokens["small"]
+    assert (driver.gauge(names.REQUESTS_WAITING), driver.gauge(names.REQUESTS_RUNNING)) == (2, 1)
+    driver.run()
+    waited = driver.finished["urgent"].stages
+    assert waited["admission_wait"] >= 3.0
+    assert waited["batch_wait"] == 0.0
+    assert driver.finished["small"].stages["admission_wait"] >= 3.0
+    assert list(driver.finished) == ["runs", "urgent", "small"]
+
+
+def test_blocks_that_were_loaded_for_a_prompt_without_pages_are_not_loaded_again(
+    make_engine: Make, prompt: Prompt
+) -> None:
+    driver = make_engine(max_tokens=1024, host_memory_mb=64, use_compression=False, max_step_tokens=256)
+    for i in range(8):
+        driver.ask(f"fill{i}", prompt(513, i), 1)
+        driver.settle()
+    loaded = driver.counter(names.TIER_LOAD_BLOCKS_TOTAL)
+    for i in range(6):
+        driver.submit(f"again{i}", prompt(513, i), 3)
+    driver.run()
+    assert [driver.finished[f"again{i}"].cached_tokens for i in range(6)] == [512] * 6
+    assert driver.counter(names.TIER_LOAD_BLOCKS_TOTAL) - loaded <= 6 * 4
+
+
 def test_idle_engine_has_no_work(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine()
     assert not driver.engine.has_work

@@ -72,10 +72,9 @@ def test_bytes_read_on_a_raw_hit_are_the_bytes_written(
         if host_memory_mb:
             for i in range(3):
                 driver.ask(f"other{shared}{i}", prompt(640, 2 * shared + i), 1)
-            for _ in range(50):  # until every evicted block is encoded; at once when none is under way
-                cache.wait(1.0)
-                cache.poll()
+            driver.settle()
         lease = cache.lease([*ids, 0], count=False)
+        cache.load(lease)
         while lease.loading:
             cache.wait(1.0)
             cache.poll()

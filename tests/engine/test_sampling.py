@@ -48,3 +48,10 @@ def test_rows_of_a_batch_have_their_own_settings() -> None:
     tokens = sample(rows, [greedy, other, drawn])
     assert tokens[:2] == [0, 4]
     assert tokens[2] in range(4)
+
+
+def test_every_seed_draws_its_own_numbers() -> None:
+    """``random.Random`` takes -7 for 7."""
+    drawn = {seed: sequence(seed=seed).random.random() for seed in (7, -7, 0, 2**63 - 1, -(2**63))}
+    assert len(set(drawn.values())) == 5
+    assert drawn[7] == sequence(seed=7).random.random()

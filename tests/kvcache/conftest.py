@@ -84,6 +84,12 @@ class Harness:
             default=0.0,
         )
 
+    def lease(self, tokens: Sequence[int], salt: str = "", exact_only: bool = False) -> Lease:
+        """Look up, hold and start loading, as the scheduler does for a prompt that has room."""
+        lease = self.cache.lease(tokens, salt, exact_only)
+        self.cache.load(lease)
+        return lease
+
     def loaded(self, lease: Lease, timeout_s: float = 30.0) -> Lease:
         """Poll until the lease waits for nothing."""
         deadline = time.monotonic() + timeout_s
@@ -103,7 +109,7 @@ class Harness:
 
     def serve(self, tokens: list[int], salt: str = "", *, exact_only: bool = False) -> tuple[int, Fidelity]:
         """One request from lookup to release: cached tokens and their fidelity. Raw hits must be exact."""
-        lease = self.loaded(self.cache.lease(tokens, salt, exact_only))
+        lease = self.loaded(self.lease(tokens, salt, exact_only))
         cached, fidelity = lease.cached_tokens, lease.fidelity
         if fidelity is Fidelity.EXACT:
             assert self.error(lease, tokens, salt) == 0.0

@@ -80,7 +80,7 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
             sequence = Running(self.tokens(which), salt, exact_only)
             if ahead:
                 self.h.cache.prefetch(sequence.tokens, salt, exact_only)
-            sequence.lease = self.h.cache.lease(sequence.tokens, salt, exact_only)
+            sequence.lease = self.h.lease(sequence.tokens, salt, exact_only)
             self.live.append(sequence)
             if len(self.live) > MOST_LIVE:
                 self.h.cache.release(self.live.pop(0).lease)
@@ -142,6 +142,11 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
             kept, lost = self.h.apply(**values)
             assert kept >= 0
             assert lost == 0
+
+        @rule(sequence=running)
+        def load(self, sequence):
+            if not sequence.computed and not sequence.lease.released:
+                self.h.cache.load(sequence.lease)
 
         @rule(blocking=st.booleans())
         def poll(self, blocking):

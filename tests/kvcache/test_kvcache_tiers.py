@@ -32,7 +32,7 @@ def damage(host, key: bytes) -> None:
 def test_a_raw_block_comes_back_with_the_bytes_written(make):
     h = make(max_tokens=512, host_memory_mb=8)
     spill(h, range(4))
-    lease = h.cache.lease(h.prompt(0, 257))
+    lease = h.lease(h.prompt(0, 257))
     assert lease.loading
     assert lease.cached_tokens == 0
     h.loaded(lease)
@@ -50,7 +50,7 @@ def test_a_block_is_loaded_around_the_pages_that_are_still_there(make):
     h.serve(tokens)
     h.serve(h.prompt(1, 200))  # evicts five pages of the block
     h.flush()
-    lease = h.loaded(h.cache.lease(tokens))
+    lease = h.loaded(h.lease(tokens))
     assert lease.cached_tokens == 128
     assert h.error(lease, tokens) == 0.0
     assert h.counter("prefix_hit_tokens_total{tier=pool}") == 48
@@ -74,7 +74,7 @@ def test_the_ratio_chooses_the_codec_and_a_hit_says_what_it_lost(make, ratio, fi
     h = make(max_tokens=512, host_memory_mb=8, use_compression=True, compression_ratio=ratio)
     spill(h, range(4))
     tokens = h.prompt(0, 257)
-    lease = h.loaded(h.cache.lease(tokens))
+    lease = h.loaded(h.lease(tokens))
     assert lease.fidelity is fidelity
     assert (h.error(lease, tokens) > 0) == (fidelity is not Fidelity.EXACT)
     assert h.error(lease, tokens) <= most
@@ -124,7 +124,7 @@ def test_exact_pages_replace_lossy_ones_and_never_the_other_way_round(make):
     spill(h, range(6))
     assert h.serve(tokens)[1] is Fidelity.INT8
     h.flush()
-    lossy = h.cache.lease(tokens)
+    lossy = h.lease(tokens)
     assert h.serve(tokens, exact_only=True) == (0, Fidelity.EXACT)
     assert h.serve(tokens) == (256, Fidelity.EXACT)
     h.cache.commit(lossy, tokens, 256)
@@ -138,7 +138,7 @@ def test_an_exact_request_may_use_raw_blocks_of_exact_pages_only(make):
     assert h.serve(h.prompt(0, 257), exact_only=True) == (256, Fidelity.EXACT)
     h.apply(use_compression=True, compression_ratio=0.52)
     spill(h, range(20, 24))
-    lease = h.cache.lease(h.prompt(20, 257), exact_only=True)
+    lease = h.lease(h.prompt(20, 257), exact_only=True)
     assert not lease.loading
     h.cache.release(lease)
 
@@ -173,9 +173,9 @@ def test_a_corrupt_block_is_a_miss_and_a_count(make):
     spill(h, range(4))
     host = h.cache._traffic.host
     tokens = h.prompt(0, 257)
-    key = h.cache.lease(tokens).hashes[15]
+    key = h.lease(tokens).hashes[15]
     damage(host, key)
-    lease = h.loaded(h.cache.lease(tokens))
+    lease = h.loaded(h.lease(tokens))
     assert lease.cached_tokens == 128
     assert h.counter("blocks_lost_total{reason=corrupt}") == 1
     assert host.get(key) is None
@@ -244,7 +244,7 @@ def test_a_tighter_codec_keeps_the_blocks_of_a_lowered_budget(make):
     kept_raw = [block for block in host._blocks.values() if block.fidelity is Fidelity.EXACT]
     assert kept_raw, "no more is tightened than the budget needs"
     assert next(reversed(host._blocks.values())).fidelity is Fidelity.EXACT, "the least recent ones go first"
-    lease = h.loaded(h.cache.lease(h.prompt(0, 129)))
+    lease = h.loaded(h.lease(h.prompt(0, 129)))
     assert (lease.cached_tokens, lease.fidelity) == (128, Fidelity.INT8)
     h.cache.release(lease)
 
@@ -262,20 +262,20 @@ def test_a_block_that_cannot_be_tightened_is_dropped_and_counted(make):
 def test_releasing_a_lease_that_still_loads_leaves_the_cache_whole(make):
     h = make(max_tokens=512, host_memory_mb=8)
     spill(h, range(4))
-    lease = h.cache.lease(h.prompt(0, 257))
+    lease = h.lease(h.prompt(0, 257))
     assert lease.loading
     h.cache.release(lease)
     h.cache.check_integrity()
     h.until(lambda: h.counter("tier_load_blocks_total") == 1)
     h.cache.check_integrity()
-    assert h.cache.lease(h.prompt(0, 129)).cached_tokens == 128
+    assert h.lease(h.prompt(0, 129)).cached_tokens == 128
 
 
 def test_two_leases_share_one_load(make):
     h = make(max_tokens=1024, host_memory_mb=8)
     spill(h, range(8))
     tokens = h.prompt(0, 257)
-    leases = [h.cache.lease(tokens) for _ in range(2)]
+    leases = [h.lease(tokens) for _ in range(2)]
     for lease in leases:
         h.loaded(lease)
         assert lease.cached_tokens == 256
@@ -286,7 +286,7 @@ def test_two_leases_share_one_load(make):
 
 def polls_to_load(h, tokens) -> int:
     """Polls with something landed until a lease has all of its blocks."""
-    lease, polls = h.cache.lease(tokens), 0
+    lease, polls = h.lease(tokens), 0
     while lease.loading:
         h.cache.wait(5)
         polls += h.cache.poll()
@@ -301,7 +301,7 @@ def test_without_prefetch_blocks_come_one_by_one_and_with_it_together(make):
     assert polls_to_load(h, h.prompt(0, 1025)) == 8
     h.apply(enable_prefetch=True, prefetch_size=4)
     spill(h, range(4, 8), tokens=1025)
-    lease = h.cache.lease(h.prompt(4, 1025))
+    lease = h.lease(h.prompt(4, 1025))
     assert len(lease.waiting) == 4
     h.loaded(lease)
     h.cache.release(lease)
@@ -314,7 +314,7 @@ def test_a_prefetched_prompt_does_not_wait(make):
     h.cache.prefetch(tokens)
     h.until(lambda: h.counter("tier_load_blocks_total") == 2)
     h.cache.check_integrity()
-    lease = h.cache.lease(tokens)
+    lease = h.lease(tokens)
     assert lease.cached_tokens == 256
     h.loaded(lease)
     assert lease.cached_tokens == 512
@@ -331,7 +331,7 @@ def test_a_lease_joins_a_prefetch_that_is_under_way(make):
     spill(h, range(8), tokens=513)
     tokens = h.prompt(0, 257)
     h.cache.prefetch(tokens)
-    lease = h.loaded(h.cache.lease(tokens))
+    lease = h.loaded(h.lease(tokens))
     assert lease.cached_tokens == 256
     assert h.counter("prefetch_blocks_total{result=used}") == 2
     assert h.counter("tier_load_blocks_total") == 2
@@ -370,9 +370,9 @@ def test_exact_only_prefetch_leaves_lossy_blocks_alone(make):
 def test_loads_that_cannot_have_pages_are_misses(make):
     h = make(max_tokens=512, host_memory_mb=8)
     spill(h, range(4))
-    hog = h.cache.lease(h.prompt(50, 500))
+    hog = h.lease(h.prompt(50, 500))
     assert h.cache.extend(hog, 500)
-    lease = h.cache.lease(h.prompt(0, 257))
+    lease = h.lease(h.prompt(0, 257))
     assert not lease.loading
     assert lease.cached_tokens == 0
     h.cache.release(hog)

@@ -72,7 +72,7 @@ STEP_MARGINAL_GAIN = "kvpilot_step_marginal_gain"  # relative gain of tokens/s f
 
 # State.
 REQUESTS_WAITING = "kvpilot_requests_waiting"  # admission wait
-REQUESTS_RUNNING = "kvpilot_requests_running"  # holds a worker slot
+REQUESTS_RUNNING = "kvpilot_requests_running"  # holds a worker slot and pages
 MEMORY_RATIO = "kvpilot_memory_ratio"  # {kind}: host | device, used / limit as the design defines it
 MEMORY_BYTES = "kvpilot_memory_bytes"  # {kind}: host | device
 MEMORY_LIMIT_BYTES = "kvpilot_memory_limit_bytes"  # {kind}: host | device

@@ -74,7 +74,7 @@ class KVCache:
     def lease(
         self, tokens: Sequence[int], salt: str = "", exact_only: bool = False, *, count: bool = True
     ) -> Lease:
-        """Look ``tokens`` up, hold what is cached of them, and start loading what a slower tier has.
+        """Look ``tokens`` up and hold what the pool has of them.
 
         Args:
             tokens: the whole prompt, at least one token.
@@ -93,8 +93,11 @@ class KVCache:
             self._count(lease, lease.hits - len(fetched), len(fetched))
             lease.ceiling = self._infinite.prefix(lease.hashes, lease.hits, lease.usable)
             self._ceiling_pages += lease.ceiling
-        self._traffic.advance(lease)
         return lease
+
+    def load(self, lease: Lease) -> None:
+        """Start loading what a slower tier has behind the hits; the caller has room for the whole prompt."""
+        self._traffic.advance(lease)
 
     def prefetch(self, tokens: Sequence[int], salt: str = "", exact_only: bool = False) -> None:
         """Fetch the first ``prefetch_size`` blocks of a queued request ahead, into the coldest pages."""

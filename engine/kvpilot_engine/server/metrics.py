@@ -54,8 +54,8 @@ GAUGES = (
     Family(names.CACHE_BUDGET_BYTES, "Bytes that may be held.", "tier", _TIERS),
     Family(names.STEP_CURVE_SECONDS, "Measured time of a decode step by rows.", "rows"),
     Family(names.STEP_MARGINAL_GAIN, "Relative gain of tokens/s from one more sequence."),
-    Family(names.REQUESTS_WAITING, "Requests without a worker slot."),
-    Family(names.REQUESTS_RUNNING, "Requests with a worker slot."),
+    Family(names.REQUESTS_WAITING, "Requests without a worker slot, or without pages for their prompt."),
+    Family(names.REQUESTS_RUNNING, "Requests with a worker slot and pages."),
     Family(names.CONFIG_GENERATION, "Generation of the configuration in force."),
     Family(names.CONFIG_CONVERGING, "1 while a lowered quota is not reached."),
 )
