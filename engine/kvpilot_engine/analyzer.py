@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvpilot_engine.contract import KVCacheConfig
+from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.stats import share, total
@@ -19,13 +19,16 @@ SATURATED_BUSY = 0.90
 """Busy this much, and one more sequence would raise tokens/s by less than SATURATED_GAIN: saturated."""
 
 
-_DOUBLED = {
-    Stage.ADMISSION_WAIT: ("num_workers", 128),
-    Stage.BATCH_WAIT: ("batch_size", 256),
-    Stage.TIER_LOAD: ("prefetch_size", 64),
-    Stage.PREFILL: ("max_step_tokens", 8192),
+_RELIEF = {
+    Stage.ADMISSION_WAIT: "num_workers",
+    Stage.BATCH_WAIT: "batch_size",
+    Stage.TIER_LOAD: "prefetch_size",
+    Stage.PREFILL: "max_step_tokens",
 }
-"""The knob that relieves a stage, and how far it goes."""
+"""The knob that relieves a stage when it is doubled."""
+
+QUOTA_GROWTH = 1.5
+"""A hot cache that is too small is advised to grow by this factor."""
 
 
 @dataclass(frozen=True)
@@ -188,27 +191,34 @@ def _stage_remedy(stage: Stage, stats: Mapping[str, Any], config: KVCacheConfig)
             f"The engine is saturated (busy {stats['step_utilization']:.0%}, one more sequence would add "
             f"{total(stats['engine'], names.STEP_MARGINAL_GAIN):.0%} tokens/s): add an engine."
         )
-    if stage in _DOUBLED:
-        knob, highest = _DOUBLED[stage]
-        now = getattr(config, knob)
-        more = min(highest, max(1, now * 2))
-        remedy = f"Raise {knob} from {now} to {more}."
+    if stage is Stage.TIER_LOAD and not config.enable_prefetch:
+        return "enable_prefetch=True", "Turn enable_prefetch on, so that blocks are fetched ahead."
+    if stage in _RELIEF:
+        name = _RELIEF[stage]
+        action, remedy = _raise(name, getattr(config, name), 2.0)
         if stage is Stage.PREFILL:
             remedy += (
                 f" {stats['hit_rate']:.0%} of prompt tokens come from the cache: longer prefixes help too."
             )
-        return f"{knob}={more}", remedy
+        return action, remedy
     if stage is Stage.PREEMPTED:
-        more = config.max_tokens * 3 // 2
-        return f"max_tokens={more}", (
-            f"{stats['preemptions']} sequences lost their pages: raise max_tokens from {config.max_tokens} "
-            f"to {more}, or admit fewer with num_workers."
-        )
+        action, remedy = _raise("max_tokens", config.max_tokens, QUOTA_GROWTH)
+        lost = f"{stats['preemptions']} sequences lost their pages."
+        return action, f"{lost} {remedy} Or admit fewer with num_workers."
     rows = share(total(stats["engine"], names.STEP_ROWS_TOTAL), total(stats["engine"], names.STEPS_TOTAL))
     return "max_length", (
         f"Steps hold {rows:.1f} sequences on average, so decoding is bound by the model itself: ask for "
         "fewer new tokens, or use a faster device."
     )
+
+
+def _raise(name: str, now: int, factor: float) -> tuple[str, str]:
+    """Action and remedy that raise a knob, within the bounds of the catalogue."""
+    highest = int(knob(name).maximum or now)
+    if now >= highest:
+        return "replicas+1", f"{name} is at its upper bound ({now}): add an engine."
+    more = min(highest, max(1, int(now * factor)))
+    return f"{name}={more}", f"Raise {name} from {now} to {more}."
 
 
 def _saturated(stats: Mapping[str, Any]) -> bool:
@@ -230,10 +240,10 @@ def _hit_rate(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets)
     if stats["evictions"] == 0:
         remedy = "Nothing was evicted, so a larger cache gains nothing: the misses are first occurrences."
         return Finding("low_hit_rate", 1.0, rate, "none", evidence, remedy, "none")
-    more = config.max_tokens * 3 // 2
-    remedy = f"{stats['evictions']} pages were evicted: raise max_tokens from {config.max_tokens} to {more}."
+    action, remedy = _raise("max_tokens", config.max_tokens, QUOTA_GROWTH)
     impact = f"hit rate between {rate:.1%} and {ceiling:.1%}"
-    return Finding("low_hit_rate", excess, rate, f"max_tokens={more}", evidence, remedy, impact)
+    remedy = f"{stats['evictions']} pages were evicted. {remedy}"
+    return Finding("low_hit_rate", excess, rate, action, evidence, remedy, impact)
 
 
 def _memory(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets) -> Finding | None:
@@ -246,17 +256,15 @@ def _memory(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets) -
         f"{cached / 2**20:.0f} MiB of {stats['memory_bytes'] / 2**20:.0f} MiB."
     )
     over = (used - targets.memory) * stats["memory_limit_bytes"]
-    budget = max(100, int((cached - over) / 2**20))
-    remedy = f"Set max_memory_mb to {budget}, or tighten compression_ratio ({config.compression_ratio})."
-    return Finding(
-        "high_memory",
-        used / targets.memory,
-        used,
-        f"max_memory_mb={budget}",
-        evidence,
-        remedy,
-        f"{over / 2**20:.0f} MiB less",
-    )
+    budget = int((cached - over) / 2**20)
+    if budget < (knob("max_memory_mb").minimum or 0):
+        action = "memory_limit"
+        remedy = "A smaller cache alone cannot cure that: give the engine more memory."
+    else:
+        action = f"max_memory_mb={budget}"
+        remedy = f"Set max_memory_mb to {budget}, or tighten compression_ratio ({config.compression_ratio})."
+    impact = f"{over / 2**20:.0f} MiB less"
+    return Finding("high_memory", used / targets.memory, used, action, evidence, remedy, impact)
 
 
 def _errors(stats: Mapping[str, Any], targets: Targets) -> Finding | None:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.alias_generators import to_camel, to_snake
 
 from kvpilot_engine import memory, protocol
-from kvpilot_engine.contract import KVCacheConfig, config_errors
+from kvpilot_engine.contract import PAGE_TOKENS, KVCacheConfig, config_errors
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.config import COLD_FIELDS
 from kvpilot_engine.contract.metrics import Stage
@@ -105,25 +105,28 @@ class Engine:
     def submit(self, request: protocol.Generate) -> None:
         """Queue a request. A wrong one ends with ``Finished(reason="invalid")`` at the next step."""
         self._arrivals += 1
-        sequence = Sequence.of(request, self._arrivals, self._clock())
-        if error := self._error(request):
+        most = min(self._model.context_length, self.cache.max_request_tokens)
+        sequence = Sequence.of(request, self._arrivals, self._clock(), most)
+        if error := self._error(request, sequence.max_new_tokens):
             self._outbox.append(sequence.finished("invalid", self._clock(), error))
             return
         self._live[request.id] = sequence
         self._scheduler.add(sequence)
         self.cache.prefetch(sequence.tokens, request.salt, request.exact_only)
 
-    def _error(self, request: protocol.Generate) -> str | None:
+    def _error(self, request: protocol.Generate, new_tokens: int) -> str | None:
         """What is wrong with a request, in one line."""
-        total = len(request.prompt) + request.max_new_tokens
+        total = len(request.prompt) + new_tokens
         vocabulary = int(self._model.module.config.vocab_size)
-        size = f"prompt of {len(request.prompt)} tokens and max_new_tokens {request.max_new_tokens}"
+        size = f"prompt of {len(request.prompt)} tokens and max_new_tokens {new_tokens}"
+        held = self.cache.max_request_tokens
+        bound = "max_tokens" if held + PAGE_TOKENS > self.config.max_tokens else "max_memory_mb"
         wrong_id = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         checks = (
             (not request.prompt, "prompt: is empty; at least one token is needed"),
             (
-                request.max_new_tokens < 1,
-                f"max_new_tokens: must be at least 1, got {request.max_new_tokens}",
+                new_tokens < 1,
+                f"max_new_tokens: must be at least 1, got {new_tokens}",
             ),
             (request.temperature < 0.0, f"temperature: must be at least 0, got {request.temperature}"),
             (not 0.0 < request.top_p <= 1.0, f"top_p: must be above 0 and at most 1, got {request.top_p}"),
@@ -135,8 +138,8 @@ class Engine:
                 f"{size} make {total}; the model's context length is {self._model.context_length}",
             ),
             (
-                total > self.cache.max_request_tokens,
-                f"{size} make {total}; the cache holds {self.cache.max_request_tokens} (max_tokens)",
+                total > held,
+                f"{size} make {total}; the cache holds {held} ({bound})",
             ),
         )
         return next((message for wrong, message in checks if wrong), None)
@@ -190,7 +193,7 @@ class Engine:
         if sequence.first_token_s is None:
             sequence.first_token_s = now - sequence.arrived
             sequence.enter(Stage.DECODE, now)
-        if sequence.output_tokens >= sequence.request.max_new_tokens:
+        if sequence.output_tokens >= sequence.max_new_tokens:
             self._end(sequence, "length", now)
 
     def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> None:

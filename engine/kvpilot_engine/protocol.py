@@ -16,7 +16,7 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         prompt: token ids, at least one.
-        max_new_tokens: upper bound of new tokens, at least 1.
+        max_new_tokens: upper bound of new tokens, at least 1; None for as many as fit behind the prompt.
         temperature: 0 is greedy.
         priority: higher is more urgent.
         salt: root of the hash chain, from the authenticated tenant.
@@ -27,7 +27,7 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
 
     id: str
     prompt: list[int]
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

@@ -46,6 +46,7 @@ class Sequence:
     """
 
     request: protocol.Generate
+    max_new_tokens: int
     arrived: float
     order: int
     tokens: list[int]
@@ -63,10 +64,12 @@ class Sequence:
     _seconds: dict[Stage, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, request: protocol.Generate, order: int, now: float) -> Sequence:
-        """A sequence that has just arrived."""
+    def of(cls, request: protocol.Generate, order: int, now: float, most: int = 0) -> Sequence:
+        """A sequence that has just arrived; without a limit of its own it may reach ``most`` tokens."""
+        limit = request.max_new_tokens
         return cls(
             request=request,
+            max_new_tokens=max(1, most - len(request.prompt)) if limit is None else limit,
             arrived=now,
             order=order,
             tokens=list(request.prompt),
@@ -88,11 +91,6 @@ class Sequence:
     def output_tokens(self) -> int:
         """New tokens so far."""
         return len(self.tokens) - self.prompt_tokens
-
-    @property
-    def most_tokens(self) -> int:
-        """Largest length it can reach, prompt included."""
-        return self.prompt_tokens + self.request.max_new_tokens
 
     @property
     def deadline(self) -> float:

@@ -124,6 +124,30 @@ def test_bottleneck_and_remedy_with_their_figures(
         assert figure in analyzer.generate_performance_report()["text"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "config", "action"),
+    [
+        ("admission_wait", {"num_workers": 128}, "replicas+1"),
+        ("preempted", {"max_tokens": 65536}, "replicas+1"),
+        ("preempted", {"max_tokens": 60000}, "max_tokens=65536"),
+        ("tier_load", {"enable_prefetch": False}, "enable_prefetch=True"),
+    ],
+)
+def test_no_remedy_goes_beyond_a_bound_or_has_no_effect(
+    stage: str, config: dict[str, Any], action: str
+) -> None:
+    recorded = Recorded(stage, **SLOW)
+    recorded.config = recorded.config.updated(config)
+    (advice,) = PerformanceAnalyzer(recorded).get_optimization_recommendations()
+    assert advice["action"] == action
+
+
+def test_a_cache_at_its_least_is_not_told_to_shrink() -> None:
+    recorded = Recorded(memory_usage=0.9, engine={"kvpilot_cache_bytes{tier=pool}": 90 * 2.0**20})
+    (advice,) = PerformanceAnalyzer(recorded).get_optimization_recommendations()
+    assert advice["action"] == "memory_limit"
+
+
 def test_nothing_is_said_of_an_engine_that_meets_its_targets_or_did_nothing() -> None:
     assert PerformanceAnalyzer(Recorded()).identify_bottlenecks() == []
     assert "Every target is met." in PerformanceAnalyzer(Recorded()).generate_performance_report()["text"]

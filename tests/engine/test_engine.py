@@ -189,6 +189,17 @@ def test_bad_requests_end_with_one_clear_line(make_engine: Make) -> None:
     assert driver.ask("good", [65], 1).reason == "length"
 
 
+def test_an_answer_without_a_limit_goes_on_to_what_the_cache_holds(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=512)
+    driver.engine.submit(protocol.Generate(id="open", prompt=prompt(509), max_new_tokens=None))
+    driver.engine.submit(protocol.Generate(id="full", prompt=prompt(512), max_new_tokens=None))
+    driver.run()
+    assert (driver.finished["open"].reason, driver.finished["open"].output_tokens) == ("length", 3)
+    assert driver.finished["full"].message == (
+        "prompt of 512 tokens and max_new_tokens 1 make 513; the cache holds 512 (max_tokens)"
+    )
+
+
 def test_a_request_times_out_wherever_it_is(make_engine: Make, prompt: Prompt) -> None:
     clock = Clock()
     driver = make_engine(clock=clock, num_workers=1, batch_size=1)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
 
 PAGE_TOKENS = 16
 """Tokens in a page: the unit of hashing and of the hot pool."""
@@ -60,6 +61,17 @@ def _dtype_name(value: Any) -> Any:
     return value.removeprefix("torch.") if isinstance(value, str) else value
 
 
+def _number(value: Any) -> Any:
+    """Refuse what pydantic would take for a number: ``true`` is no 1, and ``"8"`` is no 8."""
+    if isinstance(value, (bool, str)):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+MaybeInt = Annotated[int | None, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, Strict()]
 Strategy = Annotated[CacheStrategy, BeforeValidator(_enum_by_value)]
 DType = Annotated[Literal["float16", "bfloat16", "float32"], BeforeValidator(_dtype_name)]
 
@@ -79,49 +91,57 @@ class KVCacheConfig(BaseModel):
     )
 
     # Shape of the model: read from it; an explicit value that differs is an error at load.
-    num_heads: int | None = Field(None, ge=1, description="Attention heads; taken from the model.")
-    head_dim: int | None = Field(None, ge=1, description="Width of a head; taken from the model.")
+    num_heads: MaybeInt = Field(None, ge=1, description="Attention heads; taken from the model.")
+    head_dim: MaybeInt = Field(None, ge=1, description="Width of a head; taken from the model.")
 
     # The cache.
-    max_tokens: int = Field(4096, ge=128, description="Quota of the hot cache, tokens.")
+    max_tokens: Int = Field(4096, ge=128, description="Quota of the hot cache, tokens.")
     block_size: Literal[128] = Field(128, description="Tokens in a block of the slow tiers.")
     cache_strategy: Strategy = Field(CacheStrategy.ADAPTIVE, description="Eviction policy of the hot pool.")
-    max_memory_mb: int | None = Field(None, ge=100, description="Budget of all cache memory, MiB.")
-    host_memory_mb: int = Field(
+    max_memory_mb: MaybeInt = Field(None, ge=100, description="Budget of all cache memory, MiB.")
+    host_memory_mb: Int = Field(
         256, ge=0, le=1_048_576, description="Host tier below the pool, MiB; 0 is off."
     )
-    use_compression: bool = Field(True, description="Encode blocks that leave the hot pool.")
-    compression_ratio: float = Field(
+    use_compression: Flag = Field(True, description="Encode blocks that leave the hot pool.")
+    compression_ratio: Float = Field(
         0.3, gt=0.0, le=1.0, multiple_of=0.01, description="Fraction kept of 16-bit bytes; lower is tighter."
     )
-    use_quantization: bool = Field(False, description="Quantise the hot pool itself (quality-bearing).")
+    use_quantization: Flag = Field(False, description="Quantise the hot pool itself (quality-bearing).")
     quantization_bits: Literal[4, 8, 16] = Field(8, description="Bits of a quantised hot pool.")
-    enable_gc: bool = Field(True, description="Collect cached pages ahead of need.")
-    gc_threshold: float = Field(0.8, gt=0.0, le=1.0, description="Memory ratio that starts a collection.")
-    enable_prefetch: bool = Field(True, description="Fetch blocks ahead from slower tiers.")
-    prefetch_size: int = Field(4, ge=0, le=1024, description="Blocks fetched ahead per request.")
-    enable_persistence: bool = Field(False, description="Keep blocks on disk across restarts.")
+    enable_gc: Flag = Field(True, description="Collect cached pages ahead of need.")
+    gc_threshold: Float = Field(0.8, gt=0.0, le=1.0, description="Memory ratio that starts a collection.")
+    enable_prefetch: Flag = Field(True, description="Fetch blocks ahead from slower tiers.")
+    prefetch_size: Int = Field(4, ge=0, le=1024, description="Blocks fetched ahead per request.")
+    enable_persistence: Flag = Field(False, description="Keep blocks on disk across restarts.")
     persistence_path: str | None = Field(None, description="Directory of the disk tier.")
-    enable_warmup: bool = Field(False, description="Load the most used prefixes at start.")
-    warmup_samples: int = Field(100, ge=0, description="Prefixes loaded by the warm-up.")
-    multi_tenant: bool = Field(False, description="Serve several tenants from one pool.")
-    tenant_isolation: bool = Field(True, description="Never share cached pages between tenants.")
+    enable_warmup: Flag = Field(False, description="Load the most used prefixes at start.")
+    warmup_samples: Int = Field(100, ge=0, description="Prefixes loaded by the warm-up.")
+    multi_tenant: Flag = Field(False, description="Serve several tenants from one pool.")
+    tenant_isolation: Flag = Field(True, description="Never share cached pages between tenants.")
 
     # Work at once.
-    num_workers: int = Field(4, ge=1, le=128, description="Requests that hold blocks or tier loads at once.")
-    batch_size: int = Field(1, ge=1, le=256, description="Sequences in one step.")
-    max_step_tokens: int = Field(512, ge=16, le=16384, description="Prefill and decode tokens in one step.")
-    max_queue: int = Field(256, ge=1, le=100_000, description="Requests that may wait; HTTP sheds beyond it.")
-    request_timeout_s: float = Field(60.0, gt=0, le=3600, description="Longest life of a request, s.")
+    num_workers: Int = Field(4, ge=1, le=128, description="Requests that hold blocks or tier loads at once.")
+    batch_size: Int = Field(1, ge=1, le=256, description="Sequences in one step.")
+    max_step_tokens: Int = Field(512, ge=16, le=16384, description="Prefill and decode tokens in one step.")
+    max_queue: Int = Field(256, ge=1, le=100_000, description="Requests that may wait; HTTP sheds beyond it.")
+    request_timeout_s: Float = Field(60.0, gt=0, le=3600, description="Longest life of a request, s.")
 
     # Cold: need a restart.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     dtype: DType = Field("float16", description="Type of weights, activations and raw pages.")
-    deterministic: bool = Field(
+    deterministic: Flag = Field(
         False, description="Bit-equal logits for hit or miss (CPU, float32, about half as fast)."
     )
-    pin_memory: bool = Field(True, description="Page-lock host buffers (CUDA only).")
-    non_blocking: bool = Field(True, description="Overlap copies with compute (CUDA only).")
+    pin_memory: Flag = Field(True, description="Page-lock host buffers (CUDA only).")
+    non_blocking: Flag = Field(True, description="Overlap copies with compute (CUDA only).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, data: Any) -> Any:
+        twice = [name for name in cls.model_fields if name in data and to_camel(name) in data and "_" in name]
+        if twice:
+            raise ValueError(f"{to_camel(twice[0])} is given twice, also as {twice[0]}")
+        return data
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -197,10 +217,12 @@ class KVCacheConfig(BaseModel):
         Raises:
             pydantic.ValidationError: naming the field and the value.
         """
-        names = {to_camel(name): name for name in type(self).model_fields}
-        changed = {names.get(key, key): value for key, value in values.items()}
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return type(self).model_validate({**given, **changed}, context=QUIET)
+        given = {
+            name: getattr(self, name)
+            for name in self.model_fields_set
+            if name not in values and to_camel(name) not in values
+        }
+        return type(self).model_validate({**given, **values}, context=QUIET)
 
     def difference(self, other: KVCacheConfig) -> dict[str, Any]:
         """Fields (snake_case) of ``other`` that differ from this configuration."""

@@ -44,7 +44,7 @@ class Ask:
     body: CompletionRequest | ChatRequest
     prompt: list[int]
     prompt_field: str
-    max_new_tokens: int
+    max_new_tokens: int | None
     session_id: str | None
 
 
@@ -120,9 +120,6 @@ class Endpoint:
         except TokenizerError as error:
             raise InvalidRequestError(str(error), "messages" if self._chat else "prompt") from None
         check_length(field, len(prompt), limit_field, new_tokens or 1, front.context_length)
-        if new_tokens is None:  # a chat without a limit: what the context, or the hot cache, has left
-            room = min(front.context_length, front.config.max_tokens) - len(prompt)
-            new_tokens = max(1, room)
         return Ask(body, prompt, field, new_tokens, body.session_id or session_header)
 
     def _prompt(self, body: CompletionRequest | ChatRequest) -> tuple[list[int], str, str, int | None]:

@@ -1,0 +1,40 @@
+"""KVCacheConfig takes each value as what it is, under one name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from kvpilot_engine.contract import KVCacheConfig, config_errors
+from kvpilot_engine.contract.config import QUIET
+
+BASE = KVCacheConfig.model_validate({"numWorkers": 8}, context=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"numWorkers": True}, "numWorkers: Input should be a number, got True"),
+        ({"numWorkers": "8"}, "numWorkers: Input should be a number, got '8'"),
+        ({"maxMemoryMb": "500"}, "maxMemoryMb: Input should be a number, got '500'"),
+        ({"compressionRatio": "0.5"}, "compressionRatio: Input should be a number, got '0.5'"),
+        ({"useCompression": "false"}, "useCompression: Input should be a valid boolean, got 'false'"),
+        ({"useCompression": 1}, "useCompression: Input should be a valid boolean, got 1"),
+        ({"numWorkers": 4, "num_workers": 9}, "config: numWorkers is given twice, also as num_workers"),
+    ],
+)
+def test_a_value_of_another_type_or_a_name_given_twice_is_refused(values: dict[str, Any], line: str) -> None:
+    for take in (lambda: KVCacheConfig.model_validate(values, context=QUIET), lambda: BASE.updated(values)):
+        with pytest.raises(ValidationError) as raised:
+            take()
+        assert config_errors(raised.value) == [line]
+
+
+def test_an_update_takes_either_spelling_and_keeps_the_rest() -> None:
+    assert BASE.updated({"num_workers": 9}).num_workers == 9
+    assert BASE.updated({"numWorkers": 9}).num_workers == 9
+    both = BASE.updated({"batchSize": 2})
+    assert both.model_dump(exclude_unset=True) == {"num_workers": 8, "batch_size": 2}
+    assert BASE.updated({"compressionRatio": 1, "maxTokens": 1024.0}).max_tokens == 1024
