@@ -78,6 +78,8 @@ def test_it_may_write_secrets_and_never_read_them(render: Render) -> None:
     assert verbs["", "secrets"] == {"create", "patch"}
     assert verbs["kvpilot.io", "kvcachedeployments"] == {"get", "list", "watch"}
     assert verbs["", "pods"] == {"get", "list", "watch"}
+    assert verbs["policy", "poddisruptionbudgets"] == {"get", "list", "watch", "create", "patch"}
+    assert verbs["events.k8s.io", "events"] == {"create"}
     assert not [key for key, allowed in verbs.items() if "*" in allowed or "*" in key]
     assert not [key for key, allowed in verbs.items() if "delete" in allowed and key[1] != "kvcacheoverrides"]
 
@@ -138,7 +140,16 @@ def test_keys_are_generated_given_or_left_to_a_secret_of_yours(render: Render) -
         ("podMonitor.enable=true", "additional properties 'enable' not allowed"),
         ("sources.eu.urll=x", "additional properties 'urll' not allowed"),
         ("sources.default.url=prometheus:9090", "does not match pattern"),
+        ("sources.default.scrapeInterval=0s", "scrapeInterval"),
+        ("sources.default.scrapeInterval=0.0m", "scrapeInterval"),
+        ("sources.default.scrapeInterval=700s", "scrapeInterval"),
+        ("sources.default.scrapeInterval=11m", "scrapeInterval"),
         ("paceScale=fast", "paceScale"),
+        ("paceScale=0", "paceScale"),
+        ("paceScale=0.001", "paceScale"),
+        ("paceScale=12.5", "paceScale"),
+        ("fullnameOverride=my.kvpilot", "fullnameOverride"),
+        ("nameOverride=kv.pilot", "nameOverride"),
         ("service.metricsPort=0", "minimum"),
         ("secret.operatorKey=short", "does not match pattern"),
     ],
@@ -147,6 +158,22 @@ def test_unknown_keys_and_bad_values_are_refused(template: Template, value: str,
     done = template(value)
     assert done.returncode != 0
     assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "paceScale=0.05",
+        "paceScale=10",
+        "fullnameOverride=my-kvpilot",
+        *(
+            f"sources.default.scrapeInterval={each}"
+            for each in ("500ms", "0.5s", "15s", "600s", "1.5m", "10m")
+        ),
+    ],
+)
+def test_values_that_the_operator_takes_are_accepted(template: Template, value: str) -> None:
+    assert template(value).returncode == 0
 
 
 def test_every_object_of_the_schema_is_closed_or_open_on_purpose() -> None:
