@@ -143,6 +143,22 @@ def test_an_unknown_knob_names_the_knobs() -> None:
         load_manifest(changed("spec.tuning.knobs.0.name", "workers"))
 
 
+def test_faults_of_bounds_and_rules_are_told_together() -> None:
+    document = yaml.safe_load(changed("spec.tuning.disabledRules", ["batch-up", "batch"]))
+    document["spec"]["tuning"]["knobs"] = [
+        {"name": "maxTokens", "min": 100_000}, {"name": "numWorkers", "min": 0}
+    ]  # fmt: skip
+    with pytest.raises(ManifestError) as caught:
+        KVCacheDeployment.parse(document)
+    bound, field, rule = caught.value.lines
+    assert bound == (
+        "spec.tuning.knobs.0: maxTokens would be tuned from 100000 to 65536; give both min and max"
+    )
+    assert field == "spec.tuning.knobs.1: min of numWorkers must be 1 to 128, got 0"
+    assert rule.startswith("spec.tuning.disabledRules.1: no such rule; allowed: memory-relief, workers-up")
+    assert rule.endswith(", got 'batch'")
+
+
 def test_every_fault_is_told_at_once() -> None:
     text = changed("spec.scaling.min", 0).replace("p50Ms: 100", "p50Ms: 101")
     with pytest.raises(ManifestError) as caught:

@@ -79,11 +79,6 @@ def test_bounds_are_the_catalogues_with_the_users_over_them() -> None:
     assert bounds["batchSize"].tune
 
 
-def test_a_bound_beyond_the_catalogues_other_one_is_refused() -> None:
-    with pytest.raises(ManifestError, match="maxTokens would be tuned from 100000 to 65536; give both"):
-        policy_of(spec(tuning={"knobs": [{"name": "maxTokens", "min": 100_000}]}))
-
-
 def test_pace_scales_durations_and_not_counts() -> None:
     pace = policy_of(spec(tuning={"pace": "Fast"}), 0.5).pace
     assert (pace.settle, pace.requests_per_arm, pace.scrape) == (
@@ -108,10 +103,6 @@ def test_base_holds_what_was_given_and_nothing_else() -> None:
     assert not_yet_effective(spec()) == []
 
 
-def test_a_disabled_rule_must_be_one() -> None:
+def test_disabled_rules_are_the_users() -> None:
     policy = policy_of(spec(tuning={"disabledRules": ["batch-up", "replicas-down"]}))
     assert policy.disabled_rules == {"batch-up", "replicas-down"}
-    with pytest.raises(
-        ManifestError, match=r"spec\.tuning\.disabledRules: 'batch' is no rule; allowed: memory-re"
-    ):
-        policy_of(spec(tuning={"disabledRules": ["batch"]}))

@@ -10,11 +10,15 @@ from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract import CATALOGUE
 from kvpilot_engine.contract.metrics import EDGES_S
+from kvpilot_operator.tuning.rules import BESIDE_RULES, RULES
 
 EDGES_MS: tuple[int, ...] = tuple(round(edge * 1000) for edge in EDGES_S)
 """Edges of the latency histograms, ms: what a latency objective may be."""
 
 KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
+
+RULE_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *(name for name, _ in BESIDE_RULES))
+"""What ``disabledRules`` may name."""
 
 PERCENT_PATTERN = r"^(100(\.0{1,2})?|[0-9]{1,2}(\.[0-9]{1,2})?)%$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
@@ -54,6 +58,12 @@ def _knob(value: str) -> str:
     return value
 
 
+def _rule(value: str) -> str:
+    if value not in RULE_NAMES:
+        raise ValueError(f"no such rule; allowed: {', '.join(RULE_NAMES)}")
+    return value
+
+
 def _no_yaml_boolean(value: Any) -> Any:
     if value is False:
         raise ValueError('must be "Off", "Recommend" or "Auto"; YAML reads a bare Off as false, so quote it')
@@ -63,6 +73,7 @@ def _no_yaml_boolean(value: Any) -> Any:
 EdgeMs = Annotated[int, AfterValidator(_edge), Field(json_schema_extra={"enum": list(EDGES_MS)})]
 Percent = Annotated[str, AfterValidator(_percent), Field(json_schema_extra={"pattern": PERCENT_PATTERN})]
 KnobName = Annotated[str, AfterValidator(_knob), Field(json_schema_extra={"enum": list(KNOBS)})]
+RuleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$"), AfterValidator(_rule)]
 Quoted = BeforeValidator(_no_yaml_boolean)
 
 

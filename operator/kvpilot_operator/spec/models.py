@@ -31,6 +31,7 @@ from kvpilot_operator.spec.fields import (
     Part,
     Percent,
     Quoted,
+    RuleName,
     rules,
 )
 
@@ -158,11 +159,23 @@ class KnobRange(Part):
             raise ValueError(f"{self.name} has no order, so min and max are not allowed")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"min <= max is required, got min={self.minimum:g}, max={self.maximum:g}")
+        low, high = self.within
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"{self.name} would be tuned from {low:g} to {high:g}; give both min and max")
         lowest, highest = field_bounds(knob(self.name).name)
         for label, value in zip(("min", "max"), bounds, strict=True):
             if value is not None and not lowest <= value <= highest:
                 raise ValueError(f"{label} of {self.name} must be {lowest:g} to {highest:g}, got {value:g}")
         return self
+
+    @property
+    def within(self) -> tuple[float | None, float | None]:
+        """Bounds of the tuner, inclusive: the given ones, the catalogue's for what is absent."""
+        entry = knob(self.name)
+        return (
+            entry.minimum if self.minimum is None else self.minimum,
+            entry.maximum if self.maximum is None else self.maximum,
+        )
 
 
 def field_bounds(name: str) -> tuple[float, float]:
@@ -201,7 +214,7 @@ class Tuning(Part):
         description="Bounds by knob; absent ones have the catalogue's.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
-    disabled_rules: tuple[Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")], ...] = Field(
+    disabled_rules: tuple[RuleName, ...] = Field(
         (),
         max_length=32,
         description="Names of rules that are left out.",
@@ -226,8 +239,8 @@ class Scaling(Part):
 
     model_config = rules(("self.min <= self.max", "min <= max is required"))
 
-    minimum: int = Field(alias="min", ge=1, le=1000, description="Least number of replicas.")
-    maximum: int = Field(alias="max", ge=1, le=1000, description="Largest number of replicas.")
+    minimum: int = Field(alias="min", ge=1, le=1000, description="Least number of replicas, in every mode.")
+    maximum: int = Field(alias="max", ge=1, le=1000, description="Largest number of replicas, in every mode.")
     direction: Literal["Both", "OutOnly", "InOnly"] = Field(
         "Both", description="Which way kvpilot may scale by itself."
     )

@@ -13,13 +13,9 @@ from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.fields import ratio_of
 from kvpilot_operator.tuning.pace import PACES
 from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling
-from kvpilot_operator.tuning.rules import BESIDE_RULES, RULES
 
 ATTAINMENT: Mapping[str, float] = MappingProxyType({"p50": 0.5, "p95": 0.95, "p99": 0.99})
 """Share of the judged requests that must be within the edge of each latency objective."""
-
-RULE_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *(name for name, _ in BESIDE_RULES))
-"""What ``disabledRules`` may name."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,9 @@ def policy_of(spec: models.DeploymentSpec, pace_scale: float = 1.0) -> Policy:
     """Everything that ``decide`` must obey. ``pace_scale`` multiplies every duration but the scrape interval.
 
     Raises:
-        ManifestError: the objectives contradict each other once the profile's are filled in, a bound lies
-            beyond the catalogue's other one, or a disabled rule does not exist.
+        ManifestError: the objectives contradict each other once the profile's are filled in.
     """
     tuning = spec.tuning
-    _known_rules(tuning.disabled_rules)
     return Policy(
         objectives=objectives_of(spec),
         mode=tuning.mode,
@@ -122,33 +116,10 @@ def _throughput(profile: Profile, given: models.Throughput | None) -> tuple[floa
 
 
 def _bounds(given: tuple[models.KnobRange, ...]) -> dict[str, KnobBounds]:
-    """The catalogue's bounds, a user's own over them: those may be wider, within the field's.
-
-    Raises:
-        ManifestError: one given bound lies beyond the other one, which comes from the catalogue.
-    """
-    mine = {item.name: item for item in given}
-    bounds = {}
-    for entry in CATALOGUE:
-        name = entry.resource_name
-        item = mine.get(name)
-        low, high = entry.minimum, entry.maximum
-        if item is not None:
-            low = low if item.minimum is None else item.minimum
-            high = high if item.maximum is None else item.maximum
-        if low is not None and high is not None and low > high:
-            raise ManifestError(
-                [f"spec.tuning.knobs: {name} would be tuned from {low:g} to {high:g}; give both min and max"]
-            )
-        bounds[name] = KnobBounds(name, low, high, item is None or item.tune)
-    return bounds
-
-
-def _known_rules(given: tuple[str, ...]) -> None:
-    unknown = [name for name in given if name not in RULE_NAMES]
-    if unknown:
-        allowed = ", ".join(RULE_NAMES)
-        raise ManifestError([f"spec.tuning.disabledRules: {unknown[0]!r} is no rule; allowed: {allowed}"])
+    """The catalogue's bounds, a user's own over them: those may be wider, within the field's."""
+    ranges = {entry.resource_name: models.KnobRange(name=entry.resource_name) for entry in CATALOGUE}
+    ranges.update({item.name: item for item in given})
+    return {name: KnobBounds(name, *item.within, item.tune) for name, item in ranges.items()}
 
 
 def _scaling(given: models.Scaling | None) -> Scaling | None:
