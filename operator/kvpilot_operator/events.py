@@ -73,11 +73,12 @@ def boosted(alert: str, override: str, minimum: int, until: str) -> Event:
 def transitions(
     before: Mapping[str, Any], after: Mapping[str, Any], records: Sequence[Record]
 ) -> tuple[Event, ...]:
-    """The Events between two statuses: one per record, and one per condition that turned.
+    """The Events between two statuses: one per record that is new, and one per condition that turned.
 
     A condition that appears as it should be is no news; only Ready is, as that ends a wait.
     """
-    told = [recorded(record) for record in records]
+    old = {(item["id"], item["outcome"]) for item in before.get("decisions") or ()}
+    told = [recorded(record) for record in records if (record.id, record.outcome) not in old]
     known = {condition["type"]: condition for condition in before.get("conditions") or ()}
     for condition in after.get("conditions") or ():
         name, status = condition["type"], condition["status"]

@@ -15,8 +15,12 @@ from kvpilot_operator.manifests.names import COMPONENT_LABEL, NAME_LABEL, PART_O
 from kvpilot_operator.ports import Key
 from kvpilot_operator.spec.models import GROUP, VERSION
 
-POD_SELECTOR = ",".join(f"{label}={value}" for label, value in {**PART_OF, COMPONENT_LABEL: "engine"}.items())
-"""Only our own pods are watched, filtered by the server: a cluster may have a great many others."""
+PODS = ("", "v1", "pods")
+RESTORED = (("", "v1", "services"), ("", "v1", "serviceaccounts"), ("policy", "v1", "poddisruptionbudgets"))
+"""Owned objects that no look reads; what else is owned, a look sees to be gone."""
+
+OWN_SELECTOR = ",".join(f"{label}={value}" for label, value in {**PART_OF, COMPONENT_LABEL: "engine"}.items())
+"""Only what is our own is watched, filtered by the server: a cluster may have a great many other pods."""
 
 
 class Changes:
@@ -37,6 +41,7 @@ class Changes:
 
 async def watch(
     enqueue: Callable[[Key], None],
+    restore: Callable[[Key], None],
     shut_down: Callable[[], Awaitable[None]],
     *,
     namespaces: Collection[str],
@@ -45,7 +50,7 @@ async def watch(
 ) -> None:
     """Watch until SIGTERM, SIGINT or ``stop``; all namespaces when none is given."""
     await kopf.operator(
-        registry=registry(enqueue, shut_down, in_cluster=in_cluster),
+        registry=registry(enqueue, restore, shut_down, in_cluster=in_cluster),
         settings=settings(),
         standalone=True,
         clusterwide=not namespaces,
@@ -55,11 +60,16 @@ async def watch(
 
 
 def registry(
-    enqueue: Callable[[Key], None], shut_down: Callable[[], Awaitable[None]], *, in_cluster: bool
+    enqueue: Callable[[Key], None],
+    restore: Callable[[Key], None],
+    shut_down: Callable[[], Awaitable[None]],
+    *,
+    in_cluster: bool,
 ) -> kopf.OperatorRegistry:
     """Handlers that enqueue keys.
 
     Args:
+        restore: called for a resource of whose objects one was deleted or edited.
         shut_down: awaited when the operator is told to stop, before its watches end.
         in_cluster: log in as the pod's service account, else by the kubeconfig of ``$KUBECONFIG``.
     """
@@ -86,12 +96,24 @@ def registry(
         item = event["object"]
         enqueue(Key(item["metadata"]["namespace"], item["spec"]["target"]))
 
-    @kopf.on.event("", "v1", "pods", registry=handlers)
+    @kopf.on.event(*PODS, registry=handlers)
     async def pod_changed(event: kopf.RawEvent, **_: Any) -> None:
         meta, status = event["object"]["metadata"], event["object"].get("status") or {}
         owner = meta.get("labels", {}).get(NAME_LABEL)
         if owner and changes.is_new(meta["uid"], _of_pod(meta, status) if _exists(event) else None):
             enqueue(Key(meta["namespace"], owner))
+
+    async def owned_changed(event: kopf.RawEvent, **_: Any) -> None:
+        item, there = event["object"], _exists(event)
+        meta = item["metadata"]
+        owner = meta.get("labels", {}).get(NAME_LABEL)
+        new = changes.is_new(meta["uid"], (item.get("spec"), meta.get("labels")) if there else None)
+        # What is listed at the start, or was just made, is as it should be.
+        if owner and new and event["type"] in {"MODIFIED", "DELETED"}:
+            restore(Key(meta["namespace"], owner))
+
+    for kind in RESTORED:
+        kopf.on.event(*kind, registry=handlers)(owned_changed)
 
     return handlers
 
@@ -105,7 +127,8 @@ def settings() -> kopf.OperatorSettings:
     made.networking.connect_timeout = 10
     made.networking.request_timeout = 60
     made.watching.connect_timeout = 10
-    made.watching.label_selectors["pods"] = POD_SELECTOR
+    for kind in (PODS, *RESTORED):
+        made.watching.label_selectors[kind] = OWN_SELECTOR
     made.persistence.finalizer = f"{GROUP}/never-set"
     made.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
     made.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)

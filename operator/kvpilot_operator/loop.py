@@ -1,4 +1,4 @@
-"""The life of a decision: gather, decide, write the intent, act, record.
+"""The life of a decision: gather, decide, write the intent, record, act.
 
 ``Loop.run_once`` is the table of contents. It is level-triggered: it may be called at any time, by a tick, an
 event or an alert, and goes on from what status, ConfigMap and engines say. Callers hold one lock per key.
@@ -17,6 +17,7 @@ import structlog
 
 from kvpilot_engine.contract import ConfigPatch
 from kvpilot_operator import events
+from kvpilot_operator.manifests.objects import MOST_RECORDS
 from kvpilot_operator.ports import (
     Cluster,
     Conflict,
@@ -34,7 +35,7 @@ from kvpilot_operator.spec.resolve import base_config, policy_of
 from kvpilot_operator.spec.status import invalid_status, state_from_status, status_of
 from kvpilot_operator.tuning.configuration import with_cold
 from kvpilot_operator.tuning.decide import decide
-from kvpilot_operator.tuning.decision import Action, Decision, Push, Scale, WriteConfig
+from kvpilot_operator.tuning.decision import Action, Decision, Push, Record, Scale, WriteConfig
 from kvpilot_operator.tuning.observation import EngineView, Observation, Pod, Promoted, Sample
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import Phase, TuningState
@@ -101,11 +102,13 @@ class Loop:
         self._pace_scale = pace_scale
         self._telemetry = telemetry or Silent()
         self._rolled_out: dict[Key, Any] = {}
+        self._unrecorded: dict[Key, tuple[Record, ...]] = {}
 
     async def run_once(self, key: Key) -> Look | None:
         """Look, act, and look again while the decision asks for it. None when the resource is gone or bad.
 
         Raises:
+            Conflict: the resource changed during every look.
             Exception: whatever the cluster raises; nothing is lost, the next call goes on.
         """
         look = None
@@ -115,11 +118,13 @@ class Loop:
             except Conflict:
                 continue
             if look is None or not look.decision.again:
-                break
+                return look
+        if look is None:  # which would say that there is no such resource
+            raise Conflict(f"{key} changed during each of {MOST_LOOKS} looks")
         return look
 
     def forget(self, key: Key) -> None:
-        """Roll the owned objects out again at the next look (a full resync)."""
+        """Roll the owned objects out again at the next look: a full resync, or one of them is gone."""
         self._rolled_out.pop(key, None)
 
     async def _look(self, key: Key) -> Look | None:
@@ -127,6 +132,7 @@ class Loop:
             snapshot = await self._cluster.read(key)
         if snapshot is None:
             self.forget(key)
+            self._unrecorded.pop(key, None)
             return None
         try:
             resource = KVCacheDeployment.parse(snapshot.manifest)
@@ -144,12 +150,12 @@ class Loop:
             decision = decide(observation, state, policy, observation.at)
         with self._timed("write_status"):
             snapshot = await self._write_status(snapshot, resource, policy, observation, decision)
-        with self._timed("act"):
-            await self._act(snapshot, decision.actions)
-        with self._timed("record"):
-            await self._record(snapshot, decision)
         look = Look(key, snapshot, policy, observation, decision)
         self._telemetry.looked(look)
+        with self._timed("record"):
+            await self._record(snapshot, decision)
+        with self._timed("act"):
+            await self._act(snapshot, decision.actions)
         return look
 
     async def _refuse(self, snapshot: Snapshot, error: ManifestError) -> None:
@@ -164,10 +170,10 @@ class Loop:
     async def _roll_out(
         self, snapshot: Snapshot, resource: KVCacheDeployment, base: Mapping[str, Any]
     ) -> Snapshot:
-        """Apply the owned objects once per generation of the spec, and when the workload or the configuration
-        is gone; replicas follow ``spec.replicas``."""
+        """Apply the owned objects once per generation of the spec, and when one of them is gone or not ours
+        any more; replicas follow ``spec.replicas``."""
         seen = (snapshot.manifest["metadata"].get("uid"), snapshot.manifest["metadata"].get("generation"))
-        lost = snapshot.promoted is None or snapshot.replicas is None
+        lost = snapshot.promoted is None or snapshot.replicas is None or snapshot.token_lost
         if self._rolled_out.get(snapshot.key) != seen or lost:
             config = Promoted(1, base)
             if (promoted := snapshot.promoted) is not None:
@@ -175,8 +181,12 @@ class Loop:
                 config = replace(promoted, config=with_cold(promoted.config, base))
                 if config != promoted:
                     await self._cluster.write_config(snapshot, config)
-            await self._cluster.roll_out(snapshot, config)
-            self._rolled_out[snapshot.key] = seen
+            self._rolled_out[snapshot.key] = seen  # before: what is deleted meanwhile is applied once more
+            try:
+                await self._cluster.roll_out(snapshot, config)
+            except BaseException:
+                self.forget(snapshot.key)
+                raise
             snapshot = await self._cluster.read(snapshot.key) or snapshot
         wanted = resource.spec.replicas
         if wanted is not None and snapshot.replicas not in (None, wanted):
@@ -283,6 +293,10 @@ class Loop:
         )
 
     async def _record(self, snapshot: Snapshot, decision: Decision) -> None:
+        """Before the actions, as one that fails ends the look: what was decided is told all the same.
+
+        A record that cannot be kept now holds no action up, and is kept at a later look.
+        """
         for record in decision.records:
             log.info(
                 "decision",
@@ -292,7 +306,14 @@ class Loop:
                 outcome=record.outcome,
                 summary=record.summary,
             )
-            await self._cluster.record(snapshot, record)
+        waiting = [*self._unrecorded.pop(snapshot.key, ()), *decision.records]
+        try:
+            while waiting:
+                await self._cluster.record(snapshot, waiting[0])
+                del waiting[0]
+        except Exception as error:
+            log.warning("decision_not_recorded", resource=str(snapshot.key), error=str(error))
+            self._unrecorded[snapshot.key] = tuple(waiting[-MOST_RECORDS:])
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

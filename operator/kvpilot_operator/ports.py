@@ -48,6 +48,8 @@ class Snapshot:
         replicas: desired number of the child workload; None before it exists.
         replicas_managed_by: see ``Observation``.
         promoted: content of the owned ConfigMap; None before it exists.
+        token_lost: the Secret with the engines' admin token is gone, or somebody else wrote it.
+        refused_pods: why the workload cannot make the pods that it wants; "" while it can.
     """
 
     key: Key
@@ -60,6 +62,8 @@ class Snapshot:
     paused_by: str = ""
     boosts: tuple[Boost, ...] = ()
     overrides: tuple[str, ...] = ()
+    token_lost: bool = False
+    refused_pods: str = ""
 
 
 class Conflict(Exception):  # noqa: N818 - the API server's own word for it

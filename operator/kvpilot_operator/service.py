@@ -104,6 +104,7 @@ class Operator:
             if not stop.is_set():
                 await handlers.watch(
                     self._queue.enqueue,
+                    self._restore,
                     self._shut_down,
                     namespaces=self._options.namespaces,
                     in_cluster=self._options.kubeconfig is None,
@@ -159,8 +160,12 @@ class Operator:
 
     async def _resync(self) -> None:
         for key in await self._cluster.keys():
-            self._loop.forget(key)
-            self._queue.enqueue(key)
+            self._restore(key)
+
+    def _restore(self, key: Key) -> None:
+        """Apply what the resource owns once more, at once."""
+        self._loop.forget(key)
+        self._queue.enqueue(key)
 
     async def _sweep(self) -> None:
         while True:

@@ -19,6 +19,11 @@ def pod(**status: Any) -> dict[str, Any]:
     }
 
 
+def ended(state: dict[str, Any], **terminated: Any) -> dict[str, Any]:
+    """A container whose last run failed."""
+    return {"state": state, "lastState": {"terminated": {"exitCode": 2, "reason": "Error", **terminated}}}
+
+
 def test_a_ready_pod() -> None:
     given = pod(
         podIP="10.244.0.7",
@@ -61,6 +66,19 @@ def test_an_address_of_the_newer_kind_is_bracketed() -> None:
         ({"initContainerStatuses": [{"state": {"waiting": {"reason": "ErrImageNeverPull"}}}],
           "containerStatuses": [{"state": {"waiting": {"reason": "PodInitializing"}}}]}, "ErrImageNeverPull"),
         ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, ""),
+        ({"containerStatuses": [ended({"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 40s"}},
+                                      message="loading\nkvpilot serve: numHeads: must divide\n\n")]},
+         "CrashLoopBackOff: kvpilot serve: numHeads: must divide"),
+        ({"containerStatuses": [ended({"running": {}}, message="kvpilot serve: no such model")]},
+         "Restarted: kvpilot serve: no such model"),
+        ({"containerStatuses": [ended({"running": {}}, reason="OOMKilled", exitCode=137)]},
+         "Restarted: OOMKilled"),
+        ({"containerStatuses": [ended({"waiting": {"reason": "CrashLoopBackOff"}}, message="\n")]},
+         "CrashLoopBackOff: exit status 2"),
+        ({"containerStatuses": [ended({"running": {}}, message="x" * 4000)]}, f"Restarted: {'x' * 256}"),
+        ({"initContainerStatuses": [{"state": {"terminated": {"exitCode": 0, "reason": "Completed",
+                                                              "message": "fetched"}}}],
+          "containerStatuses": [{"state": {"running": {}}}]}, ""),
         ({"conditions": [{"type": "Ready", "status": "False"}]}, ""),
     ],
 )  # fmt: skip
@@ -70,10 +88,12 @@ def test_why_a_pod_is_not_running(status: dict[str, Any], reason: str) -> None:
     assert got.pending_reason == reason
 
 
-def workload(*managers: str, **status: int) -> dict[str, Any]:
-    fields = [{"manager": m, "fieldsV1": {"f:spec": {"f:replicas": {}}}} for m in managers]
+def workload(*managers: str, wrote: str | None = None, **status: Any) -> dict[str, Any]:
+    time = {"time": wrote} if wrote else {}
+    fields = [{"manager": m, "fieldsV1": {"f:spec": {"f:replicas": {}}}, **time} for m in managers]
     other = {"manager": "kube-controller-manager", "fieldsV1": {"f:status": {"f:replicas": {}}}}
-    return {"metadata": {"generation": 3, "managedFields": [*fields, other]}, "status": status}
+    metadata = {"name": "chat", "generation": 3, "managedFields": [*fields, other]}
+    return {"metadata": metadata, "status": status}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +102,50 @@ def workload(*managers: str, **status: int) -> dict[str, Any]:
      (("kvpilot-scale", "kube-controller-manager"), "kube-controller-manager")],
 )  # fmt: skip
 def test_who_else_writes_the_number_of_replicas(managers: tuple[str, ...], rival: str) -> None:
-    assert objects.rival_manager(workload(*managers)) == rival
+    assert objects.rival_manager(workload(*managers), (), NOW) == rival
+
+
+@pytest.mark.parametrize(("wrote", "rival"), [("01:50:01", "kubectl"), ("01:50:00", ""), ("00:00:00", "")])
+def test_who_wrote_the_replicas_once_is_no_rival_for_ever(wrote: str, rival: str) -> None:
+    found = objects.rival_manager(workload("kubectl", wrote=f"2026-11-23T{wrote}Z"), (), NOW)
+    assert found == rival
+
+
+def autoscaler(name: str, kind: str = "Deployment", target: str = "chat") -> dict[str, Any]:
+    return {"metadata": {"name": name}, "spec": {"scaleTargetRef": {"kind": kind, "name": target}}}
+
+
+def test_an_autoscaler_is_a_rival_for_as_long_as_it_is_there() -> None:
+    long_ago = workload("kube-controller-manager", wrote="2026-11-23T00:00:00Z")
+    others = [autoscaler("other", target="code"), autoscaler("ours", kind="KVCacheDeployment")]
+    found = objects.rival_manager(long_ago, [*others, autoscaler("theirs")], NOW)
+    assert found == "HorizontalPodAutoscaler theirs"
+    assert objects.rival_manager(long_ago, others, NOW) == ""
+
+
+def test_pods_that_the_api_server_refuses_are_told_without_their_changing_names() -> None:
+    failure = {
+        "type": "ReplicaFailure",
+        "status": "True",
+        "reason": "FailedCreate",
+        "message": 'pods "chat-5d4-x7k2p" is forbidden: exceeded quota: team, used: pods=2, limited: pods=2',
+    }
+    assert objects.refused_pods(workload(conditions=[failure])) == (
+        "FailedCreate: forbidden: exceeded quota: team, used: pods=2, limited: pods=2"
+    )
+    assert objects.refused_pods(workload(conditions=[{**failure, "status": "False"}])) == ""
+    assert objects.refused_pods(workload()) == ""
+
+
+@pytest.mark.parametrize(
+    ("managers", "ours"),
+    [({"kvpilot": "f:token"}, True), ({"kvpilot": "f:token", "vault": "f:other"}, True),
+     ({"kvpilot": "f:other", "kubectl-edit": "f:token"}, False), ({}, False)],
+)  # fmt: skip
+def test_whose_token_is_in_the_secret(managers: dict[str, str], ours: bool) -> None:
+    fields = [{"manager": who, "fieldsV1": {"f:data": {field: {}}}} for who, field in managers.items()]
+    assert objects.holds_token({"metadata": {"managedFields": fields}}) is ours
+    assert not objects.holds_token(None)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_a_template_that_the_api_server_refuses_is_a_condition(
     [
         ("Service", "chat", {"spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}),
         ("ConfigMap", "chat-config", {"data": {"theirs": "yes"}}),
+        ("Secret", "chat-admin", {"data": {"token": "dGhlaXJz"}}),
     ],
 )
 def test_what_is_somebody_elses_is_neither_taken_nor_deleted(
@@ -153,6 +154,30 @@ def test_a_deployment_that_was_deleted_by_hand_comes_back_as_large(
     assert uid() != first
     decisions = cluster.get("kvcd", "chat", namespace)["status"]["decisions"]
     assert [item["outcome"] for item in decisions] == ["ScaledOut"], "nothing was decided about the loss"
+
+
+def test_other_owned_objects_that_were_deleted_or_edited_by_hand_are_put_right_at_once(
+    cluster, namespace, operator, manifest
+) -> None:
+    cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
+    eventually(lambda: cluster.pods(namespace), 30, "a pod")
+    for kind, name in (("service", "chat"), ("poddisruptionbudget", "chat"), ("secret", "chat-admin")):
+        before = cluster.get(kind, name, namespace)["metadata"]["uid"]
+        cluster.kubectl("delete", kind, name, f"--namespace={namespace}")
+        eventually(
+            lambda kind=kind, name=name, before=before: (
+                cluster.get(kind, name, namespace).get("metadata", {}).get("uid") not in {None, before}
+            ),
+            20,
+            f"{kind} {name} is made again",
+        )
+    token = cluster.get("secret", "chat-admin", namespace)["data"]
+    cluster.kubectl(
+        "patch", "secret", "chat-admin", f"--namespace={namespace}", '--patch={"data":{"token":"dGhlaXJz"}}'
+    )
+    eventually(
+        lambda: cluster.get("secret", "chat-admin", namespace)["data"] == token, 20, "the token is ours again"
+    )
 
 
 def boost(namespace: str) -> dict[str, Any]:

@@ -46,6 +46,12 @@ def test_a_condition_that_nobody_watches_tells_nothing() -> None:
     assert events.transitions(status(Odd=("True", "A")), status(Odd=("False", "B")), ()) == ()
 
 
+def test_a_decision_that_the_status_knows_is_not_told_again() -> None:
+    known = {"decisions": [{"id": "d-0042", "outcome": "Started"}]}
+    told = events.transitions(known, known, (record("Started"), record("Promoted")))
+    assert [event.reason for event in told] == ["ChangePromoted"]
+
+
 @pytest.mark.parametrize("outcome", get_args(Outcome))
 def test_every_outcome_has_an_event(outcome: Outcome) -> None:
     (event,) = events.transitions({}, {}, (record(outcome),))

@@ -16,14 +16,15 @@ class Watch:
 
     def __init__(self) -> None:
         self.keys: list[Key] = []
+        self.restored: list[Key] = []
         self.stopped = 0
-        self.registry = handlers.registry(self.keys.append, self.stop, in_cluster=False)
+        self.registry = handlers.registry(self.keys.append, self.restored.append, self.stop, in_cluster=False)
 
     async def stop(self) -> None:
         self.stopped += 1
 
     def tell(self, handler: str, kind: str | None, item: dict[str, Any]) -> None:
-        (found,) = [h for h in self.registry._watching.get_all_handlers() if h.id.endswith(handler)]
+        found = next(h for h in self.registry._watching.get_all_handlers() if h.id.endswith(handler))
         asyncio.run(found.fn(event={"type": kind, "object": item}, body={}, unrelated=1))  # type: ignore[call-arg]
 
 
@@ -68,15 +69,39 @@ def test_a_pod_counts_when_something_of_it_turned(watch: Watch) -> None:
     assert watch.keys == [Key("a", "chat")] * 2
 
 
+def service(uid: str = "s1", owner: str | None = "chat", **spec: Any) -> dict[str, Any]:
+    labels = {"kvpilot.io/name": owner} if owner else {}
+    return {
+        "metadata": {"namespace": "a", "name": "chat", "uid": uid, "labels": labels},
+        "spec": spec,
+        "status": {},
+    }
+
+
+def test_an_owned_object_that_is_deleted_or_edited_is_restored_at_once(watch: Watch) -> None:
+    watched = {(h.selector.group, h.selector.any_name) for h in watch.registry._watching.get_all_handlers()}
+    assert {("", "services"), ("", "serviceaccounts"), ("policy", "poddisruptionbudgets")} <= watched
+    watch.tell("owned_changed", None, service(type="ClusterIP"))
+    watch.tell("owned_changed", "MODIFIED", {**service(type="ClusterIP"), "status": {"loadBalancer": {}}})
+    watch.tell("owned_changed", "ADDED", service("s2"))
+    watch.tell("owned_changed", "DELETED", service("s3", owner=None))
+    assert watch.restored == [], "as it should be, or not ours"
+    watch.tell("owned_changed", "MODIFIED", service(type="NodePort"))
+    assert watch.restored == [Key("a", "chat")]
+    watch.tell("owned_changed", "DELETED", service(type="NodePort"))
+    assert (watch.restored, watch.keys) == ([Key("a", "chat")] * 2, [])
+
+
 def test_kopf_needs_no_finalizer_no_scan_no_peering_and_decodes_our_pods_only() -> None:
     settings = handlers.settings()
     assert settings.scanning.disabled
     assert settings.peering.standalone
     assert not settings.posting.enabled
     selectors = settings.watching.label_selectors
-    assert list(selectors.values()) == [
-        "app.kubernetes.io/part-of=kvpilot,app.kubernetes.io/component=engine"
-    ]
+    assert {selector.any_name for selector in selectors} == {
+        "pods", "services", "serviceaccounts", "poddisruptionbudgets"
+    }  # fmt: skip
+    assert set(selectors.values()) == {"app.kubernetes.io/part-of=kvpilot,app.kubernetes.io/component=engine"}
     made = Watch().registry
     assert not made._changing.get_all_handlers()
     assert not made._spawning.get_all_handlers()

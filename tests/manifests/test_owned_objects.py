@@ -179,3 +179,7 @@ def test_decisions_keep_the_last_fifty() -> None:
     lines = decisions_map(resource(), [f'{{"id": {n}}}' for n in range(60)])["data"]["decisions.jsonl"]
     assert lines.splitlines()[0] == '{"id": 10}'
     assert len(lines.splitlines()) == 50
+
+
+def test_the_last_words_of_an_engine_that_fails_are_kept_by_kubernetes() -> None:
+    assert engine()["terminationMessagePolicy"] == "FallbackToLogsOnError"

@@ -41,11 +41,17 @@ class Scene:
         self.manifest = manifest(**spec)
         self.decision = Decision(TuningState(), objectives=(objective("p95", "Met"),))
         self.observed: dict[str, Any] = {}
+        self.refused_pods = ""
 
     def status(self, before: Mapping[str, Any] | None = None, at: float = NOW) -> dict[str, Any]:
         resource = KVCacheDeployment.parse(self.manifest)
         snapshot = Snapshot(
-            Key("team-a", "chat"), self.manifest, 2, self.pods, Promoted(17, {"numWorkers": 16})
+            Key("team-a", "chat"),
+            self.manifest,
+            2,
+            self.pods,
+            Promoted(17, {"numWorkers": 16}),
+            refused_pods=self.refused_pods,
         )
         pods = tuple(Pod(pod.uid, pod.name, pod.ready) for pod in self.pods)
         observation = Observation(
@@ -206,6 +212,25 @@ def test_a_pod_that_does_not_fit_is_named_while_the_rest_serves() -> None:
 def test_too_few_ready_engines_are_not_ready() -> None:
     found = condition(Scene(replica("a"), replica("b", ready=False)).status(), "Ready")
     assert (found["reason"], found["message"]) == ("EnginesNotReady", "1 of at least 2 engines serve.")
+
+
+def test_why_engines_do_not_serve_is_in_ready_itself() -> None:
+    crashed = replica("b", ready=False, pending="CrashLoopBackOff: kvpilot serve: numHeads: must divide 8")
+    scene = Scene(replica("a"), crashed)
+    found = condition(scene.status(), "Ready")
+    assert (found["reason"], found["message"]) == (
+        "EnginesNotReady",
+        "1 of at least 2 engines serve: b: CrashLoopBackOff: kvpilot serve: numHeads: must divide 8",
+    )
+    scene = Scene(replica("a"))
+    scene.refused_pods = "FailedCreate: forbidden: exceeded quota: team"
+    status = scene.status()
+    found = condition(status, "Ready")
+    assert found["message"] == (
+        "1 of at least 2 engines serve: FailedCreate: forbidden: exceeded quota: team"
+    )
+    found = condition(status, "Progressing")
+    assert found["message"] == "Waiting for FailedCreate: forbidden: exceeded quota: team"
 
 
 def test_what_holds_tuning_back_is_told() -> None:

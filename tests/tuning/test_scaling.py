@@ -109,6 +109,20 @@ def test_bounds_are_kept_even_without_data(scaling: Scaling, to: int) -> None:
     assert scaled(look(blind, scaling=scaling)) == [(to, "replicas-bounds")]
 
 
+@pytest.mark.parametrize("mode", ["Off", "Recommend", "Auto"])
+@pytest.mark.parametrize(("scaling", "to"), [(Scaling(5, 9), 5), (Scaling(1, 2), 2)])
+def test_bounds_are_kept_in_every_mode(mode: str, scaling: Scaling, to: int) -> None:
+    boosts = (Boost("alert", 7, NOW + 60),)
+    decision = look(observe(*three(), boosts=boosts), scaling=scaling, mode=mode)
+    assert scaled(decision) == [(to, "replicas-bounds")]
+    assert [record.replicas for record in decision.records] == [(3, to)]
+
+
+@pytest.mark.parametrize("held", [{"paused_by": "stop"}, {"replicas_managed_by": "kubectl"}])
+def test_bounds_wait_for_the_end_of_a_pause_or_of_a_conflict(held: dict[str, str]) -> None:
+    assert scaled(look(observe(*three(), **held), scaling=Scaling(5, 9), mode="Off")) == []
+
+
 def test_a_handover_keeps_the_replicas_it_finds() -> None:
     busy = observe(*(pod(f"chat-{i}", busy=0.9) for i in range(5)), config=WIDE)
     assert scaled(look(busy, scaling=Scaling(2, 10))) == []

@@ -17,7 +17,8 @@ import aiohttp
 from kubernetes.aio import client, config
 
 APPLY = "application/apply-patch+yaml"
-MERGE = "application/merge-patch+json"
+JSON = "application/json"
+METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 JsonObject = dict[str, Any]
 
@@ -25,6 +26,7 @@ PLURALS: Mapping[str, str] = {
     "ConfigMap": "configmaps",
     "Deployment": "deployments",
     "Event": "events",
+    "HorizontalPodAutoscaler": "horizontalpodautoscalers",
     "KVCacheDeployment": "kvcachedeployments",
     "KVCacheOverride": "kvcacheoverrides",
     "Pod": "pods",
@@ -100,7 +102,8 @@ class KubernetesApi:
         path: str,
         body: Any = None,
         *,
-        content_type: str = "application/json",
+        content_type: str = JSON,
+        accept: str = JSON,
         **query: str,
     ) -> JsonObject:
         """One call.
@@ -112,7 +115,7 @@ class KubernetesApi:
             method,
             path,
             query_params=list(query.items()),
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            header_params={"Accept": accept, "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
         )
@@ -139,6 +142,28 @@ class KubernetesApi:
             if error.status == 404:
                 return None
             raise
+
+    async def metadata(self, kind: str, namespace: str, name: str) -> JsonObject | None:
+        """An object of ``v1`` with nothing but its metadata, for whom may write it and not read it.
+
+        None when there is none. It is the answer to an apply of nothing at all that is not carried out.
+        """
+        try:
+            found = await self.request(
+                "PATCH",
+                path_of("v1", kind, namespace, name),
+                {"apiVersion": "v1", "kind": kind, "metadata": {"namespace": namespace, "name": name}},
+                content_type=APPLY,
+                accept=METADATA_ONLY,
+                fieldManager="kvpilot-look",
+                dryRun="All",
+            )
+        except ApiError as error:
+            if error.status == 404:  # the namespace
+                return None
+            raise
+        # What this would have made has no version.
+        return found if found["metadata"].get("resourceVersion") else None
 
     async def list(self, path: str, **query: str) -> list[JsonObject]:
         """The items of a collection."""

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ import structlog
 
 from kvpilot_operator import manifests
 from kvpilot_operator.adapters import kubernetes_objects as objects
-from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
+from kvpilot_operator.adapters.kubernetes_api import APPLY, ApiError, JsonObject, KubernetesApi, path_of
 from kvpilot_operator.manifests import names
 from kvpilot_operator.ports import Conflict, Key, Snapshot
 from kvpilot_operator.spec.errors import ManifestError
@@ -32,8 +31,8 @@ REPORTER = "kvpilot.io/operator"
 NOTE_BYTES = 1024
 """The API's limit of an Event's note."""
 
-SAME_EVENT_S = 600.0
-"""An Event that was told this recently is not told again: a repeated look is no new transition."""
+AUTOSCALER = "kube-controller-manager"
+"""Field manager under which a HorizontalPodAutoscaler writes."""
 
 RECORDS_BYTES = 900_000
 """Total of the kept records, under the 1 MiB of a ConfigMap."""
@@ -64,7 +63,6 @@ class KubernetesCluster:
         self._instance = instance[:128]
         self._clock = clock
         self._sources: dict[Key, str] = {}
-        self._told: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
     def source_of(self, key: Key) -> str:
         """Name of the metrics source that the resource asked for when it was last read."""
@@ -113,6 +111,9 @@ class KubernetesCluster:
         uid = manifest["metadata"]["uid"]
         self._sources[key] = _source_ref(manifest)
         workload = workload if _owned_by(workload, uid) else None
+        secret, rival = await asyncio.gather(
+            self._api.metadata("Secret", namespace, names.admin_name(name)), self._rival(workload)
+        )
         config = config if _owned_by(config, uid) else None
         token = objects.admin_token(self._key, uid)
         asked = objects.in_force(overrides, name, self._clock())
@@ -123,12 +124,24 @@ class KubernetesCluster:
             replicas=None if workload is None else int(workload["spec"].get("replicas", 1)),
             pods=tuple(sorted((pod for pod in replicas if pod is not None), key=lambda pod: pod.name)),
             promoted=manifests.promoted_of((config or {}).get("data")),
-            replicas_managed_by="" if workload is None else objects.rival_manager(workload),
+            replicas_managed_by=rival,
             rolling_out=workload is not None and objects.replacing_pods(workload),
             paused_by=asked.paused_by,
             boosts=asked.boosts,
             overrides=asked.names,
+            token_lost=not (_owned_by(secret, uid) and objects.holds_token(secret)),
+            refused_pods="" if workload is None else objects.refused_pods(workload),
         )
+
+    async def _rival(self, workload: Mapping[str, Any] | None) -> str:
+        if workload is None:
+            return ""
+        autoscalers: list[JsonObject] = []
+        if AUTOSCALER in objects.replica_managers(workload):
+            namespace = workload["metadata"]["namespace"]
+            path = path_of("autoscaling/v2", "HorizontalPodAutoscaler", namespace)
+            autoscalers = await self._api.list(path)
+        return objects.rival_manager(workload, autoscalers, self._clock())
 
     async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
         """Apply the owned objects. The configuration is written only where there is none yet.
@@ -164,21 +177,27 @@ class KubernetesCluster:
     async def _read_own(
         self, snapshot: Snapshot, wanted: Iterable[Mapping[str, Any]]
     ) -> list[JsonObject | None]:
-        """What there is of the wanted objects, None for the others; Secrets, which nobody reads, left out.
+        """What there is of the wanted objects, None for the others. Nobody reads Secrets: only metadata.
 
         Raises:
             ManifestError: one is somebody else's. Apply would make it ours, to go with the resource.
         """
         uid, namespace = snapshot.manifest["metadata"]["uid"], snapshot.key.namespace
-        asked = [item for item in wanted if item["kind"] != "Secret"]
-        paths = [path_of(i["apiVersion"], i["kind"], namespace, i["metadata"]["name"]) for i in asked]
-        found = await asyncio.gather(*map(self._api.get, paths))
-        for item, held in zip(asked, found, strict=True):
+        asked = [(item["apiVersion"], item["kind"], item["metadata"]["name"]) for item in wanted]
+        found = await asyncio.gather(
+            *(
+                self._api.metadata(kind, namespace, name)
+                if kind == "Secret"
+                else self._api.get(path_of(version, kind, namespace, name))
+                for version, kind, name in asked
+            )
+        )
+        for (_, kind, name), held in zip(asked, found, strict=True):
             if held is not None and not _owned_by(held, uid) and not _orphan(held, snapshot.key.name):
                 raise ManifestError(
                     [
-                        f"metadata.name: {item['kind']} {item['metadata']['name']} exists and is not this "
-                        "resource's; choose another name, or delete it"
+                        f"metadata.name: {kind} {name} exists and is not this resource's; choose another "
+                        "name, or delete it"
                     ]
                 )
         return found
@@ -226,15 +245,12 @@ class KubernetesCluster:
     ) -> None:
         """Tell people about a transition. An Event that cannot be written is logged, and nothing fails."""
         metadata = snapshot.manifest["metadata"]
-        now = self._clock()
-        if self._told_lately((metadata["uid"], reason, message), now):
-            return
-        moment = datetime.fromtimestamp(now, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+        now = datetime.fromtimestamp(self._clock(), UTC)
         body = {
             "apiVersion": EVENTS_API,
             "kind": "Event",
             "metadata": {"generateName": f"{snapshot.key.name}-", "namespace": snapshot.key.namespace},
-            "eventTime": moment,
+            "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "action": "Tune",
             "type": kind,
             "reason": reason,
@@ -325,18 +341,10 @@ class KubernetesCluster:
             "PATCH",
             path_of("apps/v1", "Deployment", *key, "scale"),
             scale,
-            content_type="application/apply-patch+yaml",
+            content_type=APPLY,
             fieldManager=objects.SCALE_MANAGER,
             force="true",
         )
-
-    def _told_lately(self, event: tuple[str, str, str], now: float) -> bool:
-        while self._told and next(iter(self._told.values())) < now - SAME_EVENT_S:
-            self._told.popitem(last=False)
-        if event in self._told:
-            return True
-        self._told[event] = now
-        return False
 
 
 def _source_ref(manifest: Mapping[str, Any]) -> str:

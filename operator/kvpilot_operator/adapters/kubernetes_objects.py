@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvpilot_operator.manifests.names import ADMIN_PORT
+from kvpilot_operator.manifests.names import ADMIN_PORT, TOKEN_KEY
 from kvpilot_operator.ports import Replica
 from kvpilot_operator.spec.times import from_rfc3339
 from kvpilot_operator.tuning.observation import Boost
@@ -20,6 +22,16 @@ SCALE_MANAGER = "kvpilot-scale"
 """Field manager of the number of replicas, through the workload's /scale."""
 
 ADMIN_EPOCH = 1
+
+RIVAL_S = 600.0
+"""Who wrote the number of replicas and has not done so again for this long does not manage it, s."""
+
+LAST_WORDS = 256
+"""Longest last line of a container that is told, characters."""
+
+_SOUND_STARTS = frozenset({None, "ContainerCreating", "PodInitializing"})
+_NO_NEWS = frozenset({"", "Error", "Completed"})
+_REFUSED_POD = re.compile(r'^pods "[^"]*" is ')
 
 
 def admin_token(operator_key: bytes, uid: str) -> str:
@@ -61,31 +73,79 @@ def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
 def _pending_reason(
     conditions: Mapping[str, Mapping[str, Any]], containers: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Why a pod is not running: what the scheduler or the kubelet says; "" while it simply starts."""
+    """Why a pod is not running: what the scheduler, the kubelet or the container that ended says.
+
+    "" while it simply starts.
+    """
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
         return f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}".rstrip(": ")
     for container in containers:
         waiting = (container.get("state") or {}).get("waiting") or {}
-        if waiting.get("reason") not in {None, "ContainerCreating", "PodInitializing"}:
-            return f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+        stuck = waiting.get("reason") not in _SOUND_STARTS
+        words = _last_words(container)
+        if stuck or words:
+            told = (waiting["reason"] if stuck else "Restarted", words or waiting.get("message", ""))
+            return ": ".join(filter(None, told))
     return ""
 
 
-def replica_managers(workload: Mapping[str, Any]) -> tuple[str, ...]:
-    """Field managers that own the workload's number of replicas."""
-    entries = workload["metadata"].get("managedFields") or ()
-    return tuple(
-        entry.get("manager", "")
-        for entry in entries
+def _last_words(container: Mapping[str, Any]) -> str:
+    """The last line of a container that failed, or why it was ended; "" without a failure."""
+    states = (container.get("state") or {}, container.get("lastState") or {})
+    ended: Mapping[str, Any] = next((s["terminated"] for s in states if s.get("terminated")), {})
+    if not ended.get("exitCode"):
+        return ""
+    lines = str(ended.get("message") or "").split("\n")
+    line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    reason = str(ended.get("reason") or "")
+    told = (reason if reason not in _NO_NEWS else "", line[:LAST_WORDS])
+    return ": ".join(filter(None, told)) or f"exit status {ended['exitCode']}"
+
+
+def replica_managers(workload: Mapping[str, Any]) -> dict[str, float]:
+    """Field managers that own the workload's number of replicas; when each wrote last (infinity: unknown)."""
+    return {
+        entry.get("manager", ""): seconds_of(entry.get("time")) or math.inf
+        for entry in workload["metadata"].get("managedFields") or ()
         if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
+    }
+
+
+def rival_manager(workload: Mapping[str, Any], autoscalers: Iterable[Mapping[str, Any]], now: float) -> str:
+    """Somebody else who manages the number of replicas; "" when it is only us.
+
+    An autoscaler does for as long as it is there: it writes only when its mind changes. Anybody else does for
+    ``RIVAL_S`` after the last write; then the number that is found is ours to go on from.
+    """
+    name = workload["metadata"]["name"]
+    for item in autoscalers:
+        target = item["spec"]["scaleTargetRef"]
+        if (target["kind"], target["name"]) == ("Deployment", name):
+            return f"HorizontalPodAutoscaler {item['metadata']['name']}"
+    writers = replica_managers(workload).items()
+    recent = [who for who, at in writers if now - at < RIVAL_S and who not in {MANAGER, SCALE_MANAGER}]
+    return min(recent, default="")
+
+
+def refused_pods(workload: Mapping[str, Any]) -> str:
+    """Why the API server refuses the workload's pods, a quota for example; "" where it does not."""
+    for condition in (workload.get("status") or {}).get("conditions") or ():
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            # Without the pod's name, which is another one at every try.
+            message = _REFUSED_POD.sub("", condition.get("message", ""))
+            return f"{condition.get('reason', 'ReplicaFailure')}: {message}".rstrip(": ")
+    return ""
+
+
+def holds_token(secret: Mapping[str, Any] | None) -> bool:
+    """Whether the token in the Secret, of which only metadata is known, is the one that we wrote."""
+    entries = ((secret or {}).get("metadata") or {}).get("managedFields") or ()
+    return any(
+        entry.get("manager") == MANAGER
+        and f"f:{TOKEN_KEY}" in ((entry.get("fieldsV1") or {}).get("f:data") or {})
+        for entry in entries
     )
-
-
-def rival_manager(workload: Mapping[str, Any]) -> str:
-    """Somebody else who writes the number of replicas; "" when it is only us."""
-    others = sorted(set(replica_managers(workload)) - {MANAGER, SCALE_MANAGER})
-    return others[0] if others else ""
 
 
 def replacing_pods(workload: Mapping[str, Any]) -> bool:

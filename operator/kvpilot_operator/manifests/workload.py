@@ -97,6 +97,8 @@ def _engine(spec: DeploymentSpec) -> dict[str, Any]:
         "image": spec.engine.image,
         **({"imagePullPolicy": pull} if pull else {}),
         "args": _arguments(spec),
+        # An engine that cannot start says why in its last line; the condition of the resource repeats it.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": [
             {"name": "HOME", "value": "/tmp"},
             {"name": "USER", "value": "kvpilot"},

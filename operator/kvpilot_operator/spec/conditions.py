@@ -118,12 +118,19 @@ def _ready(snapshot: Snapshot, spec: DeploymentSpec) -> Condition:
     if serving >= wanted:
         return Condition("Ready", "True", "Serving", "At least as many engines serve as asked for.")
     message = f"{serving} of at least {wanted} engines serve."
+    if stuck := _stuck(snapshot):
+        message = f"{message[:-1]}: {'; '.join(stuck)}"
     return Condition("Ready", "False", "EnginesNotReady" if serving else "NoEngineReady", message)
 
 
+def _stuck(snapshot: Snapshot) -> list[str]:
+    """What keeps pods from serving, pod by pod, and what keeps more of them from being made."""
+    waiting = [f"{pod.name}: {pod.pending_reason}" for pod in snapshot.pods if pod.pending_reason]
+    return [snapshot.refused_pods, *waiting] if snapshot.refused_pods else waiting
+
+
 def _progressing(snapshot: Snapshot, observation: Observation) -> Condition:
-    stuck = [f"{pod.name}: {pod.pending_reason}" for pod in snapshot.pods if pod.pending_reason]
-    if stuck:
+    if stuck := _stuck(snapshot):
         return Condition("Progressing", "True", "PodsPending", "Waiting for " + "; ".join(stuck))
     if observation.rolling_out:
         return Condition("Progressing", "True", "RollingOut", "Pods are being replaced one after the other.")
@@ -190,8 +197,9 @@ def _actuator_conflict(observation: Observation, spec: DeploymentSpec) -> Condit
             "ActuatorConflict",
             "True",
             "OtherManager",
-            f"{observation.replicas_managed_by} also writes the number of replicas; kvpilot stops scaling. "
-            "Remove that writer, or use spec.replicas in place of spec.scaling.",
+            f"{observation.replicas_managed_by} also writes the number of replicas; kvpilot stops scaling, "
+            "and goes on some minutes after the last write. Remove that writer, or use spec.replicas in "
+            "place of spec.scaling.",
         )
     return Condition("ActuatorConflict", "False", "NoConflict", "Nobody else writes the number of replicas.")
 

@@ -26,6 +26,9 @@ UTILISATION = 0.8
 GROWTH_MARGIN = 1.15
 """Before a scale-in the need is recomputed at this multiple of the load."""
 
+BOUNDS = "replicas-bounds"
+"""The rule that keeps replicas within the user's bounds: a wish to be met in every mode, and no tuning."""
+
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
 
@@ -39,7 +42,7 @@ REPEAT_PARTS = 8
 def size(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
     """Choose the number of replicas, where it is ours to choose."""
     scaling, observation = look.policy.scaling, look.observation
-    if scaling is None or look.policy.mode == "Off":
+    if scaling is None:
         return _without_marks(draft)
     if observation.replicas_managed_by:
         who = observation.replicas_managed_by
@@ -48,12 +51,17 @@ def size(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one 
         )
     if observation.paused_by:
         return draft
+    if observation.replicas > scaling.maximum:
+        return _scaled(look, draft, scaling.maximum, BOUNDS, f"the maximum is {scaling.maximum}")
+    if observation.replicas < scaling.minimum:
+        return _out(look, draft, scaling.minimum, BOUNDS, f"the minimum is {scaling.minimum}")
+    if look.policy.mode == "Off":
+        return _without_marks(draft)
     draft = _remember_boost(look, draft, scaling)
     floor = _floor(look, scaling)
-    if observation.replicas > scaling.maximum:
-        return _scaled(look, draft, scaling.maximum, "replicas-bounds", "the maximum was lowered")
     if observation.replicas < floor:
-        return _raised(look, draft, scaling, floor)
+        names = ", ".join(sorted(b.name for b in observation.boosts if b.min_replicas > scaling.minimum))
+        return _out(look, draft, floor, "boost", f"override {names} asks for at least {floor}")
     if look.untrusted is not None or look.stalled or observation.rolling_out:
         return _without_marks(draft)
     up = _wanted_up(look, draft, plan, scaling) if scaling.direction != "InOnly" else None
@@ -85,13 +93,6 @@ def _remember_boost(look: Look, draft: Draft, scaling: Scaling) -> Draft:
     if floor > max(scaling.minimum, draft.state.boosted):
         return draft.with_state(boosted=floor)
     return draft
-
-
-def _raised(look: Look, draft: Draft, scaling: Scaling, floor: int) -> Draft:
-    if floor > scaling.minimum:
-        names = ", ".join(sorted(b.name for b in look.observation.boosts if b.min_replicas > scaling.minimum))
-        return _out(look, draft, floor, "boost", f"override {names} asks for at least {floor}")
-    return _out(look, draft, floor, "replicas-bounds", f"the minimum is {floor}")
 
 
 def why_not_more(look: Look) -> str:
@@ -208,7 +209,7 @@ def _scaled(look: Look, draft: Draft, target: int, rule: str, why: str) -> Draft
     asked = look.observation.replicas
     text = f"{why[:1].upper()}{why[1:]}; replicas {asked} -> {target}"
     fields = {"rule": rule, "replicas": (asked, target)}
-    if look.policy.mode != "Auto":
+    if look.policy.mode != "Auto" and rule != BOUNDS:
         key = f"{rule}:{asked}->{target}"
         return draft.told_once(look, key, outcome="Recommended", summary=f"{text} is recommended.", **fields)
     draft = draft.acting(Scale(target, rule))

@@ -1,0 +1,136 @@
+"""What the adapter reads, checks and writes, against an API server in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
+from kvpilot_operator.adapters.kubernetes_cluster import KubernetesCluster
+from kvpilot_operator.ports import Key, Snapshot
+from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.tuning.observation import Promoted
+
+CHAT = Key("team-a", "chat")
+NOW = 1_795_399_200.0  # 2026-11-23T02:00:00Z
+OWNER = {"ownerReferences": [{"uid": "u"}]}
+RESOURCE: JsonObject = {
+    "apiVersion": "kvpilot.io/v1alpha1",
+    "kind": "KVCacheDeployment",
+    "metadata": {"name": "chat", "namespace": "team-a", "uid": "u", "generation": 1, "resourceVersion": "9"},
+    "spec": {"scaling": {"min": 1, "max": 4}},
+}
+SECRET = path_of("v1", "Secret", "team-a", "chat-admin")
+DEPLOYMENT = path_of("apps/v1", "Deployment", "team-a", "chat")
+AUTOSCALERS = path_of("autoscaling/v2", "HorizontalPodAutoscaler", "team-a")
+EVENTS = path_of("events.k8s.io/v1", "Event", "team-a")
+
+
+class Api(KubernetesApi):
+    """Objects by path. What is applied or created is kept in the order in which it came."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, JsonObject] = {
+            path_of("kvpilot.io/v1alpha1", "KVCacheDeployment", *CHAT): RESOURCE
+        }
+        self.lists: dict[str, list[JsonObject]] = {}
+        self.written: list[tuple[str, JsonObject]] = []
+        self.asked: list[str] = []
+
+    async def request(self, method: str, path: str, body: Any = None, **options: Any) -> JsonObject:
+        self.asked.append(path)
+        if method == "GET":
+            if path in self.items:
+                return self.items[path]
+            if path.rsplit("/", 1)[-1] in {"pods", "kvcacheoverrides", "horizontalpodautoscalers"}:
+                return {"items": self.lists.get(path, [])}
+            raise ApiError(f"{path}: 404", 404)
+        if options.get("dryRun"):
+            assert "as=PartialObjectMetadata" in options["accept"], "nobody reads Secrets"
+            assert set(body) == {"apiVersion", "kind", "metadata"}
+            held = self.items.get(path, {"metadata": {"uid": "never", "creationTimestamp": "now"}})
+            return {"kind": "PartialObjectMetadata", "metadata": held["metadata"]}
+        self.written.append((path, body))
+        return dict(body)
+
+
+@pytest.fixture
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture
+def cluster(api: Api) -> KubernetesCluster:
+    return KubernetesCluster(api, b"k" * 32, clock=lambda: NOW)
+
+
+async def read(cluster: KubernetesCluster) -> Snapshot:
+    snapshot = await cluster.read(CHAT)
+    assert snapshot is not None
+    return snapshot
+
+
+def secret(writer: str = "kvpilot", **metadata: Any) -> JsonObject:
+    entry = {"manager": writer, "fieldsV1": {"f:data": {"f:token": {}}}}
+    return {"metadata": {"resourceVersion": "1", "managedFields": [entry], **metadata}}
+
+
+@pytest.mark.parametrize(
+    ("held", "lost"),
+    [(None, True), (secret(**OWNER), False), (secret("kubectl-edit", **OWNER), True), (secret(), True)],
+    ids=["deleted", "ours", "edited", "theirs"],
+)
+async def test_a_token_that_is_gone_or_edited_is_seen_by_who_may_not_read_it(
+    api: Api, cluster: KubernetesCluster, held: JsonObject | None, lost: bool
+) -> None:
+    if held is not None:
+        api.items[SECRET] = held
+    assert (await read(cluster)).token_lost is lost
+
+
+async def test_a_secret_of_somebody_else_is_neither_taken_nor_written(
+    api: Api, cluster: KubernetesCluster
+) -> None:
+    api.items[SECRET] = secret("helm")
+    with pytest.raises(ManifestError, match="Secret chat-admin exists and is not this resource's"):
+        await cluster.roll_out(await read(cluster), Promoted(1, {}))
+    assert api.written == []
+    del api.items[SECRET]
+    await cluster.roll_out(await read(cluster), Promoted(1, {}))
+    assert SECRET in [path for path, _ in api.written]
+
+
+def deployment(manager: str, wrote: str) -> JsonObject:
+    entry = {"manager": manager, "time": wrote, "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    metadata = {"name": "chat", "namespace": "team-a", "managedFields": [entry], **OWNER}
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "quota"}
+    return {"metadata": metadata, "spec": {"replicas": 3}, "status": {"conditions": [failure]}}
+
+
+async def test_autoscalers_are_asked_for_where_one_wrote_the_replicas(
+    api: Api, cluster: KubernetesCluster
+) -> None:
+    api.items[DEPLOYMENT] = deployment("kubectl", "2026-11-23T01:59:00Z")
+    snapshot = await read(cluster)
+    assert (snapshot.replicas_managed_by, snapshot.refused_pods) == ("kubectl", "FailedCreate: quota")
+    assert AUTOSCALERS not in api.asked
+    api.items[DEPLOYMENT] = deployment("kube-controller-manager", "2026-11-22T02:00:00Z")
+    theirs = {
+        "metadata": {"name": "hpa"},
+        "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "chat"}},
+    }
+    api.lists[AUTOSCALERS] = [theirs]
+    assert (await read(cluster)).replicas_managed_by == "HorizontalPodAutoscaler hpa"
+    api.lists[AUTOSCALERS] = []
+    assert (await read(cluster)).replicas_managed_by == ""
+
+
+async def test_the_second_breach_within_minutes_is_an_event_as_well(
+    api: Api, cluster: KubernetesCluster
+) -> None:
+    snapshot = await read(cluster)
+    for reason, message in (("Breached", "p95."), ("AllMet", "met."), ("Breached", "p95.")):
+        await cluster.event(snapshot, "Normal", reason, message)
+    told = [body["reason"] for path, body in api.written if path == EVENTS]
+    assert told == ["Breached", "AllMet", "Breached"]
