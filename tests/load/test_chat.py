@@ -105,6 +105,17 @@ def test_a_rise_goes_on_until_requests_pile_up_and_then_stays() -> None:
     assert steps == [(10, 2), (10, 4), (10, 4), (10, 6), (10, 6), (10, 12), (40, 12)]
 
 
+def test_a_rise_begins_no_lower_than_the_phase_before_ended() -> None:
+    slowed = Machine(1.0)
+    phases = [Phase("calm", 50, in_flight=4), Rise("rise", 50, in_flight=4, ramp_s=0)]
+    seen: list[Arrival] = []
+    for arrival in ChatWorkload(phases, seed=2).arrivals(slowed):
+        seen.append(arrival)
+        slowed.latency = 20.0  # most of it in a queue: 4 in flight would be a request in 5 s
+    assert len([a for a in seen if a.phase == "rise"]) == pytest.approx(200, rel=0.2)
+    assert next(Rise("rise", 50, in_flight=4).steps(Machine(0.5), before=4)) == (4, 8)
+
+
 def test_a_rise_ends_in_time_where_nothing_hurts() -> None:
     rise = Rise("rise", 100, in_flight=1, ramp_s=30, step_s=10, factor=2)
     assert list(rise.steps(Machine(1.0))) == [(10, 1), (10, 2), (10, 4), (60, 8), (10, 8)]

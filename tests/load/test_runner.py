@@ -172,7 +172,7 @@ async def test_a_server_that_is_not_there_is_named() -> None:
     async with Client("http://127.0.0.1:9") as client:
         with pytest.raises(RequestError, match=r"cannot reach http://127.0.0.1:9/v1/models"):
             await client.find_model()
-    with pytest.raises(LoadError, match="URL: must begin with http:// or https://, got 'localhost'"):
+    with pytest.raises(LoadError, match=r"URL: must be http:// or https:// with a host.*, got 'localhost'"):
         Client("localhost")
 
 
@@ -183,9 +183,38 @@ def test_percentiles_are_nearest_rank() -> None:
     assert percentile([7.0], 0.99) == 7
 
 
-def test_figures_by_phase() -> None:
-    tally = Tally(2, [Result("calm", 0, 0, 1), Result("rise", 5, 0, 3)])
-    summary = tally.summary(10)
+def test_each_rate_has_its_own_span() -> None:
+    calm = [Result("calm", at, 0, 1, output_tokens=6) for at in (1, 3)]
+    rise = [Result("rise", at, 0, seconds, output_tokens=6) for at, seconds in ((5, 3), (6, 14), (7, 1))]
+    summary = Tally(6, [rise[0], *calm, rise[2], rise[1]]).summary(10)
+    spans = ("offered_seconds", "seconds", "offered_per_s", "completed_per_s", "output_tokens_per_s")
+    assert [summary[name] for name in spans] == [10, 20, 0.6, 0.25, 1.5]
+    assert list(summary["phases"]) == ["calm", "rise"]
+    assert [summary["phases"]["calm"][name] for name in spans] == [5, 5, 0.4, 0.4, 2.4]
+    assert [summary["phases"]["rise"][name] for name in spans] == [5, 15, 0.6, 0.2, 1.2]
     assert summary["phases"]["calm"]["latency_s"]["p50"] == 1
     assert summary["phases"]["rise"]["latency_s"]["p50"] == 3
-    assert summary["offered_per_s"] == 0.2
+    assert lines_of(summary)[0] == ("requests    6 offered in 10 s (0.60/s), 5 completed in 20 s (0.25/s)")
+    assert Tally().summary(0)["offered_per_s"] == 0
+
+
+async def test_the_offered_rate_is_over_the_schedule_or_until_the_stop() -> None:
+    release = asyncio.Event()
+
+    async def held(_: web.Request) -> web.Response:
+        await release.wait()
+        return web.json_response({"choices": [{"text": "abcd"}], "usage": USAGE})
+
+    async with server(held) as url, Client(url) as client:
+        whole, stopped = LoadRun(client, Even(5, 0.01, [])), LoadRun(client, Even(100_000, 0.01, []))
+        tasks = [asyncio.create_task(run.run()) for run in (whole, stopped)]
+        while whole.tally.offered < 5:  # noqa: ASYNC110 - a plain fact of another task
+            await asyncio.sleep(0.01)
+        stopped.wind_down()
+        await asyncio.sleep(0.3)
+        release.set()
+        await asyncio.gather(*tasks)
+    assert whole.offered_seconds == 0.05
+    assert whole.seconds > 0.3
+    assert whole.summary()["offered_per_s"] == 100
+    assert 0 < stopped.offered_seconds < stopped.seconds - 0.25

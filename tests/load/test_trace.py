@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kvpilot_engine.tokenizer import load_tokenizer
 from kvpilot_operator.cli import app
+from kvpilot_operator.load.command import CHAT_OPTIONS
 from kvpilot_operator.load.results import Tally
 from kvpilot_operator.load.trace import TraceRequest, TraceWorkload, prompt_of, read_trace
 from kvpilot_operator.load.workload import LoadError
@@ -21,7 +22,7 @@ TRACES = Path(os.environ.get("KVPILOT_TRACES", "../shared/traces"))
 
 def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "trace"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -32,15 +33,15 @@ def written(tmp_path: Path, text: str) -> Path:
         ("[1]", ":2: must be a JSON object, got '[1]'"),
         (
             '{"timestamp": -1, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
-            ":2: timestamp: must be a number of at least 0, got -1",
+            ":2: timestamp: must be a number from 0 to 1e+15, got -1",
         ),
         (
             '{"timestamp": 1, "input_length": 0.5, "output_length": 1, "hash_ids": [1]}',
-            ":2: input_length: must be a whole number of at least 1, got 0.5",
+            ":2: input_length: must be a whole number from 1 to 1e+07, got 0.5",
         ),
         (
             '{"timestamp": 1, "input_length": 1, "hash_ids": [1]}',
-            ":2: output_length: must be a whole number of at least 1, got nothing",
+            ":2: output_length: must be a whole number from 1 to 1e+07, got nothing",
         ),
         (
             '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": "x"}',
@@ -49,6 +50,16 @@ def written(tmp_path: Path, text: str) -> Path:
         (
             '{"timestamp": 1, "input_length": 513, "output_length": 1, "hash_ids": [1]}',
             ":2: hash_ids: must hold 2 ids for input_length 513 (512 tokens each), got 1",
+        ),
+        (
+            f'{{"timestamp": {"9" * 401}, "input_length": 1, "output_length": 1, "hash_ids": [1]}}',
+            f":2: timestamp: must be a number from 0 to 1e+15, got {'9' * 60}...",
+        ),
+        (f'{{"timestamp": {"9" * 5000}}}', ":2: not JSON that can be read: Exceeds the limit"),
+        ("[" * 100_000, ":2: not JSON that can be read: maximum recursion depth exceeded"),
+        (
+            '{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
+            ":2: timestamp: must be a number from 0 to 1e+15, got nan",
         ),
     ],
 )
@@ -68,8 +79,13 @@ def test_a_bad_mooncake_line_is_named(tmp_path: Path, line: str, message: str) -
         ),
         (
             "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,many,1\n",
-            ":2: ContextTokens: must be a whole number of at least 1, got 'many'",
+            ":2: ContextTokens: must be a whole number from 1 to 1e+07, got 'many'",
         ),
+        (
+            f"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,1,{'9' * 5000}\n",
+            f":2: GeneratedTokens: must be a whole number from 1 to 1e+07, got '{'9' * 59}...",
+        ),
+        (f"TIMESTAMP,ContextTokens,GeneratedTokens\n{'x' * 200_000},1,1\n", ":2: not CSV: field larger"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,1\n", ":2: must have 3 columns, got 2"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no request"),
         ("time,tokens\n1,2\n", ":1: must be a JSON object (Mooncake) or the header TIMESTAMP"),
@@ -95,6 +111,7 @@ def test_the_command_refuses_a_bad_trace_with_exit_code_2(tmp_path: Path) -> Non
         (["--shrink", "3"], "shrink: must divide 512, got 3"),
         (["--speed", "0"], "speed: must be above 0, got 0"),
         (["--duration", "-1"], "duration: must be above 0, got -1"),
+        (["--timeout", "0"], "timeout: must be above 0, got 0"),
     ],
 )
 def test_the_command_refuses_bad_options(tmp_path: Path, options: list[str], message: str) -> None:
@@ -102,6 +119,33 @@ def test_the_command_refuses_bad_options(tmp_path: Path, options: list[str], mes
     result = CliRunner().invoke(app, ["load", "http://127.0.0.1:9", "--trace", str(path), *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            (
+                ["--trace", "trace", f"--{name.replace('_', '-')}", "4"],
+                f"--{name.replace('_', '-')}: cannot go",
+            )
+            for name in CHAT_OPTIONS
+        ),
+        (["--speed", "1"], "--speed: needs --trace FILE"),
+        (["--shrink", "2"], "--shrink: needs --trace FILE"),
+        (["--trace", "trace", "--json", "./trace"], "--json: must be another file than that of --trace"),
+    ],
+)
+def test_the_command_refuses_options_that_ignore_or_overwrite_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, GOOD)
+    result = CliRunner().invoke(app, ["load", "http://127.0.0.1:9", *options])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"kvpilot load: {message}")
+    assert len(result.output.splitlines()) == 1
+    assert path.read_text() == GOOD
 
 
 def test_times_start_at_zero_and_are_sorted(tmp_path: Path) -> None:
@@ -113,6 +157,29 @@ def test_times_start_at_zero_and_are_sorted(tmp_path: Path) -> None:
     requests = read_trace(written(tmp_path, text))
     assert [(r.input_tokens, r.output_tokens) for r in requests] == [(374, 44), (396, 109)]
     assert [r.at for r in requests] == [0, pytest.approx(4.314579, abs=1e-5)]
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD, "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:50,700,64\n"]
+)
+def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path: Path, text: str) -> None:
+    (request,) = read_trace(written(tmp_path, f"\ufeff{text}"))
+    assert (request.input_tokens, request.output_tokens) == (700, 64)
+
+
+@pytest.mark.parametrize(
+    "url",
+    (
+        *("notaurl", "localhost:8000", "ftp://x", "http://", "http:///v1"),
+        *("http://x:99999", "http://[::1", "http://a b", "http://x?y=1", ""),
+    ),
+)
+def test_the_command_refuses_a_bad_url(url: str) -> None:
+    result = CliRunner().invoke(app, ["load", url])
+    assert result.exit_code == 2
+    assert result.output == (
+        f"kvpilot load: URL: must be http:// or https:// with a host, port and path at most, got {url!r}\n"
+    )
 
 
 def test_equal_blocks_become_equal_pages() -> None:
@@ -131,6 +198,8 @@ def test_speed_and_duration_cut_the_schedule(tmp_path: Path) -> None:
     arrivals = list(workload.arrivals(Tally()))
     assert [a.at for a in arrivals] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
     assert arrivals[0].ask().body["max_tokens"] == 2
+    assert workload.seconds == 3
+    assert TraceWorkload(written(tmp_path, "".join(lines)), speed=2, seconds=60).seconds == 4.5
 
 
 @pytest.mark.parametrize(

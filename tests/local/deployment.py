@@ -85,7 +85,7 @@ class Deployment:
         self.told: list[str] = []
         self._manifest = manifest
         self._state = StateDirectory(manifest["metadata"]["name"], directory)
-        self._state.open(fresh=True)
+        self._state.open()
         self._router = Router("127.0.0.1", 0)
         self._cluster = LocalCluster(
             manifest,

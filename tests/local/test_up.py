@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ import yaml
 from typer.testing import CliRunner
 
 from kvpilot_operator.cli import app
+from kvpilot_operator.local.state import StateDirectory
 
 MANIFEST: dict[str, Any] = {
     "apiVersion": "kvpilot.io/v1alpha1",
@@ -223,8 +225,18 @@ def test_a_bad_manifest_exits_2_with_the_field(tmp_path: Path, change: dict[str,
     [
         (["--load", "trace"], "--load trace: needs --trace FILE"),
         (["--check"], "--check: needs --load or --trace"),
-        (["--rate", "3"], "--rate: needs --load or --trace"),
-        (["--load", "chat", "--duration", "0"], "--duration: must be above 0, got 0"),
+        (["--rate", "3"], "--rate: needs --load chat"),
+        (["--load", "chat", "--duration", "0"], "--duration: must be above 0 and finite, got 0"),
+        (["--duration", "inf"], "--duration: must be above 0 and finite, got inf"),
+        (["--trace", "t", "--load", "chat"], "--trace: cannot go with --load chat"),
+        (["--trace", "t", "--rate", "3"], "--rate: cannot go with --trace"),
+        (["--load", "chat", "--speed", "1"], "--speed: needs --trace FILE"),
+        (["--shrink", "1"], "--shrink: needs --trace FILE"),
+        (
+            ["--json", "out", "--report", "./out"],
+            "--report: must be another file than that of --json, got out",
+        ),
+        (["--json", "small.yaml"], "--json: must be another file than that of MANIFEST, got small.yaml"),
         (["--load", "chat", "--report", "/no/such/report.html"], "--report: must be a file in a directory"),
         (["--trace", "/no/such/trace"], "trace /no/such/trace: cannot be read: No such file"),
     ],
@@ -238,6 +250,37 @@ def test_bad_options_exit_2(
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / ".kvpilot").exists()
+
+
+@pytest.mark.parametrize("option", [["--fresh"], ["--check", "--load", "chat"], []])
+def test_a_run_that_cannot_begin_erases_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = manifest(tmp_path / "small.yaml")
+    earlier = tmp_path / ".kvpilot" / "small"
+    earlier.mkdir(parents=True)
+    kept = {
+        name: earlier / name for name in ("resource.json", "config.yaml", "decisions.jsonl", "engine-1.log")
+    }
+    for name, file in kept.items():
+        file.write_text(f"earlier {name}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["up", str(path), "--port", str(port), *option])
+    assert result.exit_code == 2
+    assert f"kvpilot up: --port: cannot listen on 127.0.0.1:{port}" in result.output
+    state = StateDirectory("small")
+    state.open()
+    result = CliRunner().invoke(app, ["up", str(path), *option])
+    state.close()
+    assert result.exit_code == 2
+    assert "kvpilot up: small is already up in .kvpilot/small" in result.output
+    assert {name: file.read_text() for name, file in kept.items()} == {
+        name: f"earlier {name}" for name in kept
+    }
 
 
 def test_a_missing_manifest_exits_2() -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-RUNS = Path(".kvpilot")
 TIMEOUT_S = 10
 
 
@@ -48,11 +47,11 @@ def register(app: typer.Typer) -> None:
         from kvpilot_operator.explain import explain as explained
 
         try:
-            manifest, records = _find(name, namespace, run)
+            manifest, records, ended = _find(name, namespace, run)
         except NotFoundError as error:
             _fail(str(error))
         try:
-            explanation = explained(manifest, records, last, time.time())
+            explanation = explained(manifest, records, last, time.time(), ended=ended)
         except ValidationError as error:
             _fail(f"the status of {name} cannot be read: {'; '.join(config_errors(error))}")
         if output is Format.JSON:
@@ -66,25 +65,35 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def _find(name: str, namespace: str, run: Path | None) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+Found = tuple[Mapping[str, Any], list[Mapping[str, Any]], bool]
+"""A resource, its records, and whether the run that left them has ended."""
+
+
+def _find(name: str, namespace: str, run: Path | None) -> Found:
     """A local run where there is one and no namespace was given; else the cluster's resource."""
+    from kvpilot_operator.local.state import ROOT
+
     if run is not None:
+        if namespace:
+            raise NotFoundError(f"--namespace: cannot go with --run, got {namespace}")
         return local_run(name, run)
-    if not namespace and (RUNS / name / "resource.json").is_file():
-        return local_run(name, RUNS)
+    if not namespace and (ROOT / name / "resource.json").is_file():
+        return local_run(name, ROOT)
     try:
-        return in_cluster(name, namespace)
+        return *in_cluster(name, namespace), False
     except NotFoundError as error:
-        there = "" if namespace else f"; local runs in {RUNS}: {_listed(_runs(RUNS))}"
+        there = "" if namespace else f"; local runs in {ROOT}: {_listed(_runs(ROOT))}"
         raise NotFoundError(f"{error}{there}") from None
 
 
-def local_run(name: str, root: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
-    """Resource and records that local mode left in ``root/NAME`` (or in ``root`` itself).
+def local_run(name: str, root: Path) -> Found:
+    """What local mode left in ``root/NAME`` (or in ``root`` itself), and whether it has ended.
 
     Raises:
         NotFoundError: naming the runs there are.
     """
+    from kvpilot_operator.local.state import is_up
+
     directory = root if (root / "resource.json").is_file() else root / name
     try:
         manifest = json.loads((directory / "resource.json").read_text(encoding="utf-8"))
@@ -97,7 +106,7 @@ def local_run(name: str, root: Path) -> tuple[Mapping[str, Any], list[Mapping[st
         raise NotFoundError(f"{directory} is a run of {found}, not of {name}")
     decisions = directory / "decisions.jsonl"
     text = decisions.read_text(encoding="utf-8") if decisions.is_file() else ""
-    return manifest, parse_records(text)
+    return manifest, parse_records(text), not is_up(directory)
 
 
 def parse_records(text: str) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command(help="Send chat sessions or a recorded trace to URL, open loop, and report what came of it.")
     def load(
+        context: typer.Context,
         url: Annotated[str, typer.Argument(help="Server, e.g. http://127.0.0.1:8000")],
         rate: Annotated[float, typer.Option(help="Chat requests/s (Poisson).")] = 4.0,
         duration: Annotated[
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
         timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 120.0,
         json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     ) -> None:
+        from kvpilot_operator.cli.given import given
         from kvpilot_operator.load.command import LoadOptions, run_load
 
         raise typer.Exit(
@@ -57,6 +59,7 @@ def register(app: typer.Typer) -> None:
                     stream=stream,
                     timeout=timeout,
                     json_out=json_out,
+                    given=given(context),
                 )
             )
         )

@@ -17,4 +17,5 @@ def register(app: typer.Typer) -> None:
     )
     def serve(context: typer.Context) -> None:
         # The engine is a program of its own: the operator's half never imports torch.
+        os.environ["KVPILOT_PROGRAM"] = "kvpilot serve"
         os.execv(sys.executable, [sys.executable, "-m", "kvpilot_engine", *context.args])

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command(help="Run MANIFEST on this machine: engines, one port in front, and the tuner.")
     def up(
+        context: typer.Context,
         manifest: Annotated[Path, typer.Argument(help="A KVCacheDeployment in YAML; edits apply hot.")],
         load: Annotated[_Load | None, typer.Option(help="Send traffic, and end with it.")] = None,
         trace: Annotated[
@@ -53,6 +54,7 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=0.05, max=100, help="Factor on the tuner's durations.", hidden=True)
         ] = 1.0,
     ) -> None:
+        from kvpilot_operator.cli.given import given
         from kvpilot_operator.local.command import UpOptions, run_up
 
         options = UpOptions(
@@ -70,5 +72,6 @@ def register(app: typer.Typer) -> None:
             port=port,
             fresh=fresh,
             pace_scale=pace_scale,
+            given=given(context),
         )
         raise typer.Exit(run_up(options))

@@ -91,12 +91,12 @@ class ChatWorkload:
     def arrivals(self, seen: Seen) -> Iterator[Arrival]:
         """The schedule; a phase that is sized to the machine takes its rate when it begins."""
         times, sizes = random.Random(self.seed), random.Random(self.seed + 1)
-        begin = 0.0
+        begin = before = 0.0
         for phase in self.phases:
-            for seconds, rate in phase.steps(seen):
+            for seconds, rate in phase.steps(seen, before):
                 for offset in poisson(rate, seconds, times):
                     yield self._turn(begin + offset, phase.name, sizes)
-                begin += seconds
+                begin, before = begin + seconds, rate
 
     def _turn(self, at: float, phase: str, sizes: random.Random) -> Arrival:
         session = self._next_session(at)

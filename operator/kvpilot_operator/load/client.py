@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -77,11 +78,18 @@ class Client:
         url: of the server, without ``/v1``.
         stream: ask for server-sent events and note the first token.
         timeout_s: for one whole request.
+
+    Raises:
+        LoadError: no request could be sent to such a URL, or within such a time.
     """
 
     def __init__(self, url: str, *, stream: bool = False, timeout_s: float = 120.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise LoadError(f"URL: must begin with http:// or https://, got {url!r}")
+        if not _is_server(url):
+            raise LoadError(
+                f"URL: must be http:// or https:// with a host, port and path at most, got {url!r}"
+            )
+        if not timeout_s > 0:
+            raise LoadError(f"timeout: must be above 0, got {timeout_s:g}")
         self._url = url.rstrip("/").removesuffix("/v1")
         self._stream = stream
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -140,6 +148,18 @@ class Client:
             raise RequestError("timeout", f"no answer within {self._timeout.total:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise RequestError("connection", str(error) or type(error).__name__) from error
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parsed = urlsplit(url)
+        # The port is read, and checked, only when it is asked for.
+        numbered = parsed.port != 0
+    except ValueError:
+        return False
+    blank = any(character.isspace() for character in url)
+    whole = bool(parsed.hostname) and not parsed.query and not parsed.fragment
+    return parsed.scheme in {"http", "https"} and numbered and whole and not blank
 
 
 def _refusal(status: int, body: bytes) -> RequestError:

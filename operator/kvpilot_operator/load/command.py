@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,17 @@ from kvpilot_operator.load.workload import LoadError, Phase, Workload
 CHAT_SECONDS = 60.0
 """How long a chat load sends unless told."""
 
+TRACE_OPTIONS = ("speed", "shrink")
+CHAT_OPTIONS = (
+    *("rate", "seed", "think", "turns"),
+    *("system_prompts", "system_tokens", "user_tokens", "output_tokens"),
+)
+"""Fields that only a trace and only chats have a use for."""
+
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The command line, as given."""
+    """The command line. ``given``: the fields that it gives itself."""
 
     url: str
     rate: float
@@ -40,6 +48,7 @@ class LoadOptions:
     stream: bool
     timeout: float
     json_out: Path | None
+    given: frozenset[str] = frozenset()
 
 
 def run_load(options: LoadOptions) -> int:
@@ -47,7 +56,7 @@ def run_load(options: LoadOptions) -> int:
     try:
         workload = workload_of(options)
         client = Client(options.url, stream=options.stream, timeout_s=options.timeout)
-        check_writable("--json", options.json_out)
+        check_files({"--trace": options.trace}, {"--json": options.json_out})
     except LoadError as error:
         print(f"kvpilot load: {error}", file=sys.stderr)
         return 2
@@ -61,14 +70,31 @@ def run_load(options: LoadOptions) -> int:
     return 0
 
 
-def check_writable(option: str, path: Path | None) -> None:
-    """Refuse a file that could not be written in the end.
+def check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
+    """Refuse files, by their options, that could not be written in the end or would be written over another.
 
     Raises:
-        LoadError: its directory does not exist, or it is a directory itself.
+        LoadError: a directory does not exist, a file is a directory, or is read or written by another option.
     """
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise LoadError(f"{option}: must be a file in a directory that exists, got {path}")
+    used = {path.resolve(): option for option, path in read.items() if path is not None}
+    for option, path in written.items():
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            raise LoadError(f"{option}: must be a file in a directory that exists, got {path}")
+        if (other := used.setdefault(path.resolve(), option)) != option:
+            raise LoadError(f"{option}: must be another file than that of {other}, got {path}")
+
+
+def check_unused(given: Collection[str], unused: Iterable[str], why: str) -> None:
+    """Refuse options, by their names in Python, that are given and would change nothing.
+
+    Raises:
+        LoadError: naming the first one and ``why``.
+    """
+    for name in unused:
+        if name in given:
+            raise LoadError(f"--{name.replace('_', '-')}: {why}")
 
 
 def workload_of(options: LoadOptions) -> Workload:
@@ -78,9 +104,11 @@ def workload_of(options: LoadOptions) -> Workload:
         LoadError: for an option or a trace that cannot be used.
     """
     if options.trace is not None:
+        check_unused(options.given, CHAT_OPTIONS, "cannot go with --trace")
         return TraceWorkload(
             options.trace, speed=options.speed, shrink=options.shrink, seconds=options.duration
         )
+    check_unused(options.given, TRACE_OPTIONS, "needs --trace FILE")
     shape = ChatShape(
         system_prompts=options.system_prompts,
         system_tokens=options.system_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 OK = "ok"
@@ -87,42 +88,54 @@ class Tally:
         found = self.latency() or percentile(sorted(self.probed), 0.5)
         return max(0.01, found or 1.0)
 
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """Everything about a load of ``seconds`` (from its start to the last answer)."""
-        whole = _summary(self.results, seconds)
-        phases = list(dict.fromkeys(result.phase for result in self.results))
-        if len(phases) > 1:
+    def summary(self, offered_s: float) -> dict[str, Any]:
+        """Everything about a load that was offered over ``offered_s`` s, as a whole and by phase.
+
+        Times are in s, and each rate has the span in which its events could happen: ``offered_per_s`` is over
+        ``offered_seconds``, in which requests were due; ``completed_per_s`` and ``output_tokens_per_s`` are
+        over ``seconds``, from the same beginning to the last answer, and never shorter. A phase begins with
+        its first request (the first one with the load) and is offered until the next one begins.
+        """
+        whole = _summary(self.results, self.offered, 0.0, offered_s)
+        by_phase: dict[str, list[Result]] = {}
+        for result in sorted(self.results, key=lambda result: result.at):
+            by_phase.setdefault(result.phase, []).append(result)
+        if len(by_phase) > 1:
+            bounds = [0.0, *(found[0].at for found in list(by_phase.values())[1:]), offered_s]
             whole["phases"] = {
-                name: _summary([r for r in self.results if r.phase == name], None) for name in phases
+                name: _summary(found, len(found), begin, end)
+                for (name, found), (begin, end) in zip(by_phase.items(), pairwise(bounds), strict=True)
             }
-        whole["offered"] = self.offered
         return whole
 
 
-def _summary(results: Sequence[Result], seconds: float | None) -> dict[str, Any]:
+def _summary(results: Sequence[Result], offered: int, begin: float, end: float) -> dict[str, Any]:
+    """Figures of requests that were offered from ``begin`` to ``end``, s from the start of the load."""
     good = [r for r in results if r.kind == OK]
     prompt = sum(r.prompt_tokens for r in good)
     errors = Counter(r.kind for r in results if r.kind != OK)
     first = [r.first_token for r in good if r.first_token is not None]
-    span = seconds or (max(r.at for r in results) - min(r.at for r in results) if len(results) > 1 else 0.0)
-    per_second = 1 / span if span > 0 else 0.0
+    offered_s = end - begin
+    seconds = max([end, *(r.at + r.seconds for r in results)]) - begin
+    output = sum(r.output_tokens for r in good)
     return {
-        "seconds": round(span, 3),
-        "offered": len(results),
+        "seconds": round(seconds, 3),
+        "offered_seconds": round(offered_s, 3),
+        "offered": offered,
         "completed": len(good),
-        "offered_per_s": round(len(results) * per_second, 3),
-        "completed_per_s": round(len(good) * per_second, 3),
+        "offered_per_s": round(_rate(offered, offered_s), 3),
+        "completed_per_s": round(_rate(len(good), seconds), 3),
         "latency_s": quantiles(r.seconds for r in good),
         "first_token_s": quantiles(first) if first else None,
         "hit_rate": sum(r.cached_tokens for r in good) / prompt if prompt else None,
         "tokens": {
             "prompt": prompt,
             "cached": sum(r.cached_tokens for r in good),
-            "output": sum(r.output_tokens for r in good),
+            "output": output,
             "prompt_mean": prompt / len(good) if good else None,
-            "output_mean": sum(r.output_tokens for r in good) / len(good) if good else None,
+            "output_mean": output / len(good) if good else None,
         },
-        "output_tokens_per_s": round(sum(r.output_tokens for r in good) * per_second, 1),
+        "output_tokens_per_s": round(_rate(output, seconds), 1),
         "errors": dict(errors),
         "error_examples": {
             kind: next(r.message for r in results if r.kind == kind) for kind in sorted(errors)
@@ -131,13 +144,18 @@ def _summary(results: Sequence[Result], seconds: float | None) -> dict[str, Any]
     }
 
 
+def _rate(count: int, seconds: float) -> float:
+    """Per s; 0 where no time has passed."""
+    return count / seconds if seconds > 0 else 0.0
+
+
 def lines_of(summary: dict[str, Any]) -> list[str]:
     """The summary for people, one fact a line."""
     latency, first, tokens = summary["latency_s"], summary["first_token_s"], summary["tokens"]
     lines = [
-        f"requests    {summary['offered']} offered ({summary['offered_per_s']:.2f}/s), "
-        f"{summary['completed']} completed ({summary['completed_per_s']:.2f}/s) "
-        f"in {summary['seconds']:.0f} s",
+        f"requests    {summary['offered']} offered in {summary['offered_seconds']:.0f} s "
+        f"({summary['offered_per_s']:.2f}/s), {summary['completed']} completed in "
+        f"{summary['seconds']:.0f} s ({summary['completed_per_s']:.2f}/s)",
         f"latency     {_times(latency)}",
     ]
     if first:

@@ -30,6 +30,7 @@ class LoadRun:
         self._last = asyncio.Event()  # nothing more is sent
         self._stopping = asyncio.Event()  # nor waited for
         self._started = 0.0
+        self._offered_s: float | None = None
         self._ended: float | None = None
 
     @property
@@ -38,6 +39,11 @@ class LoadRun:
         if not self._started:
             return 0.0
         return (self._ended or time.monotonic()) - self._started
+
+    @property
+    def offered_seconds(self) -> float:
+        """Over which requests were due, s: the workload's length, or less when the run was stopped before."""
+        return self.seconds if self._offered_s is None else self._offered_s
 
     async def run(self) -> None:
         """Send everything that is due, then wait for the answers."""
@@ -48,6 +54,8 @@ class LoadRun:
                 if await self._stopped_before(self._started + arrival.at):
                     break
                 self._send(arrival)
+            # A schedule that was sent to its end goes on after its last request.
+            self._offered_s = self.seconds if self._last.is_set() else self._workload.seconds
             await self._drain()
         finally:
             for task in self._tasks:
@@ -79,7 +87,7 @@ class LoadRun:
 
     def summary(self) -> dict[str, object]:
         """Figures so far."""
-        return self.tally.summary(self.seconds)
+        return self.tally.summary(self.offered_seconds)
 
     async def _stopped_before(self, due: float) -> bool:
         """Wait until ``due``; True when the run was stopped meanwhile."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +20,9 @@ from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
 
 TRACE_BLOCK_TOKENS = 512
 """Tokens behind one hash id of a Mooncake trace."""
+
+LATEST_MS, MOST_TOKENS = 1e15, 10_000_000
+"""Beyond them a time stamp has another unit, and a length is no request's."""
 
 _AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
@@ -42,7 +44,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
         LoadError: naming file, line and field.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte-order mark before CSV
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(
             f"trace {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -53,7 +55,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
     number, first = lines[0]
     if first.lstrip().startswith("{"):
         requests = [_mooncake(f"trace {path}:{number}", line) for number, line in lines]
-    elif next(csv.reader([first])) == _AZURE_HEADER:
+    elif _columns(f"trace {path}:{number}", first) == _AZURE_HEADER:
         requests = [_azure(f"trace {path}:{number}", line) for number, line in lines[1:]]
     else:
         raise LoadError(
@@ -72,11 +74,13 @@ def _mooncake(where: str, line: str) -> TraceRequest:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise LoadError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise LoadError(f"{where}: not JSON that can be read: {error}") from None
     if not isinstance(row, dict):
         raise LoadError(f"{where}: must be a JSON object, got {line[:60]!r}")
-    at = _number(where, "timestamp", row.get("timestamp"), at_least=0)
-    length = int(_number(where, "input_length", row.get("input_length"), at_least=1, whole=True))
-    output = int(_number(where, "output_length", row.get("output_length"), at_least=1, whole=True))
+    at = _number(where, "timestamp", row.get("timestamp"), 0, LATEST_MS)
+    length = int(_number(where, "input_length", row.get("input_length"), 1, MOST_TOKENS, whole=True))
+    output = int(_number(where, "output_length", row.get("output_length"), 1, MOST_TOKENS, whole=True))
     blocks = row.get("hash_ids")
     needed = -(-length // TRACE_BLOCK_TOKENS)
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
@@ -90,31 +94,44 @@ def _mooncake(where: str, line: str) -> TraceRequest:
 
 
 def _azure(where: str, line: str) -> TraceRequest:
-    row = next(csv.reader([line]))
+    row = _columns(where, line)
     if len(row) != len(_AZURE_HEADER):
         raise LoadError(f"{where}: must have {len(_AZURE_HEADER)} columns, got {len(row)}: {line[:60]!r}")
     try:
         at = datetime.fromisoformat(row[0]).timestamp()
-    except ValueError:
-        raise LoadError(f"{where}: TIMESTAMP: must be a date and time (ISO 8601), got {row[0]!r}") from None
+    except (ValueError, OverflowError):
+        raise LoadError(
+            f"{where}: TIMESTAMP: must be a date and time (ISO 8601), got {_short(row[0])}"
+        ) from None
     lengths = []
-    for name, value in zip(_AZURE_HEADER[1:], row[1:], strict=True):
-        if not value.strip().isdecimal() or int(value) < 1:
-            raise LoadError(f"{where}: {name}: must be a whole number of at least 1, got {value!r}")
-        lengths.append(int(value))
+    for name, text in zip(_AZURE_HEADER[1:], row[1:], strict=True):
+        # Of more than 20 digits int() makes what is too much anyway, or a ValueError.
+        value = int(text) if text.strip().isdecimal() and len(text) <= 20 else text
+        lengths.append(int(_number(where, name, value, 1, MOST_TOKENS, whole=True)))
     return TraceRequest(at, lengths[0], lengths[1])
 
 
-def _number(where: str, name: str, value: Any, *, at_least: float, whole: bool = False) -> float:
-    numeric = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
-    if numeric and value >= at_least:
+def _columns(where: str, line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]))
+    except csv.Error as error:
+        raise LoadError(f"{where}: not CSV: {error}") from None
+
+
+def _number(
+    where: str, name: str, value: Any, at_least: float, at_most: float, *, whole: bool = False
+) -> float:
+    numeric = type(value) is int or (type(value) is float and not whole)
+    if numeric and at_least <= value <= at_most:  # exact for whole numbers of any length, false for NaN
         return float(value)
     kind = "a whole number" if whole else "a number"
-    raise LoadError(f"{where}: {name}: must be {kind} of at least {at_least:g}, got {_short(value)}")
+    raise LoadError(f"{where}: {name}: must be {kind} from {at_least:g} to {at_most:g}, got {_short(value)}")
 
 
 def _short(value: Any) -> str:
-    return "nothing" if value is None else repr(value)[:60]
+    """The value, or its beginning."""
+    told = "nothing" if value is None else repr(value)
+    return told if len(told) <= 60 else f"{told[:60]}..."
 
 
 def prompt_of(request: TraceRequest, shrink: int, unique: str) -> str:
@@ -153,7 +170,8 @@ class TraceWorkload:
             raise LoadError(f"duration: must be above 0, got {seconds:g}")
         self._requests = read_trace(path)
         self._speed, self._shrink, self._name = speed, shrink, path.name
-        self._seconds = self._requests[-1].at / speed if seconds is None else seconds
+        length = self._requests[-1].at / speed
+        self._seconds = length if seconds is None else min(length, seconds)
 
     @property
     def title(self) -> str:

@@ -107,8 +107,11 @@ class Phase:
         """Whether the rate depends on the machine."""
         return self.in_flight is not None
 
-    def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
-        """Lengths (s) and rate (requests/s) of its steps: an endless phase is planned piece by piece."""
+    def steps(self, seen: Seen, before: float = 0.0) -> Iterator[tuple[float, float]]:
+        """Lengths (s) and rate (requests/s) of its steps: an endless phase is planned piece by piece.
+
+        The rate ``before`` makes no difference to it.
+        """
         rate = self.rate if self.in_flight is None else self.in_flight / seen.calm()
         assert rate is not None
         left = self.seconds
@@ -125,10 +128,11 @@ LASTING = 2
 class Rise:
     """A load that rises until requests pile up, and stays there.
 
-    It begins as ``in_flight`` of a Phase. During ``ramp_s`` the rate grows by ``factor`` every ``step_s`` in
-    which fewer than ``hurts`` requests are in flight; when it has hurt for two steps, which is no hiccup, it
-    grows by ``beyond``, once. It thus finds the limit of the machine as it is now, and then goes on at a
-    constant rate, whatever happens to the answers.
+    It begins as ``in_flight`` of a Phase, but never below the rate before it: on a machine that has slowed
+    down, answers that waited would size it to a fraction of that, and the limit would be out of reach. During
+    ``ramp_s`` the rate grows by ``factor`` every ``step_s`` in which fewer than ``hurts`` requests are in
+    flight; when it has hurt for two steps, which is no hiccup, it grows by ``beyond``, once. It thus finds
+    the limit of the machine as it is now, and goes on at a constant rate, whatever happens to answers.
     """
 
     name: str
@@ -141,10 +145,10 @@ class Rise:
     beyond: float = 1.2
     sized: bool = True
 
-    def steps(self, seen: Seen) -> Iterator[tuple[float, float]]:
-        """Lengths (s) and rates (requests/s) of the steps."""
+    def steps(self, seen: Seen, before: float = 0.0) -> Iterator[tuple[float, float]]:
+        """Lengths (s) and rates (requests/s) of its steps, after a phase that ended with ``before``."""
         left = self.seconds
-        rate = self.in_flight / seen.calm()
+        rate = max(before, self.in_flight / seen.calm())
         hurt = 0
         while left > self.step_s and self.seconds - left < self.ramp_s:
             yield self.step_s, rate

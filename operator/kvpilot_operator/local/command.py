@@ -15,7 +15,7 @@ import structlog
 from rich.console import Console
 
 from kvpilot_operator.load.chat import ChatShape, ChatWorkload
-from kvpilot_operator.load.command import check_writable
+from kvpilot_operator.load.command import TRACE_OPTIONS, check_files, check_unused
 from kvpilot_operator.load.results import lines_of
 from kvpilot_operator.load.trace import TraceWorkload
 from kvpilot_operator.load.workload import LoadError, Phase, Rise, Workload
@@ -23,7 +23,7 @@ from kvpilot_operator.local.cluster import memory_limit
 from kvpilot_operator.local.display import display_for
 from kvpilot_operator.local.figures import figures_of
 from kvpilot_operator.local.report import write_report
-from kvpilot_operator.local.router import PortError
+from kvpilot_operator.local.router import PortError, Router
 from kvpilot_operator.local.session import Outcome, RunOptions, Session, told_steps
 from kvpilot_operator.local.state import BusyError, StateDirectory
 from kvpilot_operator.local.watch import document_of
@@ -34,16 +34,17 @@ from kvpilot_operator.spec.resolve import policy_of
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=48)
-CALM_S, CALM_IN_FLIGHT = 45.0, 0.9
+CALM_S, CALM_IN_FLIGHT = 45.0, 0.5
 RISE_S, RISE_IN_FLIGHT = 245.0, 1.0
 """The chat load without a rate: calm first, then a rise until it hurts. Both are sized to the machine: so
-many requests would be in flight, when they begin, if answers went on taking as long as before. The rise is
-long enough to work the backlog of the experiment off on a slow machine; a cured check ends before that."""
+many requests would be in flight, when they begin, if answers went on taking as long as before. Calm breaches
+nothing even if the machine becomes twice as slow after it was measured. The rise is long enough to work the
+backlog of the experiment off on a slow machine; a cured check ends before that."""
 
 
 @dataclass(frozen=True)
 class UpOptions:
-    """The command line, as given."""
+    """The command line. ``given``: the fields that it gives itself."""
 
     manifest: Path
     load: Literal["chat", "trace"] | None
@@ -59,6 +60,7 @@ class UpOptions:
     port: int
     fresh: bool
     pace_scale: float
+    given: frozenset[str] = frozenset()
 
 
 def workload_of(options: UpOptions) -> Workload | None:
@@ -67,19 +69,22 @@ def workload_of(options: UpOptions) -> Workload | None:
     Raises:
         LoadError: for an option or a trace that cannot be used.
     """
-    if options.duration is not None and not options.duration > 0:
-        raise LoadError(f"--duration: must be above 0, got {options.duration:g}")
+    if options.duration is not None and not 0 < options.duration < math.inf:
+        raise LoadError(f"--duration: must be above 0 and finite, got {options.duration:g}")
     if options.load == "trace" and options.trace is None:
         raise LoadError("--load trace: needs --trace FILE")
     if options.trace is not None:
         if options.load == "chat":
             raise LoadError("--trace: cannot go with --load chat")
+        check_unused(options.given, ["rate"], "cannot go with --trace, whose requests have their own times")
         return TraceWorkload(
             options.trace, speed=options.speed, shrink=options.shrink, seconds=options.duration
         )
+    check_unused(options.given, TRACE_OPTIONS, "needs --trace FILE")
     if options.load is None:
-        if options.rate is not None or options.check:
-            raise LoadError(f"{'--rate' if options.rate is not None else '--check'}: needs --load or --trace")
+        check_unused(options.given, ["rate"], "needs --load chat")
+        if options.check:
+            raise LoadError("--check: needs --load or --trace")
         return None
     if options.rate is not None:
         return ChatWorkload([Phase("chat", options.duration or math.inf, rate=options.rate)], CHAT)
@@ -102,17 +107,18 @@ def run_up(options: UpOptions) -> int:
         policy_of(resource.spec, options.pace_scale)
         memory_limit(resource.spec)
         workload = workload_of(options)
-        check_writable("--json", options.json_out)
-        check_writable("--report", options.report)
+        check_files(
+            {"MANIFEST": options.manifest, "--trace": options.trace},
+            {"--json": options.json_out, "--report": options.report},
+        )
     except (ManifestError, LoadError) as error:
         return _refuse(error)
     state = StateDirectory(resource.metadata.name)
     try:
-        state.open(fresh=options.fresh or options.check)
+        state.open()
     except BusyError as error:
         return _refuse(error)
     try:
-        _log_to(state.path / "kvpilot.log")
         outcome = asyncio.run(_run(options, manifest, workload, state))
     except PortError as error:
         return _refuse(error)
@@ -132,18 +138,27 @@ def _refuse(error: object) -> int:
 async def _run(
     options: UpOptions, manifest: dict[str, Any], workload: Workload | None, state: StateDirectory
 ) -> Outcome:
+    """Listen first, then begin.
+
+    Raises:
+        PortError: the port cannot be listened on; the state is as it was.
+    """
+    router = Router("127.0.0.1", options.port)
+    await router.start()
+    # Only a run that can begin erases what an earlier one left.
+    state.clear(fresh=options.fresh or options.check)
+    _log_to(state.path / "kvpilot.log")
     console = Console()
     display = display_for(f"kvpilot {manifest['metadata']['name']}", time.time(), console)
     run = RunOptions(
         manifest_path=options.manifest,
         mode=options.mode,
-        port=options.port,
         workload=workload,
         check=options.check,
         seconds=options.duration if workload is None else None,
         pace_scale=options.pace_scale,
     )
-    return await Session(manifest, run, state, display).run()
+    return await Session(manifest, run, state, router, display).run()
 
 
 def _conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, directory: Path) -> int:

@@ -58,7 +58,6 @@ class RunOptions:
 
     manifest_path: Path
     mode: str | None
-    port: int
     workload: Workload | None
     check: bool
     seconds: float | None
@@ -71,6 +70,7 @@ class Outcome:
     """What a run leaves: ``problem`` is why it could not do what it was asked for."""
 
     points: list[Point] = field(default_factory=list)
+    looks_per_point: int = 1
     records: list[Record] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     load: dict[str, Any] | None = None
@@ -84,14 +84,23 @@ class Outcome:
 
 
 class Session:
-    """One run of one resource."""
+    """One run of one resource.
+
+    Args:
+        router: started, and closed in the end.
+    """
 
     def __init__(
-        self, manifest: Mapping[str, Any], options: RunOptions, state: StateDirectory, display: Display
+        self,
+        manifest: Mapping[str, Any],
+        options: RunOptions,
+        state: StateDirectory,
+        router: Router,
+        display: Display,
     ) -> None:
         self._options = options
         self._display = display
-        self._router = Router("127.0.0.1", options.port)
+        self._router = router
         self._cluster = LocalCluster(
             manifest,
             state,
@@ -121,12 +130,7 @@ class Session:
         self.outcome = Outcome(policy=self._policy, started=time.time())
 
     async def run(self) -> Outcome:
-        """Everything, from the first engine to the last one's end.
-
-        Raises:
-            PortError: the port cannot be listened on.
-        """
-        await self._router.start()
+        """Everything, from the first engine to the last one's end."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
@@ -223,6 +227,7 @@ class Session:
         if self._hurried is not None:
             await self._hurried
         self.outcome.points = self._recorder.points
+        self.outcome.looks_per_point = self._recorder.looks_per_point
         self.outcome.records = self._recorder.records
         self.outcome.ended = time.time()
         self.outcome.verdict = self._verdict()
@@ -283,6 +288,7 @@ class Session:
 
     def _edited(self) -> None:
         self._policy = self.outcome.policy = policy_of(self._cluster.spec, self._options.pace_scale)
+        self._metrics.scrape_every(self._policy.pace.scrape)
         self._look.set()
 
     def _load_phase(self) -> str:

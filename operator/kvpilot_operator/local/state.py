@@ -23,6 +23,18 @@ class BusyError(Exception):
     """Another process runs this resource: one line naming both."""
 
 
+def is_up(directory: Path) -> bool:
+    """Whether a process has the directory of a resource now."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 class StateDirectory:
     """The files of one resource.
 
@@ -37,8 +49,8 @@ class StateDirectory:
         self._name = name
         self._lock: IO[str] | None = None
 
-    def open(self, *, fresh: bool) -> None:
-        """Make the directory and take it; ``fresh`` forgets what an earlier run learned.
+    def open(self) -> None:
+        """Make the directory and take it. What an earlier run left in it stays until ``clear``.
 
         Raises:
             BusyError: another process has it.
@@ -56,6 +68,9 @@ class StateDirectory:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         self._lock = lock  # held by the kernel until this process ends, however it ends
+
+    def clear(self, *, fresh: bool) -> None:
+        """Remove the logs of an earlier run; ``fresh`` forgets what it learned, too."""
         if fresh:
             for name in ("resource.json", "config.yaml", "decisions.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
