@@ -16,6 +16,9 @@ from kvpilot_engine.contract.admin import Serial
 
 TOKEN_VARIABLE = "KVPILOT_ADMIN_TOKEN"
 
+PROGRAM_VARIABLE = "KVPILOT_PROGRAM"
+"""The name that a command which starts this one goes by, for the usage line."""
+
 
 class ConfigFile(BaseModel):
     """The file of ``--config``: what an engine starts with."""
@@ -121,4 +124,6 @@ def main(  # noqa: PLR0917
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command()(main)
+    app(prog_name=os.environ.get(PROGRAM_VARIABLE, "python -m kvpilot_engine"))

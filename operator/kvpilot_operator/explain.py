@@ -39,6 +39,7 @@ class Explanation:
         actions: the last ones, oldest first.
         present: what is the case now: objectives, a change in flight, knobs that differ from the base.
         why_not: why nothing is done now, one sentence each; empty while something is being done.
+        ended: nobody looks after the resource any more: all of this is how it was when that ended.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Explanation:
     actions: tuple[Action, ...]
     present: tuple[str, ...]
     why_not: tuple[str, ...]
+    ended: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """For ``-o json``: camelCase."""
@@ -56,7 +58,9 @@ class Explanation:
 
     def lines(self) -> list[str]:
         """For people."""
-        told = [f"{self.name} in {self.namespace}: mode {self.mode}, state {self.state}."]
+        who = f"{self.name} in {self.namespace}"
+        who = f"The run of {who} has ended. When it ended" if self.ended else who
+        told = [f"{who}: mode {self.mode}, state {self.state}."]
         told += [f"  {sentence}" for sentence in self.present]
         told += ["", "Last actions:" if self.actions else "No action so far."]
         for action in self.actions:
@@ -64,12 +68,14 @@ class Explanation:
             told.append(f"      {action.summary}")
             told += [f"      {detail}" for detail in action.details]
         if self.why_not:
-            told += ["", "Why nothing is done now:"]
+            told += ["", f"Why nothing {'was done when it ended' if self.ended else 'is done now'}:"]
             told += [f"  {sentence}" for sentence in self.why_not]
         return told
 
 
-def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5, now: float = 0.0) -> Explanation:
+def explain(
+    manifest: Json, records: Sequence[Json] = (), last: int = 5, now: float = 0.0, *, ended: bool = False
+) -> Explanation:
     """The explanation of a resource.
 
     Args:
@@ -77,6 +83,7 @@ def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5, now: fl
         records: whole decision records, oldest first, as JSON holds them.
         last: how many actions are told.
         now: s since the epoch; what has ended by then is not told as an obstacle.
+        ended: nobody looks after the resource any more, so that its status is told as the past.
     """
     spec, metadata = manifest.get("spec") or {}, manifest.get("metadata") or {}
     status = Status.model_validate(manifest.get("status") or {})
@@ -87,8 +94,9 @@ def explain(manifest: Json, records: Sequence[Json] = (), last: int = 5, now: fl
         mode=mode,
         state=status.tuning.state.value if status.tuning else "not looked at yet",
         actions=_actions(status, records)[-last:] if last > 0 else (),
-        present=tuple(_present(status)),
-        why_not=tuple(_why_not(status, mode, now)),
+        present=tuple(_present(status, ended)),
+        why_not=tuple(_why_not(status, mode, now, ended)),
+        ended=ended,
     )
 
 
@@ -145,11 +153,11 @@ def _shares(stages: Iterable[Json]) -> str:
     )
 
 
-def _present(status: Status) -> Iterable[str]:
-    for state, told in (("Breached", "is breached"), ("Infeasible", "is out of reach")):
+def _present(status: Status, ended: bool) -> Iterable[str]:
+    for state, told in (("Breached", "breached"), ("Infeasible", "out of reach")):
         for item in status.objectives:
             if item.state == state:
-                yield f"{item.name} {told} since {item.since}."
+                yield f"{item.name} {'was' if ended else 'is'} {told} since {item.since}."
     if met := [item.name for item in status.objectives if item.state == "Met"]:
         yield f"Met: {', '.join(met)}."
     change = status.tuning.change if status.tuning else None
@@ -157,34 +165,40 @@ def _present(status: Status) -> Iterable[str]:
         knobs = ", ".join(f"{c.knob} {c.before} -> {c.after}" for c in (*change.leading, *change.also))
         where = f" on canary {change.canary_uid}" if change.canary_uid else ""
         since = f"since {change.started_at}"
-        yield f"In flight: {change.id} tries {knobs}{where} for {change.objective}, {since}."
+        tries = "tried" if ended else "tries"
+        yield f"In flight: {change.id} {tries} {knobs}{where} for {change.objective}, {since}."
     if status.config and status.config.overlay:
         knobs = ", ".join(
             f"{o.knob} {o.value} (base {'default' if o.based_on == 'null' else o.based_on}, by {o.decision})"
             for o in status.config.overlay
         )
-        yield f"Differs from the base: {knobs}."
+        yield f"{'Differed' if ended else 'Differs'} from the base: {knobs}."
     if status.overrides:
         yield f"Overrides in force: {', '.join(status.overrides)}."
 
 
-def _why_not(status: Status, mode: str, now: float) -> Iterable[str]:
+def _why_not(status: Status, mode: str, now: float, ended: bool) -> Iterable[str]:
     conditions = {item.type: item for item in status.conditions}
     if status.tuning is None and not conditions:
-        yield "kvpilot has not looked at this resource yet: is the operator running?"
+        if ended:
+            yield "kvpilot had not looked at this resource yet."
+        else:
+            yield "kvpilot has not looked at this resource yet: is the operator running?"
         return
     ready = conditions.get("Ready")
     if ready and ready.reason == "InvalidSpec":
-        yield f"The spec cannot be used: {_sentence(ready.message)}"
+        yield f"The spec {'could not' if ended else 'cannot'} be used: {_sentence(ready.message)}"
         return
     if mode == "Off":
-        yield "spec.tuning.mode is Off: kvpilot measures and changes nothing."
+        did = "was Off: kvpilot measured and tuned" if ended else "is Off: kvpilot measures and tunes"
+        yield f"spec.tuning.mode {did} nothing."
     elif mode == "Recommend":
-        yield "spec.tuning.mode is Recommend: kvpilot says what it would do and changes nothing."
-    yield from _obstacles(status, conditions, now)
+        did = "was Recommend: kvpilot said" if ended else "is Recommend: kvpilot says"
+        yield f"spec.tuning.mode {did} what it would do and {'tuned' if ended else 'tunes'} nothing."
+    yield from _obstacles(status, conditions, now, ended)
 
 
-def _obstacles(status: Status, conditions: Mapping[str, Any], now: float) -> Iterable[str]:
+def _obstacles(status: Status, conditions: Mapping[str, Any], now: float, ended: bool) -> Iterable[str]:
     tuning = status.tuning
     holds = tuning.holds if tuning else ()
     for hold in holds:
@@ -200,11 +214,14 @@ def _obstacles(status: Status, conditions: Mapping[str, Any], now: float) -> Ite
     if tuning and tuning.change is None and not holds:
         slo = conditions.get("SLOMet")
         if slo and slo.status == "True":
-            yield "Every objective that can be judged is met: there is nothing to cure."
+            if ended:
+                yield "Every objective that could be judged was met: there was nothing to cure."
+            else:
+                yield "Every objective that can be judged is met: there is nothing to cure."
         elif slo and slo.status == "Unknown":
             yield _sentence(slo.message)
     if tuning and tuning.cooldown_until and tuning.state.value == "Cooldown":
-        yield f"The last change is cooling down until {tuning.cooldown_until}."
+        yield f"The last change {'was' if ended else 'is'} cooling down until {tuning.cooldown_until}."
     for barred in tuning.barred if tuning else ():
         if from_rfc3339(barred.until) <= now:
             continue

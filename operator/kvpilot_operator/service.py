@@ -11,6 +11,8 @@ from pathlib import Path
 
 import structlog
 from aiohttp import web
+from kubernetes.aio.config import ConfigException
+from yaml import YAMLError
 
 from kvpilot_operator import handlers
 from kvpilot_operator.adapters.engine_admin import EngineAdmin
@@ -228,5 +230,15 @@ async def operate(options: Options) -> None:
     Raises:
         ValueError: a file or an option cannot be used.
     """
-    api = await KubernetesApi.connect(options.kubeconfig)
+    if options.alerts_token_file is not None and options.alerts_port == options.metrics_port:
+        raise ValueError(
+            f"--alerts-port: must differ from --metrics-port, got {options.alerts_port} for both"
+        )
+    try:
+        api = await KubernetesApi.connect(options.kubeconfig)
+    except (ConfigException, YAMLError, TypeError) as error:  # TypeError: YAML, but no mapping
+        told = " ".join(str(error).split())
+        if options.kubeconfig is None:
+            raise ValueError(f"--kubeconfig: required outside of a cluster ({told})") from error
+        raise ValueError(f"--kubeconfig: cannot use {options.kubeconfig}: {told}") from error
     await Operator(options, api).run()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -81,6 +82,20 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@asynccontextmanager
+async def served(page: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """The URL of one metrics page."""
+    app = web.Application()
+    app.router.add_get("/metrics", page)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/metrics"
+    finally:
+        await runner.cleanup()
+
+
 async def test_an_engine_that_falls_silent_ages_and_one_that_never_spoke_is_absent() -> None:
     seen = 0
     silent = False
@@ -92,29 +107,43 @@ async def test_an_engine_that_falls_silent_ages_and_one_that_never_spoke_is_abse
         seen += 1
         return web.Response(text=PAGE.replace("ARRIVED", str(seen)))
 
-    app = web.Application()
-    app.router.add_get("/metrics", page)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
-    targets = [Target("a", f"http://127.0.0.1:{port}/metrics"), Target("b", "http://127.0.0.1:9/metrics")]
+    targets = [Target("b", "http://127.0.0.1:9/metrics")]
     now = 1000.0
     metrics = ScrapeMetrics(lambda: {KEY: targets}, 0.02, clock=lambda: now)
-    await metrics.start()
-    try:
-        await until(lambda: seen > 3)
-        silent = True
-        now = 1030.0
-        found = (await metrics.samples({KEY: {"short": 10, "long": 60}}))[KEY]
-        assert set(found) == {"a"}
-        assert found["a"].age_s == 30
-        assert found["a"].windows["short"].arrivals >= 2
-        targets.clear()
-        assert (await metrics.samples({KEY: {"short": 10}}))[KEY] == {}
-    finally:
-        await metrics.close()
-        await runner.cleanup()
+    async with served(page) as url:
+        targets.append(Target("a", url))
+        await metrics.start()
+        try:
+            await until(lambda: seen > 3)
+            silent = True
+            now = 1030.0
+            found = (await metrics.samples({KEY: {"short": 10, "long": 60}}))[KEY]
+            assert set(found) == {"a"}
+            assert found["a"].age_s == 30
+            assert found["a"].windows["short"].arrivals >= 2
+            targets.clear()
+            assert (await metrics.samples({KEY: {"short": 10}}))[KEY] == {}
+        finally:
+            await metrics.close()
+
+
+async def test_another_interval_holds_at_once() -> None:
+    seen = 0
+
+    async def page(_: web.Request) -> web.Response:
+        nonlocal seen
+        seen += 1
+        return web.Response(text=PAGE)
+
+    async with served(page) as url:
+        metrics = ScrapeMetrics(lambda: {KEY: [Target("a", url)]}, 3600)
+        await metrics.start()
+        try:
+            await until(lambda: seen == 1)
+            metrics.scrape_every(0.02)
+            await until(lambda: seen > 3)
+        finally:
+            await metrics.close()
 
 
 def _page() -> str:

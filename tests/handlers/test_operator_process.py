@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from tests.ports import free_port
+from typer.testing import CliRunner
 
+from kvpilot_operator.cli import app
 from kvpilot_operator.logs import redact
 from kvpilot_operator.loop import Look
 from kvpilot_operator.operator_metrics import OperatorMetrics
@@ -153,6 +155,42 @@ def test_told_to_stop_while_it_waits_for_the_api_server_it_ends_at_once(tmp_path
             assert process.wait(5) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kubeconfig", "message"),
+    [
+        ([], "", "--kubeconfig: required outside of a cluster (Service host/port is not set.)"),
+        (
+            ["--kubeconfig=kubeconfig"],
+            "a: [",
+            "--kubeconfig: cannot use kubeconfig: while parsing a flow node",
+        ),
+        (["--kubeconfig=kubeconfig"], "", "--kubeconfig: cannot use kubeconfig: "),
+        (
+            ["--kubeconfig=kubeconfig"],
+            "{a: b}",
+            "kubeconfig: Invalid kube-config file. Expected key current-context",
+        ),
+        (
+            ["--alerts-token-file=x", "--alerts-port=8080"],
+            "",
+            "--alerts-port: must differ from --metrics-port, got 8080 for both",
+        ),
+    ],
+)
+def test_a_start_without_a_cluster_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], kubeconfig: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    monkeypatch.setattr("kvpilot_operator.logs.configure", lambda _: None)
+    Path("kubeconfig").write_text(kubeconfig)
+    result = CliRunner().invoke(app, ["operator", *arguments])
+    assert result.exit_code == 2
+    assert result.output.startswith("kvpilot operator: --")
+    assert message in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_a_command_that_cannot_run_says_why_in_one_line(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def _closed() -> Iterator[None]:
 
 def state_in(root: Path, *, fresh: bool = False) -> StateDirectory:
     state = StateDirectory("chat", root)
-    state.open(fresh=fresh)
+    state.open()
+    state.clear(fresh=fresh)
     _OPEN.append(state)
     return state
 
@@ -214,6 +215,32 @@ async def test_edits_are_seen_and_bad_ones_told_in_one_line(
     assert "spec.replicas: Input should be greater than or equal to 0, got -1" in told[1]
     assert not any("\n" in line for line in told)
     assert cluster.spec.replicas == 3
+
+
+async def test_a_manifest_that_is_gone_is_told_once_and_its_return_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpilot_operator.local.watch.LOOK_S", 0.01)
+    path, aside = tmp_path / "m.yaml", tmp_path / "aside.yaml"
+    path.write_text(yaml.safe_dump(MANIFEST))
+    cluster = cluster_of(state_in(tmp_path))
+    told: list[str] = []
+    task = asyncio.create_task(watch(path, None, cluster.edit, lambda: None, told.append))
+    try:
+        await asyncio.sleep(0.05)
+        path.rename(aside)
+        await _until(lambda: len(told) == 1)
+        await asyncio.sleep(0.05)
+        aside.rename(path)
+        await _until(lambda: len(told) == 2)
+        path.unlink()
+        await _until(lambda: len(told) == 3)
+        path.write_text(yaml.safe_dump(changed(replicas=3)))
+        await _until(lambda: len(told) == 5)
+    finally:
+        task.cancel()
+    gone, back = f"{path} is gone: the run goes on with the last manifest", f"{path} is back"
+    assert told == [gone, back, gone, back, f"edit of {path} applied"]
 
 
 async def _until(true: Callable[[], bool]) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from kvpilot_operator.load.results import Result, Tally
-from kvpilot_operator.local.display import Lines, LiveTable
+from kvpilot_operator.local.display import EVENT_LINES, EVENTS, Lines, LiveTable
 from kvpilot_operator.local.figures import figures_of
-from kvpilot_operator.local.recorder import EngineState, Point, knobs_of, quantiles_of
+from kvpilot_operator.local.recorder import EngineState, Point, Recorder, knobs_of, quantiles_of
 from kvpilot_operator.local.report import report_html
 from kvpilot_operator.local.session import Outcome
 from kvpilot_operator.local.verdict import judge_run
@@ -103,6 +109,74 @@ def test_the_page_is_whole_and_its_data_cannot_break_out() -> None:
     assert json.loads(data[1])["records"][0]["summary"] == RECORD.summary
 
 
+BROWSER = """
+const nodes = {};
+class Node {
+  constructor() { this.children = []; this.style = {}; }
+  setAttribute() {}
+  addEventListener() {}
+  append(...children) { this.children.push(...children); }
+  get text() { return [this.textContent || "", ...this.children.map((c) => c.text ?? c)].join(" "); }
+}
+globalThis.document = {
+  createElement: () => new Node(), createElementNS: () => new Node(),
+  getElementById: (id) => (nodes[id] ??= new Node()),
+};
+const page = require("node:fs").readFileSync(0, "utf8");
+const scripts = [...page.matchAll(/<script[^>]*>([\\s\\S]*?)<.script>/g)].map((m) => m[1]);
+document.getElementById("data").textContent = scripts[0];
+(0, eval)(scripts[1]);
+console.log(nodes.main.text);
+"""
+
+
+def drawn(figures: Mapping[str, Any]) -> str:
+    """All text of the page once its script has run."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node to run the page's script with")
+    page = report_html(figures, checked=True)
+    done = subprocess.run([node, "-e", BROWSER], input=page, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_page_draws_a_run_of_very_many_requests() -> None:
+    figures = figures_of(RESOURCE, outcome())
+    figures["requests"] = [[1.0, 0.5 + index / 100_000] for index in range(200_000)]
+    text = drawn(figures)
+    assert "Latency (whole answer)" in text
+    assert "is drawn" not in text
+    assert "A long run: one look in 4 is drawn." in drawn({**figures, "looks_per_point": 4})
+
+
+@pytest.mark.parametrize(("outcome_", "told"), [("Started", 1), ("Recommended", 1), ("Promoted", 0)])
+def test_a_decision_is_drawn_with_its_diagnosis(outcome_: Any, told: int) -> None:
+    run = outcome()
+    run.records = [replace(RECORD, outcome=outcome_)]
+    assert drawn(figures_of(RESOURCE, run)).count("Diagnosis: x") == told
+
+
+def test_a_long_run_keeps_few_points_and_always_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpilot_operator.local.recorder.MOST_POINTS", 8)
+    monkeypatch.setattr(
+        "kvpilot_operator.local.recorder.point_of", lambda look, _: replace(POINT, at=float(look.at))
+    )
+    seen: list[Point] = []
+    recorder = Recorder(lambda: "", seen.append, lambda _: None)
+    for at in range(100):
+        look: Any = SimpleNamespace(
+            at=at, policy=SimpleNamespace(objectives=None), decision=SimpleNamespace(records=())
+        )
+        recorder.looked(look)
+        kept, every = [int(point.at) for point in recorder.points], recorder.looks_per_point
+        assert len(kept) <= 8
+        assert kept[-1] == at
+        assert kept[:-1] == [number for number in range(at) if number % every == 0]
+    assert len(seen) == 100
+    assert recorder.looks_per_point == 16
+
+
 def test_lines_show_where_engines_differ() -> None:
     written: list[str] = []
     lines = Lines(0.0, written.append)
@@ -133,6 +207,25 @@ def test_the_table_shows_objectives_engines_and_knobs() -> None:
     )
     for part in parts:
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "engines"), [(80, 24, 2), (80, 24, 20), (40, 10, 2), (160, 50, 2)]
+)
+def test_the_newest_events_are_seen_on_any_screen(width: int, height: int, engines: int) -> None:
+    console = Console(width=width, height=height, force_terminal=True)
+    table = LiveTable("kvpilot chat", 0.0, console)
+    table.show(replace(POINT, engines=POINT.engines[:1] * engines), Tally(3))
+    for number in range(20):
+        table.tell(f"event {number} {'and so on ' * 9}.")
+    lines = ["".join(part.text for part in line) for line in console.render_lines(table)]
+    assert len(lines) <= height
+    assert lines[0].startswith("kvpilot chat")
+    newest = "".join(lines[-EVENT_LINES:])
+    assert "event 19" in newest
+    assert newest.rstrip().endswith(".")
+    if height == 50:
+        assert sum("event" in line for line in lines) == EVENTS
 
 
 def test_quantiles_interpolate_and_failures_are_slow() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kvpilot_operator.cli import app
 from kvpilot_operator.cli.explain import parse_records
 from kvpilot_operator.explain import explain
+from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.spec.times import from_rfc3339
 from kvpilot_operator.tuning.decision import Diagnosis, Record, Rejected, StageShare
 from kvpilot_operator.tuning.state import KnobChange
@@ -126,7 +127,7 @@ def condition(kind: str, status: str, reason: str, message: str) -> dict[str, st
         (manifest(), "kvpilot has not looked at this resource yet: is the operator running?"),
         (
             manifest("Off", tuning={"state": "Observe"}),
-            "spec.tuning.mode is Off: kvpilot measures and changes nothing.",
+            "spec.tuning.mode is Off: kvpilot measures and tunes nothing.",
         ),
         (
             manifest(conditions=[condition("Ready", "False", "InvalidSpec", "spec.scaling.max: required")]),
@@ -189,6 +190,8 @@ def test_a_local_run_is_found_by_name_or_by_directory(
 ) -> None:
     root = local(tmp_path)
     monkeypatch.chdir(tmp_path)
+    state = StateDirectory("chat")
+    state.open()
     for arguments in (["chat"], ["chat", "--run", str(root)], ["chat", "--run", str(root / "chat")]):
         result = RUN.invoke(app, ["explain", *arguments])
         assert result.exit_code == 0, result.output
@@ -196,6 +199,48 @@ def test_a_local_run_is_found_by_name_or_by_directory(
         assert "d-0042  Promoted by workers-up" in result.output
     plain = json.loads(RUN.invoke(app, ["explain", "chat", "-o", "json"]).output)
     assert (plain["state"], plain["actions"][0]["id"], plain["whyNot"]) == ("Observe", "d-0042", [])
+    assert plain["ended"] is False
+    state.close()
+
+
+def test_a_run_that_has_ended_is_told_as_the_past(tmp_path: Path) -> None:
+    root = local(tmp_path)
+    status = {
+        "tuning": {
+            "state": "Cooldown",
+            "cooldownUntil": "2026-11-22T10:09:00Z",
+        },
+        "objectives": [{"name": "p95", "state": "Breached", "since": "2026-11-22T09:30:00Z"}],
+        "config": {"overlay": [{"knob": "numWorkers", "basedOn": "1", "value": "2", "decision": "d-0042"}]},
+        "conditions": [condition("SLOMet", "True", "AllMet", "Every objective is met.")],
+    }
+    (root / "chat/resource.json").write_text(json.dumps(manifest("Off", **status)))
+
+    def told() -> list[str]:
+        return RUN.invoke(app, ["explain", "chat", "--run", str(root), "--last", "0"]).output.splitlines()
+
+    assert told() == [
+        "The run of chat in team-a has ended. When it ended: mode Off, state Cooldown.",
+        "  p95 was breached since 2026-11-22T09:30:00Z.",
+        "  Differed from the base: numWorkers 2 (base 1, by d-0042).",
+        "",
+        "No action so far.",
+        "",
+        "Why nothing was done when it ended:",
+        "  spec.tuning.mode was Off: kvpilot measured and tuned nothing.",
+        "  Every objective that could be judged was met: there was nothing to cure.",
+        "  The last change was cooling down until 2026-11-22T10:09:00Z.",
+    ]
+    state = StateDirectory("chat", root)
+    state.open()
+    assert told()[:3] == [
+        "chat in team-a: mode Off, state Cooldown.",
+        "  p95 is breached since 2026-11-22T09:30:00Z.",
+        "  Differs from the base: numWorkers 2 (base 1, by d-0042).",
+    ]
+    state.close()
+    plain = json.loads(RUN.invoke(app, ["explain", "chat", "--run", str(root), "-o", "json"]).output)
+    assert plain["ended"] is True
 
 
 def test_an_unknown_name_is_exit_2_and_names_what_there_is(
@@ -214,6 +259,9 @@ def test_an_unknown_name_is_exit_2_and_names_what_there_is(
     assert result.output.endswith("local runs in .kvpilot: chat\n")
     result = RUN.invoke(app, ["explain", "other", "--run", str(root / "chat")])
     assert (result.exit_code, "is a run of chat, not of other" in result.output) == (2, True)
+    result = RUN.invoke(app, ["explain", "chat", "--run", str(root), "-n", "team-b"])
+    assert result.exit_code == 2
+    assert result.output == "kvpilot explain: --namespace: cannot go with --run, got team-b\n"
 
 
 def test_a_cut_line_of_the_records_is_left_out() -> None:

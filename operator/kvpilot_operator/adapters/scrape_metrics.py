@@ -143,6 +143,7 @@ class ScrapeMetrics:
     ) -> None:
         self._targets = targets
         self._interval = interval_s
+        self._changed = asyncio.Event()
         self._clock = clock
         self._readers: dict[str, PageReader] = {}
         self._histories: dict[str, History] = {}
@@ -151,8 +152,14 @@ class ScrapeMetrics:
 
     async def start(self) -> None:
         """Begin to scrape."""
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=max(2.0, self._interval)))
+        self._session = aiohttp.ClientSession()
         self._task = asyncio.create_task(self._scrape_forever())
+
+    def scrape_every(self, interval_s: float) -> None:
+        """Another interval (s), from now on: the next scrape does not wait for the end of the old one."""
+        if interval_s != self._interval:
+            self._interval = interval_s
+            self._changed.set()
 
     async def close(self) -> None:
         """Stop scraping."""
@@ -196,14 +203,21 @@ class ScrapeMetrics:
                 del self._histories[uid]
                 self._readers.pop(uid, None)
             await asyncio.gather(*(self._scrape(target) for target in targets))
-            due = max(due + self._interval, time.monotonic())
-            await asyncio.sleep(due - time.monotonic())
+            now = time.monotonic()
+            due = max(due + self._interval, now)
+            try:
+                await asyncio.wait_for(self._changed.wait(), due - now)
+            except TimeoutError:
+                continue
+            self._changed.clear()
+            due = time.monotonic()
 
     async def _scrape(self, target: Target) -> None:
         """Read one page; an engine that does not answer keeps its history, whose age tells."""
         assert self._session is not None
+        timeout = aiohttp.ClientTimeout(total=max(2.0, self._interval))
         try:
-            async with self._session.get(target.url) as response:
+            async with self._session.get(target.url, timeout=timeout) as response:
                 if response.status != 200:
                     return
                 text = await response.text()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +22,9 @@ LINE_S = 5.0
 
 SHOWN_KNOBS = ("numWorkers", "batchSize", "maxStepTokens", "prefetchSize", "maxTokens", "compressionRatio")
 EVENTS = 12
+
+EVENT_LINES = 5
+"""Of the screen, at least: where a long table leaves fewer to the events, the table is cut instead."""
 
 
 class Display(Protocol):
@@ -101,7 +105,7 @@ def _by_engine(point: Point, knob: str) -> str:
 
 
 class LiveTable:
-    """A table that is redrawn in place, with the last events below it."""
+    """A table that is redrawn in place, with the last events below it: as many as the screen has room for."""
 
     def __init__(self, title: str, started: float, console: Console) -> None:
         self._title = title
@@ -109,7 +113,7 @@ class LiveTable:
         self._events: deque[str] = deque(maxlen=EVENTS)
         self._point: Point | None = None
         self._tally: Tally | None = None
-        self._live = Live(get_renderable=self._drawn, console=console, refresh_per_second=2)
+        self._live = Live(self, console=console, refresh_per_second=2)
 
     def open(self) -> None:
         """Take the screen's end."""
@@ -127,12 +131,19 @@ class LiveTable:
         """Draw these figures from now on."""
         self._point, self._tally = point, tally
 
-    def _drawn(self) -> Group:
-        parts: list[Any] = []
-        if self._point is not None:
-            parts.append(self._table(self._point))
-        parts += [Text(event, overflow="ellipsis", no_wrap=False) for event in self._events]
-        return Group(*parts)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = [] if self._point is None else console.render_lines(self._table(self._point), options)
+        height = options.size.height
+        room = max(height - len(table), EVENT_LINES)
+        events: list[list[Segment]] = []
+        for event in reversed(self._events):  # rich itself would cut the end, which is the news
+            lines = console.render_lines(Text(event), options)
+            if events and len(lines) + len(events) > room:
+                break
+            events = lines + events
+        for line in (*table[: max(0, height - len(events))], *events):
+            yield from line
+            yield Segment.line()
 
     def _table(self, point: Point) -> Table:
         table = Table(title=f"{self._title}  {time.time() - self._started:.0f} s", title_justify="left")

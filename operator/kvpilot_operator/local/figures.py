@@ -53,6 +53,7 @@ def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
             if outcome.load_started is not None and r.kind == OK
         ],
         "records": [_record(record, start) for record in outcome.records],
+        "looks_per_point": outcome.looks_per_point,
         "points": [_point(point, start) for point in outcome.points],
     }
 

@@ -14,6 +14,9 @@ from kvpilot_operator.tuning.objectives import ceiling, enough, hit_rate, rates
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.policy import Objectives
 
+MOST_POINTS = 5000
+"""That are kept: almost three hours of every look at the fast pace, and several for each pixel of a chart."""
+
 KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
 
 
@@ -62,7 +65,12 @@ class Point:
 
 
 class Recorder:
-    """Telemetry of the loop that remembers. ``on_point`` and ``on_record`` are told at once."""
+    """Telemetry of the loop that remembers. ``on_point`` and ``on_record`` are told at once.
+
+    Attributes:
+        points: of every ``looks_per_point``-th look and of the newest one, oldest first. Where they would be
+            more than ``MOST_POINTS``, every second one is dropped, and so is every second look from then on.
+    """
 
     def __init__(
         self,
@@ -71,6 +79,8 @@ class Recorder:
         on_record: Callable[[Record], None],
     ) -> None:
         self.points: list[Point] = []
+        self.looks_per_point = 1
+        self._looks = 0
         self.records: list[Record] = []
         self.objectives: Objectives | None = None
         self._load_phase = load_phase
@@ -84,11 +94,20 @@ class Recorder:
         """A resource was looked at."""
         self.objectives = look.policy.objectives
         point = point_of(look, self._load_phase())
-        self.points.append(point)
+        self._keep(point)
         for record in look.decision.records:
             self.records.append(record)
             self._on_record(record)
         self._on_point(point)
+
+    def _keep(self, point: Point) -> None:
+        if (self._looks - 1) % self.looks_per_point:  # the look before was kept as the newest only
+            self.points.pop()
+        self.points.append(point)
+        self._looks += 1
+        if len(self.points) > MOST_POINTS:
+            del self.points[1::2]
+            self.looks_per_point *= 2
 
 
 def point_of(look: Look, load_phase: str) -> Point:

@@ -37,16 +37,24 @@ async def watch(
 ) -> None:
     """Apply each edit of the file; one that cannot be used is told in one line, and the old one stays.
 
+    So it does while there is no file, which is told once, as is its return.
+
     Args:
         apply: takes the document; True when it changed something. Raises ManifestError.
         applied: called after a change.
     """
     applied_stamp = last = _stamp(path)
+    gone = False
     while True:
         await asyncio.sleep(LOOK_S)
         before, last = last, _stamp(path)
         # Only a file that stood still for one look: an editor may be half through, or about to replace it.
-        if last is None or last != before or last == applied_stamp:
+        if last != before:
+            continue
+        if gone != (last is None):
+            gone = not gone
+            tell(f"{path} is gone: the run goes on with the last manifest" if gone else f"{path} is back")
+        if last is None or last == applied_stamp:
             continue
         applied_stamp = last
         try:
