@@ -76,21 +76,57 @@ def merge_patch(document: dict[str, Any], absent: str) -> str:
     return json.dumps({"spec": {**document["spec"], absent: None}})
 
 
+def conflict(cluster: Any, namespace: str) -> dict[str, Any]:
+    """The condition that somebody else writes the number of replicas; {} while nobody does."""
+    found = condition(cluster.get("kvcd", "chat", namespace), "ActuatorConflict")
+    return found if found.get("status") == "True" else {}
+
+
 def test_another_writer_of_the_deployment_is_told_and_not_fought(
     cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True))
     eventually(lambda: cluster.replicas(namespace) == 1, 30, "one replica")
     cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=2")
-    conflict = eventually(
-        lambda: (
-            found
-            if (found := condition(cluster.get("kvcd", "chat", namespace), "ActuatorConflict")).get("status")
-            == "True"
-            else None
-        ),
-        30,
-        "ActuatorConflict",
-    )
-    assert "kubectl" in conflict["message"]
+    told = eventually(lambda: conflict(cluster, namespace), 30, "ActuatorConflict")
+    assert "kubectl" in told["message"]
     assert cluster.replicas(namespace) == 2
+
+
+def autoscaler(api_version: str, kind: str, minimum: int) -> dict[str, Any]:
+    """One that needs no measurement to act: it only keeps the target at ``minimum`` replicas."""
+    return {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "greedy"},
+        "spec": {
+            "scaleTargetRef": {"apiVersion": api_version, "kind": kind, "name": "chat"},
+            "minReplicas": minimum,
+            "maxReplicas": 6,
+        },
+    }
+
+
+def test_an_autoscaler_scales_the_resource_and_one_of_the_deployment_is_told_and_not_fought(
+    cluster, namespace, operator, manifest
+) -> None:
+    def applied(document: dict[str, Any]) -> None:
+        document["metadata"]["namespace"] = namespace
+        cluster.apply(document)
+
+    cluster.apply(manifest(replicas=1, nowhere=True))
+    applied(autoscaler("kvpilot.io/v1alpha1", "KVCacheDeployment", 3))
+    eventually(lambda: cluster.replicas(namespace) == 3, 60, "three replicas, by the resource's own scale")
+    assert cluster.get("kvcd", "chat", namespace)["spec"]["replicas"] == 3
+    assert not conflict(cluster, namespace)
+
+    cluster.kubectl("delete", "hpa", "greedy", f"--namespace={namespace}")
+    document = manifest(scaling={"min": 1, "max": 4}, nowhere=True)
+    cluster.kubectl(
+        "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge",
+        f"--patch={merge_patch(document, 'replicas')}",
+    )  # fmt: skip
+    applied(autoscaler("apps/v1", "Deployment", 4))
+    told = eventually(lambda: conflict(cluster, namespace), 60, "ActuatorConflict")
+    assert told["message"].startswith("HorizontalPodAutoscaler greedy also writes the number of replicas")
+    assert cluster.replicas(namespace) == 4

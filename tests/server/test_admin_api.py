@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport
+from kvpilot_engine.contract.config import QUIET
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
 
@@ -32,7 +33,7 @@ def test_admin_routes_are_not_on_the_main_port_nor_metrics_on_the_admin_port(ser
 
 
 def test_description_is_the_live_configuration(served: Any) -> None:
-    live = AdminConfig.model_validate_json(served.admin.get("/admin/config").text)
+    live = AdminConfig.model_validate_json(served.admin.get("/admin/config").text, context=QUIET)
     assert live.contract_version == CONTRACT_VERSION
     assert live.model == "builtin/tiny-llama"
     assert (live.config.num_workers, live.config.max_tokens) == (8, 16384)
