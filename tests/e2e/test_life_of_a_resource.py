@@ -67,6 +67,23 @@ def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest)
     assert operator.stop() == 0
 
 
+def test_what_keeps_engines_from_serving_is_told_in_ready(cluster, namespace, operator, manifest) -> None:
+    def told(words: str) -> bool:
+        found = condition(cluster.get("kvcd", "chat", namespace), "Ready")
+        return found.get("status") == "False" and words in found["message"]
+
+    quota = {
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": "none", "namespace": namespace},
+    }
+    cluster.apply({**quota, "spec": {"hard": {"pods": "0"}}})
+    cluster.apply(manifest(scaling={"min": 1, "max": 1}, config={"numHeads": 3}))
+    eventually(lambda: told("exceeded quota: none"), 40, "the quota")
+    cluster.kubectl("delete", "resourcequota", "none", f"--namespace={namespace}")
+    eventually(lambda: told("num_heads: 3 differs from the model's 8"), 150, "the engine's last words")
+
+
 def test_delete_while_the_operator_is_down_leaves_nothing_stuck(
     cluster, namespace, operator, manifest
 ) -> None:
