@@ -95,7 +95,7 @@ def test_urgent_request_overtakes_the_queue(narrow: Any, wait_until: Any) -> Non
             assert client.post("/v1/completions", json=body).status_code == 200
         ended.append(name)
 
-    threads = [threading.Thread(target=ask, args=(f"ordinary {i}", 0)) for i in range(8)]
+    threads = [threading.Thread(target=ask, args=(f"ordinary {i}", 0)) for i in range(5)]
     for thread in threads:
         thread.start()
     wait_until(lambda: narrow.metric("kvpilot_requests_waiting") >= 3)
