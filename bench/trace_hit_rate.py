@@ -36,7 +36,6 @@ class Simulation:
     pages: int
     hits: int = 0
     _held: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-    _counted: dict[bytes, int] = field(default_factory=dict)
 
     def feed(self, event: str, subject: Any, _: int = 0) -> None:
         """One line of the engine's log."""
@@ -52,10 +51,7 @@ class Simulation:
         # The tail is the first to go: it is useless without what comes before it.
         for page in reversed(subject[:found]):
             self._held.move_to_end(page)
-        key = subject[-1] if subject else b""
-        before = self._counted.get(key, 0) if event == "grown" else 0
-        self.hits += max(0, found - before)
-        self._counted[key] = max(found, before)
+        self.hits += found
 
 
 def find_trace(given: str | None) -> Path | None:

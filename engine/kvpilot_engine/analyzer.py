@@ -11,9 +11,6 @@ from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_engine.stats import share, total
 
-GUILTY_SHARE = 0.25
-"""A stage is at fault when it takes at least this share of the time of requests."""
-
 SATURATED_GAIN = 0.10
 SATURATED_BUSY = 0.90
 """Busy this much, and one more sequence would raise tokens/s by less than SATURATED_GAIN: saturated."""

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
 
 from kvpilot_engine import memory, protocol
 from kvpilot_engine.client import GRACE_S, CoreClient
@@ -439,10 +439,18 @@ class KVCacheEngine:
             "waiting_for_queue": self._gate.waiting,
         }
 
+    def _plain(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as JSON has them, a torch dtype for one. What does not fit, the core refuses."""
+        try:
+            plain = self._config.updated(dict(changes)).model_dump(mode="json")
+        except ValidationError:
+            return dict(changes)
+        return {name: plain[to_snake(name)] for name in changes}
+
     async def _apply(self, changes: Mapping[str, Any]) -> ApplyReport:
         client = self._client()
         now = await client.describe()
-        report = await client.apply(now.epoch, now.generation + 1, dict(changes))
+        report = await client.apply(now.epoch, now.generation + 1, self._plain(changes))
         described = await client.describe()
         self._config = KVCacheConfig.model_validate(described.config, context=QUIET)
         self._gate.resize(self._capacity())

@@ -100,7 +100,7 @@ def build_engine(start: CoreStart) -> SteppingEngine:
     try:
         config = KVCacheConfig.model_validate(start.config, context=QUIET)
         engine = Engine(config, model=start.model, revision=start.revision)
-    except MemoryError:
+    except (MemoryError, OverflowError):
         raise StartError(
             f"max_tokens: there is not enough memory for a cache of {config.max_tokens} tokens"
         ) from None

@@ -118,7 +118,7 @@ class Engine:
         """What is wrong with a request, in one line."""
         total = len(request.prompt) + new_tokens
         vocabulary = int(self._model.module.config.vocab_size)
-        size = f"prompt of {len(request.prompt)} tokens and max_new_tokens {new_tokens}"
+        size = f"prompt of {len(request.prompt)} tokens and {new_tokens} new ones"
         held = self.cache.max_request_tokens
         bound = "max_tokens" if held + PAGE_TOKENS > self.config.max_tokens else "max_memory_mb"
         wrong_id = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
@@ -139,7 +139,7 @@ class Engine:
             ),
             (
                 total > held,
-                f"{size} make {total}; the cache holds {held} ({bound})",
+                f"{size} make {total}; the cache holds {held} (the engine's {bound})",
             ),
         )
         return next((message for wrong, message in checks if wrong), None)
@@ -220,7 +220,8 @@ class Engine:
             kept, lost = self.cache.apply(new)
         except ValueError as error:  # above what was reserved at the start
             return protocol.Refused(change.id, "cold", _as_spelled([str(error)], change.values))
-        self.config = self._scheduler.config = new
+        self.config = new
+        self._scheduler.reconfigure(new)
         self.generation, self.epoch = change.generation, change.epoch
         return protocol.Applied(
             id=change.id,

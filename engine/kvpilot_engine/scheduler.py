@@ -66,6 +66,11 @@ class Scheduler:
         """Rows in use."""
         return sum(s.phase is Phase.RUNNING for s in self.admitted)
 
+    def reconfigure(self, config: KVCacheConfig) -> None:
+        """Take new limits; pages of a larger quota are as good as those that a lease gives back."""
+        self.config = config
+        self._releases += 1
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         insort(self.waiting, sequence, key=_BY_URGENCY)
@@ -114,7 +119,10 @@ class Scheduler:
         sequence.enter(Stage.BATCH_WAIT, now)
 
     def _admit(self, now: float) -> None:
-        for sequence in [s for s in self.admitted if s.phase is Phase.SHORT]:
+        short = [s for s in self.admitted if s.phase is Phase.SHORT]
+        while short and len(self.admitted) > self.config.num_workers:  # lowered since
+            self._send_back(short.pop(), now)
+        for sequence in short:
             if sequence.phase is Phase.SHORT and not self._find_room(sequence, now):
                 break
         while self.waiting and len(self.admitted) < self.config.num_workers:
@@ -125,9 +133,9 @@ class Scheduler:
                 return  # it lost its pages, and none has come free since
             del self.waiting[0]
             request = sequence.request
-            first = not sequence.leased
-            sequence.leased = True
-            sequence.lease = self._cache.lease(sequence.tokens, request.salt, request.exact_only, count=first)
+            sequence.lease = self._cache.lease(
+                sequence.tokens, request.salt, request.exact_only, count=not sequence.counted
+            )
             sequence.phase = Phase.SHORT
             insort(self.admitted, sequence, key=_BY_URGENCY)
             self._find_room(sequence, now)
@@ -139,15 +147,18 @@ class Scheduler:
     def _find_room(self, sequence: Sequence, now: float) -> bool:
         """Let a short sequence go on, and its blocks be loaded, once pages suffice for its whole prompt.
 
-        Nobody who got that far is disturbed for it; while nobody did, others that are short give way.
+        Nobody who got that far is disturbed for it; those that are less urgent and short give way.
         """
         lease = sequence.lease
         assert lease is not None
         self._cache.relook(lease)
         while not self._room_for(sequence):
-            if any(s.phase is not Phase.SHORT for s in self.admitted):
+            last = next(s for s in reversed(self.admitted) if s.phase is Phase.SHORT)
+            if last is not sequence:
+                self._send_back(last, now)
+            elif len(self.admitted) > 1:
                 return False
-            if self._preempt(now, besides=sequence) is None:
+            else:
                 break  # alone: pages come free as loads land, or go beyond a quota lowered since
         self._cache.load(lease)
         if lease.loading:
@@ -162,7 +173,8 @@ class Scheduler:
         wanted = self.rows
         for sequence in self.admitted:
             if sequence.lease and (sequence is newcomer or sequence.phase is not Phase.SHORT):
-                wanted += max(0, -(-len(sequence.tokens) // PAGE_TOKENS) - len(sequence.lease.pages))
+                held = len(sequence.lease.pages) + sequence.lease.coming
+                wanted += max(0, -(-len(sequence.tokens) // PAGE_TOKENS) - held)
         return self._cache.pages_available >= wanted
 
     def _give_rows(self) -> None:
@@ -225,13 +237,11 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, now: float, besides: Sequence | None = None) -> Sequence | None:
-        """Send the youngest of the lowest priority back to waiting; None when there is nobody."""
-        for victim in reversed(self.admitted):
-            if victim is not besides:
-                self._send_back(victim, now)
-                return victim
-        return None
+    def _preempt(self, now: float) -> Sequence:
+        """Send the youngest of the lowest priority back to waiting."""
+        victim = self.admitted[-1]
+        self._send_back(victim, now)
+        return victim
 
     def _send_back(self, sequence: Sequence, now: float) -> None:
         if sequence.phase is Phase.RUNNING:
@@ -247,6 +257,7 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         assert sequence.lease is not None
+        sequence.counted = sequence.lease.counted
         self._cache.release(sequence.lease)
         sequence.lease = None
         self._releases += 1

@@ -41,7 +41,7 @@ class Sequence:
         computed: tokens from the start whose keys and values are in the pool.
         cached_tokens: prompt tokens that the cache served when it first ran.
         blocked_at: leases given back when it lost its pages; it waits for a further one.
-        leased: has held a lease: a further one is not a new query of the cache.
+        counted: a lease of it was counted: a further one is not a new query of the cache.
         last_step: number of the last step it took part in.
     """
 
@@ -56,7 +56,7 @@ class Sequence:
     computed: int = 0
     cached_tokens: int = 0
     blocked_at: int = -1
-    leased: bool = False
+    counted: bool = False
     last_step: int = -1
     first_token_s: float | None = None
     stage: Stage = Stage.ADMISSION_WAIT
@@ -105,7 +105,7 @@ class Sequence:
     def start_behind(self, cached: int) -> None:
         """Compute from token ``cached`` on; the pages before it came from the cache."""
         self.computed = cached
-        if not self.output_tokens:
+        if self.last_step < 0:  # later on, what it finds again is its own
             self.cached_tokens = cached
 
     def enter(self, stage: Stage, now: float) -> None:

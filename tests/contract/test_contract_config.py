@@ -32,6 +32,22 @@ def test_a_value_of_another_type_or_a_name_given_twice_is_refused(values: dict[s
         assert config_errors(raised.value) == [line]
 
 
+@pytest.mark.parametrize("config", [None, 5, True, "lru", []])
+def test_what_is_no_mapping_is_refused_in_one_line(config: Any) -> None:
+    with pytest.raises(ValidationError) as raised:
+        KVCacheConfig.model_validate(config)
+    (line,) = config_errors(raised.value)
+    assert line.startswith("config: Input should be")
+
+
+def test_a_size_beyond_any_machine_is_refused_before_memory_is_asked_for() -> None:
+    with pytest.raises(ValidationError) as raised:
+        KVCacheConfig.model_validate({"maxTokens": 10**12}, context=QUIET)
+    assert config_errors(raised.value) == [
+        "maxTokens: Input should be less than or equal to 16777216, got 1000000000000"
+    ]
+
+
 def test_an_update_takes_either_spelling_and_keeps_the_rest() -> None:
     assert BASE.updated({"num_workers": 9}).num_workers == 9
     assert BASE.updated({"numWorkers": 9}).num_workers == 9

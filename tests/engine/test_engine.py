@@ -170,11 +170,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "timeout": ({"timeout_s": 0.0}, "timeout_s: must be above 0, got 0.0"),
     "context": (
         {"max_new_tokens": 40_000},
-        "prompt of 1 tokens and max_new_tokens 40000 make 40001; the model's context length is 32768",
+        "prompt of 1 tokens and 40000 new ones make 40001; the model's context length is 32768",
     ),
     "pool": (
         {"max_new_tokens": 4096},
-        "prompt of 1 tokens and max_new_tokens 4096 make 4097; the cache holds 4096 (max_tokens)",
+        "prompt of 1 tokens and 4096 new ones make 4097; the cache holds 4096 (the engine's max_tokens)",
     ),
 }
 
@@ -196,7 +196,7 @@ def test_an_answer_without_a_limit_goes_on_to_what_the_cache_holds(make_engine: 
     driver.run()
     assert (driver.finished["open"].reason, driver.finished["open"].output_tokens) == ("length", 3)
     assert driver.finished["full"].message == (
-        "prompt of 512 tokens and max_new_tokens 1 make 513; the cache holds 512 (max_tokens)"
+        "prompt of 512 tokens and 1 new ones make 513; the cache holds 512 (the engine's max_tokens)"
     )
 
 
@@ -280,6 +280,64 @@ def test_a_prompt_without_pages_waits_for_admission(make_engine: Make, prompt: P
     assert waited["batch_wait"] == 0.0
     assert driver.finished["small"].stages["admission_wait"] >= 3.0
     assert list(driver.finished) == ["runs", "urgent", "small"]
+
+
+def test_who_is_short_holds_up_nobody_more_urgent(make_engine: Make, prompt: Prompt) -> None:
+    """The cached prefix of a sequence that waits for pages is held, and given up for a more urgent one."""
+    driver = make_engine(max_tokens=640)
+    driver.ask("before", prompt(330, 1), 1)
+    driver.submit("runs", prompt(100, 0), 200)
+    driver.step()
+    driver.submit("short", prompt(330, 1) + prompt(250, 2), 2)
+    driver.step()
+    assert driver.gauge(names.REQUESTS_WAITING) == 1
+    driver.submit("urgent", prompt(400, 3), 2, priority=9)
+    driver.run()
+    assert list(driver.finished) == ["before", "urgent", "runs", "short"]
+
+
+def test_a_larger_quota_lets_those_go_on_that_lost_their_pages(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=512)
+    driver.submit("first", prompt(200, 0), 250)
+    driver.submit("second", prompt(200, 1), 250)
+    while not driver.counter(names.PREEMPTIONS_TOTAL):
+        driver.step()
+    before = len(driver.tokens["second"])
+    driver.apply(max_tokens=4096)
+    for _ in range(3):
+        driver.step()
+    assert len(driver.tokens["second"]) > before
+    driver.run()
+    assert "second" in driver.finished
+
+
+def test_fewer_workers_than_there_are_slots_in_use_converge(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=512)
+    driver.submit("runs", prompt(300, 0), 20)
+    driver.submit("short", prompt(300, 1), 2)
+    driver.step()
+    driver.apply(num_workers=1)
+    driver.step()
+    assert driver.gauge(names.CONFIG_CONVERGING) == 0
+    driver.run()
+    assert set(driver.finished) == {"runs", "short"}
+
+
+def test_a_hit_is_what_was_served_and_no_page_of_its_own(make_engine: Make, prompt: Prompt) -> None:
+    driver = make_engine(max_tokens=512, max_step_tokens=64)
+    driver.ask("before", prompt(161, 1), 1)
+    driver.submit("runs", prompt(200, 0), 120)
+    driver.step()
+    driver.submit("short", prompt(161, 1) + prompt(200, 2), 2)
+    driver.submit("young", prompt(100, 4), 60)
+    driver.step()
+    driver.submit("urgent", prompt(250, 3), 2, priority=9)
+    driver.run()
+    served = sum(end.cached_tokens for end in driver.finished.values())
+    counted = driver.counter(f"{names.HIT_TOKENS_TOTAL}{{tier=pool}}")
+    assert counted == served
+    assert all(driver.finished[name].cached_tokens == 0 for name in ("before", "runs", "young", "urgent"))
+    assert driver.counter(names.QUERY_TOKENS_TOTAL) == 161 + 200 + 361 + 100 + 250
 
 
 def test_blocks_that_were_loaded_for_a_prompt_without_pages_are_not_loaded_again(

@@ -100,7 +100,7 @@ def test_a_shrink_below_what_was_accepted_fails_nobody(make_engine: Make, prompt
     assert answer.converging
     driver.submit("late", prompt(300, 9), 40)
     driver.run()
-    assert driver.finished.pop("late").message.endswith("the cache holds 256 (max_tokens)")
+    assert driver.finished.pop("late").message.endswith("the cache holds 256 (the engine's max_tokens)")
     assert {end.reason for end in driver.finished.values()} == {"length"}
     assert all(len(ids) == 40 for ids in driver.tokens.values())
     assert not driver.engine.describe("d").converging

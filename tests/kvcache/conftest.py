@@ -107,15 +107,19 @@ class Harness:
             self.cache.wait(0.05)
             self.cache.poll()
 
+    def compute(self, lease: Lease, tokens: Sequence[int], salt: str = "") -> None:
+        """The rest of the prompt, behind the hits: they are counted now."""
+        assert self.cache.extend(lease, len(tokens))
+        self.write(lease, tokens, lease.hits, len(tokens) // PAGE_TOKENS, salt)
+        self.cache.commit(lease, tokens, len(tokens))
+
     def serve(self, tokens: list[int], salt: str = "", *, exact_only: bool = False) -> tuple[int, Fidelity]:
         """One request from lookup to release: cached tokens and their fidelity. Raw hits must be exact."""
         lease = self.loaded(self.lease(tokens, salt, exact_only))
         cached, fidelity = lease.cached_tokens, lease.fidelity
         if fidelity is Fidelity.EXACT:
             assert self.error(lease, tokens, salt) == 0.0
-        assert self.cache.extend(lease, len(tokens))
-        self.write(lease, tokens, lease.hits, len(tokens) // PAGE_TOKENS, salt)
-        self.cache.commit(lease, tokens, len(tokens))
+        self.compute(lease, tokens, salt)
         self.cache.release(lease)
         self.cache.check_integrity()
         return cached, fidelity

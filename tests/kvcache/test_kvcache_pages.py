@@ -73,6 +73,7 @@ def test_relook_finds_what_others_committed_and_frees_the_pages_in_its_place(mak
     assert waiting.cached_tokens == 96
     assert h.error(waiting, tokens) == 0.0
     assert h.cache.pages_free == used + 6
+    h.compute(waiting, tokens)
     assert h.counter("prefix_hit_tokens_total{tier=pool}") == 96
     h.cache.release(waiting)
 

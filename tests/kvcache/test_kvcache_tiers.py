@@ -39,6 +39,7 @@ def test_a_raw_block_comes_back_with_the_bytes_written(make):
     assert lease.cached_tokens == 256
     assert lease.fidelity is Fidelity.EXACT
     assert h.error(lease, h.prompt(0, 257)) == 0.0
+    h.compute(lease, h.prompt(0, 257))
     assert h.counter("prefix_hit_tokens_total{tier=host}") == 256
     assert h.counter("tier_load_blocks_total") == 2
     h.cache.release(lease)
@@ -53,6 +54,7 @@ def test_a_block_is_loaded_around_the_pages_that_are_still_there(make):
     lease = h.loaded(h.lease(tokens))
     assert lease.cached_tokens == 128
     assert h.error(lease, tokens) == 0.0
+    h.compute(lease, tokens)
     assert h.counter("prefix_hit_tokens_total{tier=pool}") == 48
     assert h.counter("prefix_hit_tokens_total{tier=host}") == 80
     h.cache.release(lease)
@@ -321,6 +323,7 @@ def test_a_prefetched_prompt_does_not_wait(make):
     assert h.error(lease, tokens) == 0.0
     assert h.counter("prefetch_blocks_total{result=used}") == 2
     assert h.counter("prefetch_blocks_total{result=wasted}") == 0
+    h.compute(lease, tokens)
     assert h.counter("prefix_hit_tokens_total{tier=host}") == 512
     assert h.counter("prefix_hit_tokens_total{tier=pool}") == 0
     h.cache.release(lease)

@@ -48,7 +48,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": "a", "priority": "high"}, "priority", "priority: should be a valid integer"),
         ({"prompt": "a", "max_tokens": 10**6}, "max_tokens", "exceed this model's context of"),
         ({"prompt": "a" * 40_000}, "prompt", "40000 tokens do not fit; this model's context is 32768"),
-        ({"prompt": "a" * 20_000}, None, "the cache holds 16384 (max_tokens)"),
+        ({"prompt": "a" * 20_000}, None, "the cache holds 16384 (the engine's max_tokens)"),
     ],
 )  # fmt: skip
 def test_wrong_completion_is_a_clear_400(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract.config import KVCacheConfig
 
-Serial = Annotated[int, Field(ge=0, lt=2**63)]
+Serial = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 """A number that only grows, of at most 63 bits: what every reader of a message can hold."""
 
 

@@ -6,7 +6,7 @@ Python spells the fields in snake_case, the resource and the admin API in camelC
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -63,7 +63,7 @@ def _dtype_name(value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     """Refuse what pydantic would take for a number: ``true`` is no 1, and ``"8"`` is no 8."""
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str, bytes)):
         raise PydanticCustomError("number_type", "Input should be a number")
     return value
 
@@ -95,10 +95,12 @@ class KVCacheConfig(BaseModel):
     head_dim: MaybeInt = Field(None, ge=1, description="Width of a head; taken from the model.")
 
     # The cache.
-    max_tokens: Int = Field(4096, ge=128, description="Quota of the hot cache, tokens.")
+    max_tokens: Int = Field(4096, ge=128, le=16_777_216, description="Quota of the hot cache, tokens.")
     block_size: Literal[128] = Field(128, description="Tokens in a block of the slow tiers.")
     cache_strategy: Strategy = Field(CacheStrategy.ADAPTIVE, description="Eviction policy of the hot pool.")
-    max_memory_mb: MaybeInt = Field(None, ge=100, description="Budget of all cache memory, MiB.")
+    max_memory_mb: MaybeInt = Field(
+        None, ge=100, le=16_777_216, description="Budget of all cache memory, MiB."
+    )
     host_memory_mb: Int = Field(
         256, ge=0, le=1_048_576, description="Host tier below the pool, MiB; 0 is off."
     )
@@ -138,6 +140,8 @@ class KVCacheConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_spelling(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
         twice = [name for name in cls.model_fields if name in data and to_camel(name) in data and "_" in name]
         if twice:
             raise ValueError(f"{to_camel(twice[0])} is given twice, also as {twice[0]}")

@@ -36,10 +36,9 @@ class KVCache:
         config: quotas, policy, codec and prefetch; every one of them changes hot by ``apply``.
         root: start of the hash chain: digest of weights, RoPE, dtype and layout version, never of the codec.
         clock: times the codecs, s.
-        observer: called in order with ``("lookup", page_hashes, hit_pages)`` for each counted lease,
-            ``("grown", page_hashes, hit_pages)`` when a relook or a load has found more for it, and
-            ``("insert", page_hash)``. ``page_hashes`` are the pages that a hit may serve, ``hit_pages`` how
-            many of them did so far.
+        observer: called in order with ``("lookup", page_hashes, hit_pages)`` when a lease begins to compute
+            behind its hits, and ``("insert", page_hash)``. ``page_hashes`` are the pages that a hit may
+            serve, ``hit_pages`` how many of them did.
 
     Attributes:
         k, v: [layers, slots, kv_heads, head_dim]; page ``p`` is slots ``16 p`` to ``16 p + 15``.
@@ -80,19 +79,13 @@ class KVCache:
             tokens: the whole prompt, at least one token.
             salt: tenant; nothing is shared between salts.
             exact_only: use pages of exact fidelity only.
-            count: count queries, hits and ceiling; False when a preempted sequence resumes.
+            count: count queries, hits and ceiling; False when an earlier lease of the sequence was counted.
         """
-        lease = Lease(self._chain.root(salt), exact_only, max(0, len(tokens) - 1) // PAGE_TOKENS, count)
+        usable = max(0, len(tokens) - 1) // PAGE_TOKENS
+        lease = Lease(self._chain.root(salt), exact_only, usable, len(tokens), counted=not count)
         self._chain.extend(lease.hashes, lease.root, tokens, len(tokens) // PAGE_TOKENS)
-        fetched = self._hot.pin(lease)
+        lease.host_hits = len(self._hot.pin(lease))
         self._leases.add(lease)
-        if count:
-            self._query_tokens += len(tokens)
-            if self._observer is not None:
-                self._observer("lookup", lease.hashes[: lease.usable], lease.hits)
-            self._count(lease, lease.hits - len(fetched), len(fetched))
-            lease.ceiling = self._infinite.prefix(lease.hashes, lease.hits, lease.usable)
-            self._ceiling_pages += lease.ceiling
         return lease
 
     def load(self, lease: Lease) -> None:
@@ -112,9 +105,7 @@ class KVCache:
         """Pick up pages that others have committed since; nothing happens once the sequence computes."""
         if lease.computing or lease.released:
             return
-        before = lease.hits
-        fetched = self._hot.pin(lease)
-        self._grow(lease, lease.hits - before - len(fetched), len(fetched))
+        lease.host_hits += len(self._hot.pin(lease))
 
     def extend(self, lease: Lease, total_tokens: int) -> bool:
         """Hold pages for tokens [0, total_tokens), evicting cached ones where needed.
@@ -141,6 +132,7 @@ class KVCache:
         if not lease.computing and computed > lease.hits * PAGE_TOKENS:
             lease.computing = True
             self._traffic.forget(lease)
+            self._count(lease)
         done = computed // PAGE_TOKENS
         if done <= lease.committed:
             return
@@ -166,9 +158,6 @@ class KVCache:
         Returns True if a lease has changed.
         """
         changed = self._traffic.land()
-        for lease, pages in self._traffic.grown:
-            self._grow(lease, 0, pages)
-        self._traffic.grown.clear()
         if self._pool.used > self._pool.limit:
             self._converge()
         self._traffic.shrink(_BLOCKS_PER_POLL)
@@ -290,19 +279,16 @@ class KVCache:
         """End the loader thread. The cache must not be used afterwards."""
         self._traffic.close()
 
-    def _grow(self, lease: Lease, pool_pages: int, host_pages: int) -> None:
-        if not lease.counted or not pool_pages + host_pages:
+    def _count(self, lease: Lease) -> None:
+        if lease.counted:
             return
-        self._count(lease, pool_pages, host_pages)
-        if lease.hits > lease.ceiling:
-            self._ceiling_pages += lease.hits - lease.ceiling
-            lease.ceiling = lease.hits
+        lease.counted = True
+        self._query_tokens += lease.tokens
+        self._hit_pages["pool"] += lease.hits - lease.host_hits
+        self._hit_pages["host"] += lease.host_hits
+        self._ceiling_pages += self._infinite.prefix(lease.hashes, lease.hits, lease.usable)
         if self._observer is not None:
-            self._observer("grown", lease.hashes[: lease.usable], lease.hits)
-
-    def _count(self, lease: Lease, pool_pages: int, host_pages: int) -> None:
-        self._hit_pages["pool"] += pool_pages
-        self._hit_pages["host"] += host_pages
+            self._observer("lookup", lease.hashes[: lease.usable], lease.hits)
 
     def _insert_observed(self, key: bytes) -> None:
         self._infinite.add(key)

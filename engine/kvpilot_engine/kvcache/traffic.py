@@ -38,7 +38,7 @@ _PREFETCH_SHARE = 4  # unused prefetched pages may fill a quarter of the pool
 
 
 class TierTraffic:
-    """Moves blocks between ``hot`` and its host tier. ``grown`` collects (lease, pages) of landed hits."""
+    """Moves blocks between ``hot`` and its host tier."""
 
     def __init__(
         self, hot: HotTier, host_bytes: int, config: KVCacheConfig, clock: Callable[[], float]
@@ -49,7 +49,7 @@ class TierTraffic:
         self.lost = dict.fromkeys(LOST_REASONS, 0)
         self.codec_seconds = {"encode": 0.0, "decode": 0.0}
         self.loaded_blocks = 0
-        self.grown: list[tuple[Lease, int]] = []
+        self._served = 0  # leases whose load has landed
         self._loader = Loader(hot.pool.layout.device)
         self._buffers = SnapshotBuffers(hot.pool)
         self._encoding: set[bytes] = set()
@@ -219,7 +219,8 @@ class TierTraffic:
             lease.waiting.remove(load)
             before = lease.hits
             self.hot.pin(lease)
-            self.grown.append((lease, lease.hits - before))
+            lease.host_hits += lease.hits - before
+            self._served += 1
             self.advance(lease)
         refs = self.hot.pool.refs
         for place, entry in zip(reversed(load.places), reversed(entries), strict=False):
@@ -248,8 +249,9 @@ class TierTraffic:
 
     def land(self) -> bool:
         """Land finished jobs; True if a lease waits for less than before."""
+        before = self._served
         self._loader.land()
-        return bool(self.grown)
+        return self._served > before
 
     def shrink(self, most: int) -> None:
         """One bounded step towards a lowered budget: tighten what a looser codec has stored, then drop."""
