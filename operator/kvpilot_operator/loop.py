@@ -33,6 +33,7 @@ from kvpilot_operator.spec.errors import ManifestError
 from kvpilot_operator.spec.models import KVCacheDeployment
 from kvpilot_operator.spec.resolve import base_config, policy_of
 from kvpilot_operator.spec.status import invalid_status, state_from_status, status_of
+from kvpilot_operator.spec.times import from_rfc3339
 from kvpilot_operator.tuning.configuration import with_cold
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Action, Decision, Push, Record, Scale, WriteConfig
@@ -41,6 +42,9 @@ from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import Phase, TuningState
 
 log = structlog.get_logger(__name__)
+
+RIVAL_S = 600.0
+"""A number of replicas that somebody else wrote is respected for this long, s."""
 
 MOST_LOOKS = 12
 """Consecutive looks at one resource in one pass; a change needs four, so more is a loop that must yield."""
@@ -103,6 +107,7 @@ class Loop:
         self._telemetry = telemetry or Silent()
         self._rolled_out: dict[Key, Any] = {}
         self._unrecorded: dict[Key, tuple[Record, ...]] = {}
+        self.refused: set[Key] = set()  # what stands in their way may go without an event of theirs
 
     async def run_once(self, key: Key) -> Look | None:
         """Look, act, and look again while the decision asks for it. None when the resource is gone or bad.
@@ -132,8 +137,10 @@ class Loop:
             snapshot = await self._cluster.read(key)
         if snapshot is None:
             self.forget(key)
+            self.refused.discard(key)
             self._unrecorded.pop(key, None)
             return None
+        self.refused.discard(key)
         try:
             resource = KVCacheDeployment.parse(snapshot.manifest)
             policy = policy_of(resource.spec, self._pace_scale)
@@ -141,6 +148,7 @@ class Loop:
             with self._timed("roll_out"):
                 snapshot = await self._roll_out(snapshot, resource, base)
         except ManifestError as error:
+            self.refused.add(key)
             await self._refuse(snapshot, error)
             return None
         state = state_from_status(snapshot.manifest.get("status") or {})
@@ -189,10 +197,21 @@ class Loop:
                 raise
             snapshot = await self._cluster.read(snapshot.key) or snapshot
         wanted = resource.spec.replicas
-        if wanted is not None and snapshot.replicas not in (None, wanted):
+        if wanted is not None and snapshot.replicas not in (None, wanted) and not snapshot.autoscaler:
             await self._cluster.scale(snapshot, wanted)
             snapshot = replace(snapshot, replicas=wanted)
+        if snapshot.replicas_managed_by and not snapshot.autoscaler and self._rival_is_done(snapshot):
+            await self._cluster.own_replicas(snapshot)
+            snapshot = replace(snapshot, replicas_managed_by="")
         return snapshot
+
+    def _rival_is_done(self, snapshot: Snapshot) -> bool:
+        """Whether the present conflict began ``RIVAL_S`` ago. Who insists writes again, and begins one."""
+        for condition in (snapshot.manifest.get("status") or {}).get("conditions") or ():
+            if (condition["type"], condition["status"]) == ("ActuatorConflict", "True"):
+                since = from_rfc3339(condition["lastTransitionTime"])
+                return self._clock() - since >= RIVAL_S * self._pace_scale
+        return False
 
     async def _gather(
         self, snapshot: Snapshot, base: Mapping[str, Any], policy: Policy, state: TuningState

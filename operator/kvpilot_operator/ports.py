@@ -46,7 +46,7 @@ class Snapshot:
     Attributes:
         manifest: the whole object: apiVersion, kind, metadata, spec, status.
         replicas: desired number of the child workload; None before it exists.
-        replicas_managed_by: see ``Observation``.
+        replicas_managed_by: see ``Observation``. autoscaler: the same, of one that keeps at it.
         promoted: content of the owned ConfigMap; None before it exists.
         token_lost: the Secret with the engines' admin token is gone, or somebody else wrote it.
         refused_pods: why the workload cannot make the pods that it wants; "" while it can.
@@ -58,6 +58,7 @@ class Snapshot:
     pods: tuple[Replica, ...]
     promoted: Promoted | None
     replicas_managed_by: str = ""
+    autoscaler: str = ""
     rolling_out: bool = False
     paused_by: str = ""
     boosts: tuple[Boost, ...] = ()
@@ -97,6 +98,9 @@ class Cluster(Protocol):
 
     async def scale(self, snapshot: Snapshot, replicas: int) -> None:
         """Ask the child workload for that many replicas."""
+
+    async def own_replicas(self, snapshot: Snapshot) -> None:
+        """Take the number of replicas over from who else wrote it, as it is."""
 
     async def record(self, snapshot: Snapshot, record: Record) -> None:
         """Keep a whole decision record (the last 50)."""

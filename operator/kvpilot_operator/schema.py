@@ -53,6 +53,8 @@ class _Rewriter:
                 name: self.rewrite(item, f"{path}.{name}" if path else name)
                 for name, item in whole["properties"].items()
             }
+            if not result["properties"]:
+                del result["properties"]  # as the API server does, so that an apply finds no difference
             if not optional and not result.get("required") and (inner := _defaults_inside(result)):
                 result["default"] = inner
         elif result.get("type") == "object":

@@ -32,6 +32,9 @@ BOOST_S, RESOLVED_S, SWEEP_S = 600.0, 60.0, 10.0
 """Life of an alert's boost, what is left of it when the alert is resolved, and between two sweeps of expired
 overrides; scaled like every other duration."""
 
+REFUSED_S = 30.0
+"""Between two looks at a refused resource, s: what it collides with may go, or a policy change, unseen."""
+
 DEFINITIONS_S = 1.0
 """Between two questions for definitions that are missing at the start."""
 
@@ -152,7 +155,7 @@ class Operator:
         if look is None:
             self._seen.pop(key, None)
             self._telemetry.forget(key)
-            return None
+            return REFUSED_S if key in self._loop.refused else None
         self._seen[key] = look
         return look.policy.pace.tick
 

@@ -37,6 +37,8 @@ class Api(KubernetesApi):
         self.lists: dict[str, list[JsonObject]] = {}
         self.written: list[tuple[str, JsonObject]] = []
         self.asked: list[str] = []
+        self.unseen = 0  # status with which a dry run is refused
+        self.refused = ""  # path of what may not be written
 
     async def request(self, method: str, path: str, body: Any = None, **options: Any) -> JsonObject:
         self.asked.append(path)
@@ -49,10 +51,14 @@ class Api(KubernetesApi):
         if options.get("dryRun"):
             assert "as=PartialObjectMetadata" in options["accept"], "nobody reads Secrets"
             assert set(body) == {"apiVersion", "kind", "metadata"}
+            if self.unseen:
+                raise ApiError("denied", self.unseen)
             held = self.items.get(path, {"metadata": {"uid": "never", "creationTimestamp": "now"}})
             return {"kind": "PartialObjectMetadata", "metadata": held["metadata"]}
+        if path == self.refused:
+            raise ApiError("exceeded quota", 403)
         self.written.append((path, body))
-        return dict(body)
+        return {} if isinstance(body, list) else dict(body)
 
 
 @pytest.fixture
@@ -101,9 +107,11 @@ async def test_a_secret_of_somebody_else_is_neither_taken_nor_written(
     assert SECRET in [path for path, _ in api.written]
 
 
-def deployment(manager: str, wrote: str) -> JsonObject:
-    entry = {"manager": manager, "time": wrote, "fieldsV1": {"f:spec": {"f:replicas": {}}}}
-    metadata = {"name": "chat", "namespace": "team-a", "managedFields": [entry], **OWNER}
+def deployment(manager: str) -> JsonObject:
+    entry = {"manager": manager, "subresource": "scale", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    metadata = {
+        "name": "chat", "namespace": "team-a", "resourceVersion": "7", "managedFields": [entry], **OWNER
+    }  # fmt: skip
     failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "quota"}
     return {"metadata": metadata, "spec": {"replicas": 3}, "status": {"conditions": [failure]}}
 
@@ -111,11 +119,11 @@ def deployment(manager: str, wrote: str) -> JsonObject:
 async def test_autoscalers_are_asked_for_where_one_wrote_the_replicas(
     api: Api, cluster: KubernetesCluster
 ) -> None:
-    api.items[DEPLOYMENT] = deployment("kubectl", "2026-11-23T01:59:00Z")
+    api.items[DEPLOYMENT] = deployment("kubectl")
     snapshot = await read(cluster)
     assert (snapshot.replicas_managed_by, snapshot.refused_pods) == ("kubectl", "FailedCreate: quota")
     assert AUTOSCALERS not in api.asked
-    api.items[DEPLOYMENT] = deployment("kube-controller-manager", "2026-11-22T02:00:00Z")
+    api.items[DEPLOYMENT] = deployment("kube-controller-manager")
     theirs = {
         "metadata": {"name": "hpa"},
         "spec": {"scaleTargetRef": {"kind": "Deployment", "name": "chat"}},
@@ -124,6 +132,35 @@ async def test_autoscalers_are_asked_for_where_one_wrote_the_replicas(
     assert (await read(cluster)).replicas_managed_by == "HorizontalPodAutoscaler hpa"
     api.lists[AUTOSCALERS] = []
     assert (await read(cluster)).replicas_managed_by == ""
+
+
+async def test_the_number_of_replicas_is_taken_over_as_it_is(api: Api, cluster: KubernetesCluster) -> None:
+    api.items[DEPLOYMENT] = deployment("kubectl")
+    await cluster.own_replicas(await read(cluster))
+    (path, scale), (_, patch) = api.written
+    assert [(step["op"], step["path"], step["value"]) for step in patch] == [
+        ("test", "/metadata/resourceVersion", "7"),
+        ("replace", "/metadata/managedFields", []),
+    ]
+    assert (path, scale["spec"]) == (f"{DEPLOYMENT}/scale", {"replicas": 3})
+
+
+@pytest.mark.parametrize("status", [403, 422, 500])
+async def test_a_secret_that_cannot_be_seen_holds_up_no_look(
+    api: Api, cluster: KubernetesCluster, status: int
+) -> None:
+    api.unseen = status
+    assert (await read(cluster)).token_lost is False
+
+
+async def test_what_a_policy_refuses_is_told_of_the_real_object(api: Api, cluster: KubernetesCluster) -> None:
+    api.unseen = 422
+    snapshot = await read(cluster)
+    await cluster.roll_out(snapshot, Promoted(1, {}))
+    assert SECRET in [path for path, _ in api.written], "the empty one was refused, the real one is not"
+    api.refused = SECRET
+    with pytest.raises(ManifestError, match="Secret chat-admin is refused: exceeded quota"):
+        await cluster.roll_out(snapshot, Promoted(1, {}))
 
 
 async def test_the_second_breach_within_minutes_is_an_event_as_well(

@@ -88,9 +88,8 @@ def test_why_a_pod_is_not_running(status: dict[str, Any], reason: str) -> None:
     assert got.pending_reason == reason
 
 
-def workload(*managers: str, wrote: str | None = None, **status: Any) -> dict[str, Any]:
-    time = {"time": wrote} if wrote else {}
-    fields = [{"manager": m, "fieldsV1": {"f:spec": {"f:replicas": {}}}, **time} for m in managers]
+def workload(*managers: str, **status: Any) -> dict[str, Any]:
+    fields = [{"manager": m, "fieldsV1": {"f:spec": {"f:replicas": {}}}} for m in managers]
     other = {"manager": "kube-controller-manager", "fieldsV1": {"f:status": {"f:replicas": {}}}}
     metadata = {"name": "chat", "generation": 3, "managedFields": [*fields, other]}
     return {"metadata": metadata, "status": status}
@@ -99,28 +98,30 @@ def workload(*managers: str, wrote: str | None = None, **status: Any) -> dict[st
 @pytest.mark.parametrize(
     ("managers", "rival"),
     [((), ""), (("kvpilot-scale",), ""), (("kvpilot", "kvpilot-scale"), ""), (("kubectl",), "kubectl"),
-     (("kvpilot-scale", "kube-controller-manager"), "kube-controller-manager")],
+     (("kvpilot-scale", "kube-controller-manager"), "")],
 )  # fmt: skip
 def test_who_else_writes_the_number_of_replicas(managers: tuple[str, ...], rival: str) -> None:
-    assert objects.rival_manager(workload(*managers), (), NOW) == rival
+    assert objects.rival_manager(workload(*managers)) == rival
 
 
-@pytest.mark.parametrize(("wrote", "rival"), [("01:50:01", "kubectl"), ("01:50:00", ""), ("00:00:00", "")])
-def test_who_wrote_the_replicas_once_is_no_rival_for_ever(wrote: str, rival: str) -> None:
-    found = objects.rival_manager(workload("kubectl", wrote=f"2026-11-23T{wrote}Z"), (), NOW)
-    assert found == rival
+def test_what_others_own_beside_the_replicas_stays_theirs() -> None:
+    edit = {"manager": "edit", "fieldsV1": {"f:spec": {"f:replicas": {}, "f:paused": {}}, "f:metadata": {}}}
+    entries = [*workload("kvpilot-scale", "kubectl")["metadata"]["managedFields"], edit]
+    left = objects.without_rivals(entries)
+    assert [entry["manager"] for entry in left] == ["kvpilot-scale", "kube-controller-manager", "edit"]
+    assert left[:2] == [entries[0], entries[2]], "the status of the Deployment is not the number asked for"
+    assert left[2]["fieldsV1"] == {"f:spec": {"f:paused": {}}, "f:metadata": {}}
 
 
 def autoscaler(name: str, kind: str = "Deployment", target: str = "chat") -> dict[str, Any]:
     return {"metadata": {"name": name}, "spec": {"scaleTargetRef": {"kind": kind, "name": target}}}
 
 
-def test_an_autoscaler_is_a_rival_for_as_long_as_it_is_there() -> None:
-    long_ago = workload("kube-controller-manager", wrote="2026-11-23T00:00:00Z")
+def test_an_autoscaler_of_the_deployment_is_found_and_one_of_the_resource_is_not() -> None:
     others = [autoscaler("other", target="code"), autoscaler("ours", kind="KVCacheDeployment")]
-    found = objects.rival_manager(long_ago, [*others, autoscaler("theirs")], NOW)
+    found = objects.autoscaler_of("chat", [*others, autoscaler("theirs")])
     assert found == "HorizontalPodAutoscaler theirs"
-    assert objects.rival_manager(long_ago, others, NOW) == ""
+    assert objects.autoscaler_of("chat", others) == ""
 
 
 def test_pods_that_the_api_server_refuses_are_told_without_their_changing_names() -> None:

@@ -33,7 +33,7 @@ class Operator:
     process: subprocess.Popen[bytes] | None = None
     ports: dict[str, int] = field(default_factory=dict)
 
-    def start(self, prometheus: str | None = None) -> None:
+    def start(self, prometheus: str | None = None, pace_scale: float = PACE_SCALE) -> None:
         """``prometheus`` is the URL of another one than the cluster's."""
         self.ports = {"metrics": free_port(), "alerts": free_port()}
         url = prometheus or self.cluster.state["prometheus"]["url"]
@@ -48,7 +48,7 @@ class Operator:
             f"--operator-key-file={self.folder / 'key'}",
             f"--alerts-token-file={self.folder / 'token'}",
             f"--namespaces={self.namespace}",
-            f"--pace-scale={PACE_SCALE}",
+            f"--pace-scale={pace_scale}",
             f"--metrics-port={self.ports['metrics']}",
             f"--alerts-port={self.ports['alerts']}",
         ]  # fmt: skip

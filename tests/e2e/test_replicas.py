@@ -92,6 +92,18 @@ def test_another_writer_of_the_deployment_is_told_and_not_fought(
     assert "kubectl" in told["message"]
     assert cluster.replicas(namespace) == 2
 
+    # Ten minutes, at this scale half of one: then it goes on from the number that it finds.
+    operator.stop()
+    operator.start(pace_scale=0.05)
+    eventually(lambda: not conflict(cluster, namespace), 90, "the number was taken over")
+    assert cluster.replicas(namespace) == 2
+    owners = cluster.get("deployment", "chat", namespace)["metadata"]["managedFields"]
+    assert [item["manager"] for item in owners if "f:replicas" in item["fieldsV1"].get("f:spec", {})] == [
+        "kvpilot-scale"
+    ]
+    cluster.kubectl("scale", "deployment", "chat", f"--namespace={namespace}", "--replicas=3")
+    eventually(lambda: conflict(cluster, namespace), 30, "another conflict")
+
 
 def autoscaler(api_version: str, kind: str, minimum: int) -> dict[str, Any]:
     """One that needs no measurement to act: it only keeps the target at ``minimum`` replicas."""
@@ -129,4 +141,18 @@ def test_an_autoscaler_scales_the_resource_and_one_of_the_deployment_is_told_and
     applied(autoscaler("apps/v1", "Deployment", 4))
     told = eventually(lambda: conflict(cluster, namespace), 60, "ActuatorConflict")
     assert told["message"].startswith("HorizontalPodAutoscaler greedy also writes the number of replicas")
+    assert cluster.replicas(namespace) == 4
+
+    document = manifest(replicas=1, nowhere=True)
+    cluster.kubectl(
+        "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge",
+        f"--patch={merge_patch(document, 'scaling')}",
+    )  # fmt: skip
+    generation = cluster.get("kvcd", "chat", namespace)["metadata"]["generation"]
+    eventually(
+        lambda: cluster.get("kvcd", "chat", namespace)["status"].get("observedGeneration") == generation,
+        30,
+        "the new spec is looked at",
+    )
+    assert conflict(cluster, namespace)
     assert cluster.replicas(namespace) == 4

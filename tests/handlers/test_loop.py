@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvpilot_engine.contract import AdminConfig, ApplyReport, ConfigPatch
-from kvpilot_operator.loop import MOST_LOOKS, Loop
+from kvpilot_operator.loop import MOST_LOOKS, RIVAL_S, Loop
 from kvpilot_operator.ports import Conflict, EngineError, Key, Plan, Replica, Snapshot
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted, Sample
@@ -25,6 +25,7 @@ class World:
     failing: set[str] = field(default_factory=set)
     conflicts: int = 0
     looks: int = 0
+    now: float = 1_764_000_000.0
     rolled_out: int = 0
     done: list[str] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
@@ -70,6 +71,10 @@ class World:
         self._may("scale")
         self.snapshot = replace(snapshot, replicas=replicas)
 
+    async def own_replicas(self, snapshot: Snapshot) -> None:
+        self._may("own_replicas")
+        self.snapshot = replace(snapshot, replicas_managed_by="")
+
     async def record(self, snapshot: Snapshot, record: Record) -> None:
         self._may("record")
         self.records.append(record)
@@ -102,7 +107,7 @@ def world() -> World:
 
 @pytest.fixture
 def loop(world: World) -> Loop:
-    return Loop(world, world, world)
+    return Loop(world, world, world, clock=lambda: world.now)
 
 
 async def test_a_decision_whose_action_fails_is_told_whole_and_once(world: World, loop: Loop) -> None:
@@ -163,3 +168,45 @@ async def test_a_roll_out_that_failed_is_tried_again(world: World, loop: Loop) -
     world.failing.clear()
     await loop.run_once(CHAT)
     assert world.rolled_out == 1
+
+
+async def test_a_number_that_somebody_wrote_is_respected_for_ten_minutes(world: World, loop: Loop) -> None:
+    assert world.snapshot is not None
+    world.snapshot = replace(world.snapshot, replicas_managed_by="kubectl")
+    await loop.run_once(CHAT)
+    world.now += RIVAL_S - 1
+    await loop.run_once(CHAT)
+    assert (world.snapshot.replicas, "own_replicas" in world.done) == (1, False)
+    world.now += 1
+    await loop.run_once(CHAT)
+    assert "own_replicas" in world.done
+    assert world.snapshot.replicas == 3, "the minimum again"
+    (conflict,) = [c for c in world.status["conditions"] if c["type"] == "ActuatorConflict"]
+    assert conflict["status"] == "False"
+
+
+async def test_an_autoscaler_is_not_fought_however_long_it_is_there(world: World, loop: Loop) -> None:
+    assert world.snapshot is not None
+    world.snapshot.manifest["spec"] = {"replicas": 5}
+    found = "HorizontalPodAutoscaler hpa"
+    world.snapshot = replace(world.snapshot, replicas_managed_by=found, autoscaler=found)
+    for _ in range(2):
+        await loop.run_once(CHAT)
+        world.now += 2 * RIVAL_S
+    assert not {"scale", "own_replicas"} & set(world.done)
+    (conflict,) = [c for c in world.status["conditions"] if c["type"] == "ActuatorConflict"]
+    assert conflict["message"].startswith(f"{found} also writes the number of replicas")
+
+
+async def test_a_refused_resource_is_told_from_one_that_is_gone(world: World, loop: Loop) -> None:
+    assert world.snapshot is not None
+    right = world.snapshot
+    world.snapshot = replace(right, manifest={**right.manifest, "spec": {"scaling": {"min": 4, "max": 3}}})
+    assert await loop.run_once(CHAT) is None
+    assert loop.refused == {CHAT}
+    world.snapshot = right
+    assert await loop.run_once(CHAT) is not None
+    assert not loop.refused
+    world.snapshot = None
+    assert await loop.run_once(CHAT) is None
+    assert not loop.refused

@@ -18,6 +18,7 @@ from kubernetes.aio import client, config
 
 APPLY = "application/apply-patch+yaml"
 JSON = "application/json"
+JSON_PATCH = "application/json-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 JsonObject = dict[str, Any]

@@ -16,7 +16,14 @@ import structlog
 
 from kvpilot_operator import manifests
 from kvpilot_operator.adapters import kubernetes_objects as objects
-from kvpilot_operator.adapters.kubernetes_api import APPLY, ApiError, JsonObject, KubernetesApi, path_of
+from kvpilot_operator.adapters.kubernetes_api import (
+    APPLY,
+    JSON_PATCH,
+    ApiError,
+    JsonObject,
+    KubernetesApi,
+    path_of,
+)
 from kvpilot_operator.manifests import names
 from kvpilot_operator.ports import Conflict, Key, Snapshot
 from kvpilot_operator.spec.errors import ManifestError
@@ -30,9 +37,6 @@ EVENTS_API = "events.k8s.io/v1"
 REPORTER = "kvpilot.io/operator"
 NOTE_BYTES = 1024
 """The API's limit of an Event's note."""
-
-AUTOSCALER = "kube-controller-manager"
-"""Field manager under which a HorizontalPodAutoscaler writes."""
 
 RECORDS_BYTES = 900_000
 """Total of the kept records, under the 1 MiB of a ConfigMap."""
@@ -111,9 +115,12 @@ class KubernetesCluster:
         uid = manifest["metadata"]["uid"]
         self._sources[key] = _source_ref(manifest)
         workload = workload if _owned_by(workload, uid) else None
-        secret, rival = await asyncio.gather(
-            self._api.metadata("Secret", namespace, names.admin_name(name)), self._rival(workload)
+        scaled = "replicas" not in manifest["spec"]
+        token_lost, autoscaler = await asyncio.gather(
+            self._token_lost(key, uid), self._autoscaler(workload, scaled)
         )
+        # Where the resource sets the number, who else writes it is simply put right.
+        rival = objects.rival_manager(workload) if workload is not None and scaled else ""
         config = config if _owned_by(config, uid) else None
         token = objects.admin_token(self._key, uid)
         asked = objects.in_force(overrides, name, self._clock())
@@ -124,24 +131,33 @@ class KubernetesCluster:
             replicas=None if workload is None else int(workload["spec"].get("replicas", 1)),
             pods=tuple(sorted((pod for pod in replicas if pod is not None), key=lambda pod: pod.name)),
             promoted=manifests.promoted_of((config or {}).get("data")),
-            replicas_managed_by=rival,
+            replicas_managed_by=autoscaler or rival,
+            autoscaler=autoscaler,
             rolling_out=workload is not None and objects.replacing_pods(workload),
             paused_by=asked.paused_by,
             boosts=asked.boosts,
             overrides=asked.names,
-            token_lost=not (_owned_by(secret, uid) and objects.holds_token(secret)),
+            token_lost=token_lost,
             refused_pods="" if workload is None else objects.refused_pods(workload),
         )
 
-    async def _rival(self, workload: Mapping[str, Any] | None) -> str:
-        if workload is None:
+    async def _token_lost(self, key: Key, uid: str) -> bool:
+        """False where that cannot be told: it must not hold up tuning."""
+        try:
+            secret = await self._api.metadata("Secret", key.namespace, names.admin_name(key.name))
+        except ApiError as error:
+            log.debug("secret_not_seen", resource=str(key), error=str(error))
+            return False
+        return not (_owned_by(secret, uid) and objects.holds_token(secret))
+
+    async def _autoscaler(self, workload: Mapping[str, Any] | None, scaled: bool) -> str:
+        """The autoscaler of the Deployment. One that has not written lately is of no interest, but where the
+        resource's own number takes the field from it at once."""
+        if workload is None or (scaled and objects.AUTOSCALER not in objects.replica_managers(workload)):
             return ""
-        autoscalers: list[JsonObject] = []
-        if AUTOSCALER in objects.replica_managers(workload):
-            namespace = workload["metadata"]["namespace"]
-            path = path_of("autoscaling/v2", "HorizontalPodAutoscaler", namespace)
-            autoscalers = await self._api.list(path)
-        return objects.rival_manager(workload, autoscalers, self._clock())
+        namespace, name = workload["metadata"]["namespace"], workload["metadata"]["name"]
+        path = path_of("autoscaling/v2", "HorizontalPodAutoscaler", namespace)
+        return objects.autoscaler_of(name, await self._api.list(path))
 
     async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
         """Apply the owned objects. The configuration is written only where there is none yet.
@@ -168,6 +184,9 @@ class KubernetesCluster:
             except ApiError as error:
                 if item["kind"] == "Deployment" and error.refuses_object:
                     raise ManifestError([f"spec.template: {error}"]) from error
+                if error.refuses_object or error.status == HTTPStatus.FORBIDDEN:  # a policy, or a quota
+                    name = item["metadata"]["name"]
+                    raise ManifestError([f"{item['kind']} {name} is refused: {error}"]) from error
                 raise
         if first is not None:
             # The number gets its own manager now, so that the next apply may leave it out.
@@ -186,7 +205,7 @@ class KubernetesCluster:
         asked = [(item["apiVersion"], item["kind"], item["metadata"]["name"]) for item in wanted]
         found = await asyncio.gather(
             *(
-                self._api.metadata(kind, namespace, name)
+                self._seen_secret(namespace, name)
                 if kind == "Secret"
                 else self._api.get(path_of(version, kind, namespace, name))
                 for version, kind, name in asked
@@ -201,6 +220,15 @@ class KubernetesCluster:
                     ]
                 )
         return found
+
+    async def _seen_secret(self, namespace: str, name: str) -> JsonObject | None:
+        try:
+            return await self._api.metadata("Secret", namespace, name)
+        except ApiError as error:
+            # A policy that refuses an empty one may well take the real one, which is tried next.
+            if error.refuses_object or error.status == HTTPStatus.FORBIDDEN:
+                return None
+            raise
 
     async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
         """Replace the status.
@@ -227,6 +255,38 @@ class KubernetesCluster:
     async def scale(self, snapshot: Snapshot, replicas: int) -> None:
         """Ask the child workload for that many replicas."""
         await self._write_scale(snapshot.key, replicas)
+
+    async def own_replicas(self, snapshot: Snapshot) -> None:
+        """Take the number of replicas over as it is: the API server forgets who else wrote it.
+
+        Writing the same number makes us a second owner beside the other one, who is then removed. (A number
+        without any owner would be given one by the API server, which is not us.)
+
+        Raises:
+            Conflict: the workload changed meanwhile.
+        """
+        if snapshot.replicas is None:
+            return
+        await self._write_scale(snapshot.key, snapshot.replicas)
+        path = path_of("apps/v1", "Deployment", *snapshot.key)
+        workload = await self._api.get(path)
+        if workload is None:
+            return
+        metadata = workload["metadata"]
+        patch = [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
+            {
+                "op": "replace",
+                "path": "/metadata/managedFields",
+                "value": objects.without_rivals(metadata["managedFields"]),
+            },
+        ]
+        try:
+            await self._api.request("PATCH", path, patch, content_type=JSON_PATCH)
+        except ApiError as error:
+            if error.status in {404, 409, 422}:
+                raise Conflict(str(error)) from error
+            raise
 
     async def record(self, snapshot: Snapshot, record: Record) -> None:
         """Keep a whole decision record; the same decision told again replaces what was told of it."""
@@ -379,4 +439,4 @@ def _tells_of(line: str, record: Record) -> bool:
         held = json.loads(line)
     except ValueError:
         return True
-    return (held.get("id"), held.get("outcome")) == (record.id, record.outcome)
+    return (held.get("id"), held.get("outcome"), held.get("at")) == (record.id, record.outcome, record.at)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ SCALE_MANAGER = "kvpilot-scale"
 
 ADMIN_EPOCH = 1
 
-RIVAL_S = 600.0
-"""Who wrote the number of replicas and has not done so again for this long does not manage it, s."""
+AUTOSCALER = "kube-controller-manager"
+"""Field manager under which a HorizontalPodAutoscaler writes."""
 
 LAST_WORDS = 256
 """Longest last line of a container that is told, characters."""
@@ -103,29 +102,44 @@ def _last_words(container: Mapping[str, Any]) -> str:
     return ": ".join(filter(None, told)) or f"exit status {ended['exitCode']}"
 
 
-def replica_managers(workload: Mapping[str, Any]) -> dict[str, float]:
-    """Field managers that own the workload's number of replicas; when each wrote last (infinity: unknown)."""
-    return {
-        entry.get("manager", ""): seconds_of(entry.get("time")) or math.inf
-        for entry in workload["metadata"].get("managedFields") or ()
-        if "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
-    }
+def replica_managers(workload: Mapping[str, Any]) -> set[str]:
+    """Field managers that own the workload's number of replicas."""
+    entries = workload["metadata"].get("managedFields") or ()
+    return {entry.get("manager", "") for entry in entries if _owns_replicas(entry)}
 
 
-def rival_manager(workload: Mapping[str, Any], autoscalers: Iterable[Mapping[str, Any]], now: float) -> str:
-    """Somebody else who manages the number of replicas; "" when it is only us.
+def rival_manager(workload: Mapping[str, Any]) -> str:
+    """Somebody else who wrote the number of replicas last; "" when it was us, or an autoscaler."""
+    return min(replica_managers(workload) - {MANAGER, SCALE_MANAGER, AUTOSCALER}, default="")
 
-    An autoscaler does for as long as it is there: it writes only when its mind changes. Anybody else does for
-    ``RIVAL_S`` after the last write; then the number that is found is ours to go on from.
-    """
-    name = workload["metadata"]["name"]
+
+def autoscaler_of(name: str, autoscalers: Iterable[Mapping[str, Any]]) -> str:
+    """The HorizontalPodAutoscaler whose target is the Deployment of that name; "" without one."""
     for item in autoscalers:
         target = item["spec"]["scaleTargetRef"]
         if (target["kind"], target["name"]) == ("Deployment", name):
             return f"HorizontalPodAutoscaler {item['metadata']['name']}"
-    writers = replica_managers(workload).items()
-    recent = [who for who, at in writers if now - at < RIVAL_S and who not in {MANAGER, SCALE_MANAGER}]
-    return min(recent, default="")
+    return ""
+
+
+def without_rivals(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``metadata.managedFields`` in which nobody but us owns the number of replicas."""
+    kept = []
+    for entry in entries:
+        if not _owns_replicas(entry) or entry.get("manager") in {MANAGER, SCALE_MANAGER}:
+            kept.append(dict(entry))
+            continue
+        spec = {name: value for name, value in entry["fieldsV1"]["f:spec"].items() if name != "f:replicas"}
+        fields = {**entry["fieldsV1"], "f:spec": spec}
+        if not spec:
+            del fields["f:spec"]
+        if fields:
+            kept.append({**entry, "fieldsV1": fields})
+    return kept
+
+
+def _owns_replicas(entry: Mapping[str, Any]) -> bool:
+    return "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
 
 
 def refused_pods(workload: Mapping[str, Any]) -> str:

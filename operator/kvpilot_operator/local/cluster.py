@@ -63,7 +63,7 @@ class LocalCluster:
         manifest: the object as the user wrote it, valid.
         on_event: told of every Event.
         on_backends: told of the replicas that may get requests, whenever they change.
-        on_refused: told the words of an engine that cannot start as it is configured.
+        on_refused: told the exit status and last words of an engine that cannot start.
         tell: one line for people.
     """
 
@@ -74,7 +74,7 @@ class LocalCluster:
         *,
         on_event: EventListener,
         on_backends: Callable[[list[Backend]], None],
-        on_refused: Callable[[str], None],
+        on_refused: Callable[[int, str], None],
         tell: Callable[[str], None],
     ) -> None:
         resource = KVCacheDeployment.parse(manifest)
@@ -173,6 +173,9 @@ class LocalCluster:
         """Run that many engines."""
         self._desired = replicas
         self._ask()
+
+    async def own_replicas(self, snapshot: Snapshot) -> None:
+        """Nobody else can write it."""
 
     async def record(self, snapshot: Snapshot, record: Record) -> None:
         """Keep a whole decision record."""

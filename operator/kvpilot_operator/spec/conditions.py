@@ -102,7 +102,7 @@ def conditions_of(
         _slo_met(decision),
         _tuning_active(policy, observation, decision),
         _paused(observation),
-        _actuator_conflict(observation, spec),
+        _actuator_conflict(snapshot, observation),
         _infeasible(decision),
         _engine_stalled(decision),
         _config_effective(spec),
@@ -191,15 +191,23 @@ def _paused(observation: Observation) -> Condition:
     return Condition("Paused", "False", "NotPaused", "No override pauses this resource.")
 
 
-def _actuator_conflict(observation: Observation, spec: DeploymentSpec) -> Condition:
-    if observation.replicas_managed_by and spec.scaling is not None:
+def _actuator_conflict(snapshot: Snapshot, observation: Observation) -> Condition:
+    if snapshot.autoscaler:
         return Condition(
             "ActuatorConflict",
             "True",
             "OtherManager",
-            f"{observation.replicas_managed_by} also writes the number of replicas; kvpilot stops scaling, "
-            "and goes on some minutes after the last write. Remove that writer, or use spec.replicas in "
-            "place of spec.scaling.",
+            f"{snapshot.autoscaler} also writes the number of replicas; kvpilot does not while it is there. "
+            "Delete it, or give it this resource with spec.replicas as its target.",
+        )
+    if observation.replicas_managed_by:
+        return Condition(
+            "ActuatorConflict",
+            "True",
+            "OtherManager",
+            f"{observation.replicas_managed_by} also wrote the number of replicas; kvpilot stops scaling, "
+            "and goes on from that number ten minutes after this began. To write it for good, use "
+            "spec.replicas in place of spec.scaling.",
         )
     return Condition("ActuatorConflict", "False", "NoConflict", "Nobody else writes the number of replicas.")
 
