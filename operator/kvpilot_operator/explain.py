@@ -18,6 +18,9 @@ Json = Mapping[str, Any]
 _MEANING = {reason.name: reason.meaning for reason in REASONS}
 _TAKEN = "(without a reason)"
 
+_DIAGNOSED = frozenset({"Started", "Recommended", "ScaledOut"})
+"""Outcomes that the diagnosis of their look led to, as in ``local/report.html``; the others have one too."""
+
 
 @dataclass(frozen=True)
 class Action:
@@ -131,7 +134,8 @@ def _details(record: Json) -> Iterable[str]:
         yield f"Changed: {', '.join(changes)}{_generation(record)}."
     if replicas := record.get("replicas"):
         yield f"Replicas: {replicas[0]} -> {replicas[1]}."
-    if diagnosis := record.get("diagnosis"):
+    diagnosis = record.get("diagnosis")
+    if diagnosis and record["outcome"] in _DIAGNOSED:
         yield f"Because: {_sentence(diagnosis.get('message') or diagnosis['reason'])}"
         if shares := _shares(diagnosis.get("stages") or ()):
             yield f"Stages: {shares}."

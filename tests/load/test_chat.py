@@ -142,3 +142,9 @@ def test_calm_is_what_the_probes_took_until_there_are_answers() -> None:
 def test_a_bad_phase_is_refused(rate: float | None, in_flight: float | None, message: str) -> None:
     with pytest.raises(LoadError, match=message):
         Phase("x", 1, rate=rate, in_flight=in_flight)
+
+
+@pytest.mark.parametrize("think", [-5.0, math.nan])
+def test_a_bad_time_to_think_is_refused(think: float) -> None:
+    with pytest.raises(LoadError, match=f"think: must be at least 0, got {think:g}"):
+        ChatShape(think_s=think)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 from aiohttp import web
 
-from kvpilot_operator.load.client import Client, RequestError
+from kvpilot_operator.load.client import Answer, Client, RequestError
 from kvpilot_operator.load.results import Result, Tally, lines_of, percentile
 from kvpilot_operator.load.runner import LoadRun
 from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
@@ -48,6 +48,12 @@ async def server(handler: Handler) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/completions", handler)
+    async with serving(app) as url:
+        yield url
+
+
+@asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[str]:
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -107,6 +113,63 @@ async def test_every_failure_has_its_kind() -> None:
     assert summary["error_examples"]["shed"] == "429: told 1"  # type: ignore[index]
     assert answers == ["abcd"]
     assert "errors      1 timeout (no answer in time): no answer within 1 s" in lines_of(summary)
+
+
+UNDECODABLE = b'{"choices":[{"text":"\xff\xfe"}]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "stream", "message"),
+    [
+        (UNDECODABLE, False, "not an answer of the OpenAI API"),
+        (b"data: " + UNDECODABLE + b"\n\n", True, "not an event of the OpenAI API"),
+        (b"data: " + b"x" * 2**20 + b"\n\n", True, "not an event of the OpenAI API"),
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_a_failure_of_the_protocol(
+    body: bytes, stream: bool, message: str
+) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    async with server(handler) as url:
+        run = await sent(url, Even(1, 0, []), stream=stream)
+    [result] = run.tally.results
+    assert result.kind == "protocol"
+    assert result.message.startswith(message)
+
+
+async def test_a_refusal_that_cannot_be_read_keeps_its_kind() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(status=503, body=b'{"error":{"message":"\xff"}}')
+
+    async with server(handler) as url:
+        run = await sent(url, Even(1, 0, []))
+    [result] = run.tally.results
+    assert (result.kind, result.message) == ("server", '503: {"error":{"message":"\ufffd"}}')
+
+
+async def test_a_server_that_names_its_model_in_no_text_is_told() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(body=b'{"data":[{"id":"\xff"}]}')
+
+    app = web.Application()
+    app.router.add_get("/v1/models", handler)
+    async with serving(app) as url, Client(url) as client:
+        with pytest.raises(RequestError, match="/v1/models names no model"):
+            await client.find_model()
+
+
+async def test_what_the_client_does_not_foresee_is_no_cut_off() -> None:
+    class Broken(Client):
+        async def send(self, ask: Ask) -> Answer:
+            raise RecursionError("too deep")
+
+    async with Broken("http://127.0.0.1:9") as client:
+        run = LoadRun(client, Even(1, 0, []))
+        await run.run()
+    [result] = run.tally.results
+    assert (result.kind, result.message) == ("protocol", "RecursionError: too deep")
 
 
 async def test_a_stream_is_read_to_its_end_and_its_first_token_noted() -> None:

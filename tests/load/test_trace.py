@@ -112,6 +112,10 @@ def test_the_command_refuses_a_bad_trace_with_exit_code_2(tmp_path: Path) -> Non
         (["--speed", "0"], "speed: must be above 0, got 0"),
         (["--duration", "-1"], "duration: must be above 0, got -1"),
         (["--timeout", "0"], "timeout: must be above 0, got 0"),
+        (
+            ["--json", "/proc/x.json"],
+            "--json: cannot be written: No such file or directory, got /proc/x.json",
+        ),
     ],
 )
 def test_the_command_refuses_bad_options(tmp_path: Path, options: list[str], message: str) -> None:

@@ -92,7 +92,7 @@ class Deployment:
             self._state,
             on_event=lambda *event: self.told.append(": ".join(event)),
             on_backends=self._router.use,
-            on_refused=self.told.append,
+            on_refused=lambda _, words: self.told.append(words),
             tell=self.told.append,
         )
         self._pace = policy_of(self._cluster.spec, PACE_SCALE).pace

@@ -58,7 +58,7 @@ def cluster_of(state: StateDirectory, manifest: dict[str, Any] = MANIFEST) -> Lo
         state,
         on_event=lambda *_: None,
         on_backends=lambda _: None,
-        on_refused=lambda _: None,
+        on_refused=lambda *_: None,
         tell=lambda _: None,
     )
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from kvpilot_operator.local.process import Launch
-from kvpilot_operator.local.replicas import ReplicaSet
+from kvpilot_operator.local.replicas import BAD_START, STARTS, ReplicaSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # an engine needs ten seconds of CPU to start
 
@@ -31,6 +31,12 @@ async def until(true: Callable[[], bool], seconds: float = 60) -> None:
             await asyncio.sleep(0.05)
 
 
+def fronts(parent: int | None = None) -> list[psutil.Process]:
+    """Front processes of the engines that this process, or another one, has started."""
+    children = psutil.Process(parent).children()
+    return [child for child in children if "kvpilot_engine" in child.cmdline()]
+
+
 class Fleet:
     """A replica set with what it told."""
 
@@ -41,8 +47,10 @@ class Fleet:
         config = directory / "config.yaml"
         config.write_text(CONFIG)
         self._config = config
-        self.refused: list[str] = []
-        self.set = ReplicaSet(self._launch, "secret", lambda: None, self.refused.append, self.told.append)
+        self.refused: list[tuple[int, str]] = []
+        self.set = ReplicaSet(
+            self._launch, "secret", lambda: None, lambda *end: self.refused.append(end), self.told.append
+        )
 
     def _launch(self, pod: str) -> Launch:
         return Launch(
@@ -60,9 +68,9 @@ class Fleet:
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     fleet = Fleet(tmp_path)
     yield fleet
-    pids = [psutil.Process(pid) for pid in fleet.set.pids.values()]
+    running = fronts()
     await fleet.set.close(1)
-    assert not any(process.is_running() for process in pids)
+    assert not any(process.is_running() for process in running)
 
 
 async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_have(fleet: Fleet) -> None:
@@ -105,7 +113,7 @@ async def test_a_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
     fleet.set.ask(1, "t", 5)
     await until(lambda: fleet.ready == ["engine-1"])
     before = fleet.set.replicas[0]
-    core = psutil.Process(fleet.set.pids["engine-1"]).children()[0]
+    core = fronts()[0].children()[0]
     core.kill()
     await until(lambda: fleet.set.replicas[0].restarts == 1)
     assert not fleet.set.replicas[0].ready
@@ -120,8 +128,22 @@ async def test_a_bad_start_is_told_with_the_engines_own_words(fleet: Fleet) -> N
     fleet.set.ask(1, "t", 5)
     await until(lambda: bool(fleet.told))
     assert "builtin/none" in fleet.told[0]
-    assert "builtin/none" in fleet.refused[0]
+    status, words = fleet.refused[0]
+    assert status == BAD_START
+    assert "builtin/none" in words
     assert fleet.set.backends == []
+
+
+async def test_an_engine_that_has_served_is_retried_without_end(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvpilot_operator.local.replicas.LONGEST_BACKOFF_S", 0.05)
+    fleet.set.ask(1, "t", 5)
+    await until(lambda: fleet.ready == ["engine-1"])
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    fronts()[0].children()[0].kill()
+    await until(lambda: fleet.set.replicas[0].restarts > STARTS)
+    assert fleet.refused == []
 
 
 async def test_another_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
@@ -155,7 +177,7 @@ PARENT = """
         fleet.ask(1, "t", 5)
         while not any(replica.ready for replica in fleet.replicas):
             await asyncio.sleep(0.05)
-        print("up", *fleet.pids.values(), flush=True)
+        print("up", flush=True)
         await asyncio.sleep(600)
 
     asyncio.run(main())
@@ -169,9 +191,8 @@ def test_nothing_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None:
     )
     try:
         assert parent.stdout is not None
-        line = parent.stdout.readline().split()
-        assert line[0] == "up"
-        front = psutil.Process(int(line[1]))
+        assert parent.stdout.readline() == "up\n"
+        [front] = fronts(parent.pid)
         family = [front, *front.children(recursive=True)]
         assert len(family) >= 2
     finally:

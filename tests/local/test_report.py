@@ -81,6 +81,7 @@ def outcome() -> Outcome:
         results=tally.results,
         load=tally.summary(3),
         load_started=1001.0,
+        profile="highPerformance",  # edited meanwhile
         policy=policy_of(RESOURCE.spec),
         verdict=judge_run([POINT], [RECORD], ("p95",), "Auto"),
         started=1000.0,
@@ -91,6 +92,7 @@ def outcome() -> Outcome:
 def test_figures_are_plain_data_from_the_start_of_the_run() -> None:
     figures = json.loads(json.dumps(figures_of(RESOURCE, outcome())))
     assert figures["seconds"] == 10
+    assert figures["profile"] == "highPerformance"
     assert figures["points"][0]["at"] == 5
     assert figures["points"][0]["engines"][0]["knobs"]["numWorkers"] == 8
     assert figures["records"][0]["changes"] == [{"knob": "numWorkers", "before": 2, "after": 8}]

@@ -20,7 +20,12 @@ import yaml
 from typer.testing import CliRunner
 
 from kvpilot_operator.cli import app
+from kvpilot_operator.local.command import UpOptions, conclude
+from kvpilot_operator.local.session import Outcome
 from kvpilot_operator.local.state import StateDirectory
+from kvpilot_operator.local.verdict import Step, Verdict
+from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.spec.resolve import policy_of
 
 MANIFEST: dict[str, Any] = {
     "apiVersion": "kvpilot.io/v1alpha1",
@@ -250,6 +255,52 @@ def test_bad_options_exit_2(
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / ".kvpilot").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["up", "m", "--port", "70000"],
+            "up: --port: Input should be less than or equal to 65535, got 70000",
+        ),
+        (
+            ["up", "m", "--port", "abc"],
+            "up: --port: Input should be a valid integer, unable to parse string as an integer, got abc",
+        ),
+        (["up", "m", "--load", "foo"], "up: --load: 'foo' is not one of 'chat', 'trace'"),
+        (["up"], "up: Missing argument 'manifest'"),
+        (
+            ["explain", "x", "--last", "-1"],
+            "explain: --last: Input should be greater than or equal to 0, got -1",
+        ),
+        (["operator", "--kubeconfig", "/no/such"], "operator: --kubeconfig: file '/no/such' does not exist"),
+        (["down"], ": No such command 'down'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_exits_2_with_one_line(arguments: list[str], line: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr == f"kvpilot {line}\n".replace("kvpilot :", "kvpilot:")
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "Usage: " in result.output
+
+
+def test_a_verdict_is_told_though_its_figures_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    resource = KVCacheDeployment.parse(MANIFEST)
+    outcome = Outcome(policy=policy_of(resource.spec), verdict=Verdict((Step("breach", 1.0, "seen"),) * 3))
+    options = UpOptions(
+        manifest=Path("small.yaml"), load="chat", trace=None, speed=1, shrink=1, rate=None, duration=None,
+        mode=None, check=True, report=None, json_out=Path("/proc/x.json"), port=0, fresh=False, pace_scale=1,
+    )  # fmt: skip
+    assert conclude(options, resource, outcome, Path()) == 1
+    told = capsys.readouterr()
+    assert "check passed: cured: seen" in told.out
+    assert told.err == "kvpilot up: /proc/x.json: cannot be written: No such file or directory\n"
 
 
 @pytest.mark.parametrize("option", [["--fresh"], ["--check", "--load", "chat"], []])

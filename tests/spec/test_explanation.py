@@ -29,12 +29,12 @@ def manifest(mode: str = "Auto", **status: Any) -> dict[str, Any]:
     }
 
 
-def whole_record() -> dict[str, Any]:
+def whole_record(outcome: Any = "Promoted") -> dict[str, Any]:
     record = Record(
         id="d-0042",
         at=1_700_000_000.0,
         rule="workers-up",
-        outcome="Promoted",
+        outcome=outcome,
         summary="numWorkers 8 -> 16; p95 met.",
         diagnosis=Diagnosis(
             "p95",
@@ -66,11 +66,12 @@ def test_an_action_is_told_with_its_evidence() -> None:
             "id": "d-0042",
             "at": "2023-11-14T22:13:20Z",
             "rule": "x",
-            "outcome": "Promoted",
+            "outcome": "Started",
             "summary": "Short.",
         },
     ]
-    told = explain(manifest(decisions=decisions), [whole_record()])
+    record = whole_record("Started")
+    told = explain(manifest(decisions=decisions), [record])
     assert [(a.id, a.summary) for a in told.actions] == [
         ("d-0041", "Began."),
         ("d-0042", "numWorkers 8 -> 16; p95 met."),
@@ -82,11 +83,21 @@ def test_an_action_is_told_with_its_evidence() -> None:
         "Canary c1f0, compared with 2 other engines.",
         "Not taken: batch-up: batch wait is not at fault.",
     )
-    assert "  2023-11-14T22:13:20Z  d-0042  Promoted by workers-up" in told.lines()
-    assert [a.id for a in explain(manifest(decisions=decisions), [whole_record()], last=1).actions] == [
-        "d-0042"
-    ]
+    assert "  2023-11-14T22:13:20Z  d-0042  Started by workers-up" in told.lines()
+    assert [a.id for a in explain(manifest(decisions=decisions), [record], last=1).actions] == ["d-0042"]
     assert explain(manifest(decisions=decisions), [], last=0).actions == ()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        *(("Started", True), ("Recommended", True), ("ScaledOut", True)),
+        *(("Promoted", False), ("ScaledIn", False), ("Reset", False)),
+    ],
+)
+def test_only_what_a_diagnosis_led_to_is_told_with_it(outcome: str, told: bool) -> None:
+    [action] = explain(manifest(), [whole_record(outcome)]).actions
+    assert any(detail.startswith(("Because:", "Stages:")) for detail in action.details) == told
 
 
 def test_holds_and_bars_say_why_nothing_is_done() -> None:

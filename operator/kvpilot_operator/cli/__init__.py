@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from kvpilot_operator.cli import explain, load, operate, serve, up
 
+
+class _Commands(TyperGroup):
+    """Tells what is wrong with a command line as the commands tell what they find themselves: in one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            code = error.exit_code
+            if line := _line_of(error):
+                typer.echo(line, err=True)
+        sys.exit(code)
+
+
+def _line_of(error: typer.TyperException) -> str:
+    """Command, option, what is allowed and the value; nothing where the help was shown instead."""
+    from pydantic import ValidationError
+
+    context = getattr(error, "ctx", None)
+    command = "kvpilot" if context is None or context.parent is None else f"kvpilot {context.info_name}"
+    message = error.format_message()
+    if isinstance(error, typer.BadParameter) and error.param is not None and error.message:
+        message = f"{max(error.param.opts, key=len)}: {error.message.removeprefix('Value error, ')}"
+        cause = error.__cause__
+        # Typer's own checks name the value, those of pydantic's types do not.
+        if isinstance(cause, ValidationError) and cause.errors()[0]["type"] != "value_error":
+            message += f", got {cause.errors()[0]['input']}"
+    message = " ".join(message.split()).removesuffix(".")
+    return f"{command}: {message}" if message else ""
+
+
 app = typer.Typer(
     name="kvpilot",
+    cls=_Commands,
     help="Keep KV-cache serving inside its objectives: locally, or as a Kubernetes operator.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -36,6 +36,8 @@ class ChatShape:
                 raise LoadError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if self.system_tokens < 0:
             raise LoadError(f"system_tokens: must be at least 0, got {self.system_tokens}")
+        if not self.think_s >= 0:  # nor NaN
+            raise LoadError(f"think: must be at least 0, got {self.think_s:g}")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kvpilot_operator.load.workload import Ask, LoadError
 
@@ -50,6 +51,9 @@ class _Answer(msgspec.Struct):
 
 _answers = msgspec.json.Decoder(_Answer)
 _encoder = msgspec.json.Encoder()
+
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
+"""What decoding raises for bytes that are no JSON, not the JSON that was expected, or no UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ class Client:
                 self._model = str(body["data"][0]["id"])
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RequestError("connection", f"cannot reach {url}: {error or 'no answer'}") from error
-        except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
+        except (*_UNREADABLE, KeyError, IndexError, TypeError) as error:
             raise RequestError("protocol", f"{url} names no model") from error
         return self._model
 
@@ -167,7 +171,7 @@ def _refusal(status: int, body: bytes) -> RequestError:
     try:
         failure = _answers.decode(body).error
         message = failure.message if failure is not None else body[:200].decode(errors="replace")
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         message = body[:200].decode(errors="replace")
     return RequestError(kind, f"{status}: {message}")
 
@@ -175,7 +179,7 @@ def _refusal(status: int, body: bytes) -> RequestError:
 def _answer(body: bytes) -> Answer:
     try:
         answer = _answers.decode(body)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise RequestError("protocol", f"not an answer of the OpenAI API: {error}") from error
     return _whole(answer.choices[0].content if answer.choices else "", answer.usage, None)
 
@@ -184,23 +188,24 @@ async def _read_stream(response: aiohttp.ClientResponse) -> Answer:
     text: list[str] = []
     usage: _Usage | None = None
     first: float | None = None
-    async for line in response.content:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return _whole("".join(text), usage, first)
-        try:
+    try:
+        async for line in response.content:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return _whole("".join(text), usage, first)
             part = _answers.decode(data)
-        except msgspec.DecodeError as error:
-            raise RequestError("protocol", f"not an event of the OpenAI API: {error}") from error
-        if part.error is not None:
-            raise RequestError("server", part.error.message)
-        usage = part.usage or usage
-        content = part.choices[0].content if part.choices else ""
-        if content and first is None:
-            first = time.monotonic()
-        text.append(content)
+            if part.error is not None:
+                raise RequestError("server", part.error.message)
+            usage = part.usage or usage
+            content = part.choices[0].content if part.choices else ""
+            if content and first is None:
+                first = time.monotonic()
+            text.append(content)
+    # The last two are aiohttp's, of a line that is too long: which one depends on its version.
+    except (*_UNREADABLE, HttpProcessingError, ValueError) as error:
+        raise RequestError("protocol", f"not an event of the OpenAI API: {error}") from error
     raise RequestError("protocol", "the stream ended without [DONE]")
 
 

@@ -65,7 +65,9 @@ def run_load(options: LoadOptions) -> int:
         return 1
     print("\n".join(lines_of(summary)))
     if options.json_out is not None:
-        options.json_out.write_text(json.dumps(summary, indent=1) + "\n")
+        text = json.dumps(summary, indent=1) + "\n"
+        if not write_file("kvpilot load", options.json_out, text):
+            return 1
         print(f"figures     {options.json_out}")
     return 0
 
@@ -74,7 +76,8 @@ def check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | No
     """Refuse files, by their options, that could not be written in the end or would be written over another.
 
     Raises:
-        LoadError: a directory does not exist, a file is a directory, or is read or written by another option.
+        LoadError: a directory does not exist, a file is a directory, cannot be written, or is read or written
+            by another option.
     """
     used = {path.resolve(): option for option, path in read.items() if path is not None}
     for option, path in written.items():
@@ -84,6 +87,30 @@ def check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | No
             raise LoadError(f"{option}: must be a file in a directory that exists, got {path}")
         if (other := used.setdefault(path.resolve(), option)) != option:
             raise LoadError(f"{option}: must be another file than that of {other}, got {path}")
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            raise LoadError(f"{option}: cannot be written: {error.strerror}, got {path}") from error
+
+
+def _try_to_write(path: Path) -> None:
+    there = path.exists()
+    if there and not path.is_file():
+        return  # the reader of a pipe would see its end
+    with path.open("a"):
+        pass
+    if not there:
+        path.unlink()
+
+
+def write_file(program: str, path: Path, text: str) -> bool:
+    """Write an output file; where that fails at the end of a run, one line says so, and False is returned."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{program}: {path}: cannot be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def check_unused(given: Collection[str], unused: Iterable[str], why: str) -> None:

@@ -122,6 +122,8 @@ class LoadRun:
             answer = await self._client.send(arrival.ask())
         except RequestError as error:
             kind, message = error.kind, str(error)
+        except Exception as error:  # what the client does not foresee is no cut-off, and no end of the run
+            kind, message = "protocol", f"{type(error).__name__}: {error}"
         else:
             kind = "ok"
             arrival.answered(answer.text)

@@ -15,14 +15,14 @@ import structlog
 from rich.console import Console
 
 from kvpilot_operator.load.chat import ChatShape, ChatWorkload
-from kvpilot_operator.load.command import TRACE_OPTIONS, check_files, check_unused
+from kvpilot_operator.load.command import TRACE_OPTIONS, check_files, check_unused, write_file
 from kvpilot_operator.load.results import lines_of
 from kvpilot_operator.load.trace import TraceWorkload
 from kvpilot_operator.load.workload import LoadError, Phase, Rise, Workload
 from kvpilot_operator.local.cluster import memory_limit
 from kvpilot_operator.local.display import display_for
 from kvpilot_operator.local.figures import figures_of
-from kvpilot_operator.local.report import write_report
+from kvpilot_operator.local.report import report_html
 from kvpilot_operator.local.router import PortError, Router
 from kvpilot_operator.local.session import Outcome, RunOptions, Session, told_steps
 from kvpilot_operator.local.state import BusyError, StateDirectory
@@ -40,6 +40,11 @@ RISE_S, RISE_IN_FLIGHT = 245.0, 1.0
 many requests would be in flight, when they begin, if answers went on taking as long as before. Calm breaches
 nothing even if the machine becomes twice as slow after it was measured. The rise is long enough to work the
 backlog of the experiment off on a slow machine; a cured check ends before that."""
+
+
+LONGEST_START_S = 600.0
+"""Least time that a load with a duration waits for its engines, s: its duration does not count
+that, and a large model takes minutes to load."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,14 @@ def run_up(options: UpOptions) -> int:
     finally:
         state.close()
     if outcome.problem:
-        return _refuse(outcome.problem)
-    return _conclude(options, resource, outcome, state.path)
+        return _refuse(outcome.problem, EXIT_BAD_INPUT if outcome.bad_input else EXIT_FAILED)
+    return conclude(options, resource, outcome, state.path)
 
 
-def _refuse(error: object) -> int:
+def _refuse(error: object, code: int = EXIT_BAD_INPUT) -> int:
     for line in str(error).splitlines():
         print(f"kvpilot up: {line}", file=sys.stderr)
-    return EXIT_BAD_INPUT
+    return code
 
 
 async def _run(
@@ -157,30 +162,35 @@ async def _run(
         check=options.check,
         seconds=options.duration if workload is None else None,
         pace_scale=options.pace_scale,
+        start_s=None if options.duration is None else max(options.duration, LONGEST_START_S),
     )
     return await Session(manifest, run, state, router, display).run()
 
 
-def _conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, directory: Path) -> int:
-    """Figures, report and verdict."""
+def conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, directory: Path) -> int:
+    """Tell figures, report and verdict; the exit code."""
     if outcome.load is not None:
         print("\n".join(lines_of(outcome.load)))
     figures = figures_of(resource, outcome)
+    written = True
     if options.json_out is not None:
-        options.json_out.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"figures: {options.json_out}")
+        written = write_file("kvpilot up", options.json_out, json.dumps(figures, indent=1) + "\n")
+        if written:
+            print(f"figures: {options.json_out}")
     if outcome.points and (outcome.load is not None or options.report is not None):
         report = options.report or directory / "report.html"
-        write_report(report, figures, checked=options.check)
-        print(f"report: {report.resolve()}")
+        if write_file("kvpilot up", report, report_html(figures, checked=options.check)):
+            print(f"report: {report.resolve()}")
+        else:
+            written = False
     if not options.check:
-        return EXIT_OK
+        return EXIT_OK if written else EXIT_FAILED
     verdict = outcome.verdict
     assert verdict is not None
     print("check:")
     told_steps(outcome, print)
     print(f"check {'passed' if verdict.cured else 'failed'}: {verdict.reason}")
-    return EXIT_OK if verdict.cured else EXIT_FAILED
+    return EXIT_OK if verdict.cured and written else EXIT_FAILED
 
 
 def _log_to(path: Path) -> None:

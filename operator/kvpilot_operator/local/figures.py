@@ -24,7 +24,7 @@ def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
         "started": start,
         "seconds": round(outcome.ended - start, 3),
         "model": resource.spec.engine.model.source,
-        "profile": resource.spec.profile,
+        "profile": outcome.profile,
         "mode": policy.mode,
         "signal": policy.objectives.signal,
         "objectives": {

@@ -72,11 +72,6 @@ class EngineProcess:
         )
         return cls(process, launch.log)
 
-    @property
-    def pid(self) -> int:
-        """Of the engine's front process."""
-        return self._process.pid
-
     async def ports(self) -> tuple[int, int] | None:
         """Main and admin port; None when the engine ended before it had any."""
         return await asyncio.shield(self._ports)

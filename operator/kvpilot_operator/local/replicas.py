@@ -26,6 +26,9 @@ LONGEST_BACKOFF_S = 30.0
 STABLE_S = 60.0
 """An engine that lived this long starts its back-off anew."""
 
+STARTS = 3
+"""Starts of an engine that all ended before it was ready: it is not expected to come any more."""
+
 BAD_START = 2
 """Exit status of an engine that cannot use its configuration or model."""
 
@@ -39,12 +42,12 @@ class Pod:
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
     created_at: float = field(default_factory=time.time)
     ready: bool = False
+    served: bool = False  # was ready at some time
     terminating: bool = False
     restarts: int = 0
     pending_reason: str = "Starting"
     url: str = ""
     admin_url: str = ""
-    pid: int = 0
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -56,7 +59,8 @@ class ReplicaSet:
         launch: how to start the pod of that name now.
         admin_token: opens every engine's admin API.
         on_change: called when the ready replicas change.
-        on_refused: told the words of an engine that refuses what it was started with.
+        on_refused: told the exit status and last words of an engine that refuses what it was started with,
+            or that ended ``STARTS`` times and was never ready.
         tell: one line for people.
     """
 
@@ -65,7 +69,7 @@ class ReplicaSet:
         launch: Callable[[str], Launch],
         admin_token: str,
         on_change: Callable[[], None],
-        on_refused: Callable[[str], None],
+        on_refused: Callable[[int, str], None],
         tell: Callable[[str], None],
     ) -> None:
         self._launch = launch
@@ -128,11 +132,6 @@ class ReplicaSet:
         """Where new requests may go."""
         return [Backend(pod.name, pod.url) for pod in self._staying if pod.ready]
 
-    @property
-    def pids(self) -> dict[str, int]:
-        """Process by pod name, of those that run."""
-        return {pod.name: pod.pid for pod in self._pods if pod.pid}
-
     async def close(self, drain_s: float | None = None) -> None:
         """Drain and end all engines."""
         if drain_s is not None:
@@ -188,8 +187,8 @@ class ReplicaSet:
                 backoff = 1.0 if time.monotonic() - began > STABLE_S else min(2 * backoff, LONGEST_BACKOFF_S)
                 pod.restarts += 1
                 pod.pending_reason = f"CrashLoopBackOff: exit status {status}: {words}"
-                if status == BAD_START:
-                    self._on_refused(words)
+                if status == BAD_START or (not pod.served and pod.restarts >= STARTS):
+                    self._on_refused(status, words)
                 self._tell(f"{pod.name} ended with status {status} ({words}); again in {backoff:g} s")
                 await self._unless_leaving(pod, backoff)
         finally:
@@ -199,7 +198,6 @@ class ReplicaSet:
     async def _run(self, pod: Pod) -> tuple[int, str]:
         """One process of a pod; its exit status and last words."""
         process = await EngineProcess.start(self._launch(pod.name))
-        pod.pid = process.pid
         ended = asyncio.create_task(process.wait())
         serving = asyncio.create_task(self._serve(pod, process))
         leaving = asyncio.create_task(pod.leave.wait())
@@ -216,7 +214,6 @@ class ReplicaSet:
         finally:
             for task in (serving, leaving, ended):
                 task.cancel()
-            pod.pid = 0
             pod.url = pod.admin_url = ""
             self._unready(pod)
 
@@ -238,7 +235,7 @@ class ReplicaSet:
             if await is_ready(self._session, pod.url):
                 failures = 0
                 if not pod.ready and not pod.terminating:
-                    pod.ready = True
+                    pod.ready = pod.served = True
                     self._converge()
             else:
                 failures += 1

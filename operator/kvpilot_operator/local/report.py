@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 
@@ -20,8 +19,3 @@ def report_html(figures: Mapping[str, Any], *, checked: bool) -> str:
     data = json.dumps({**figures, "checked": checked}, separators=(",", ":"))
     # Inside a script element only "</" and "<!--" could end or change it.
     return template.replace("__DATA__", data.replace("<", "\\u003c"))
-
-
-def write_report(path: Path, figures: Mapping[str, Any], *, checked: bool) -> None:
-    """Write the page of a run to ``path``."""
-    path.write_text(report_html(figures, checked=checked), encoding="utf-8")

@@ -22,6 +22,7 @@ from kvpilot_operator.load.workload import Workload
 from kvpilot_operator.local.cluster import LocalCluster
 from kvpilot_operator.local.display import Display
 from kvpilot_operator.local.recorder import Point, Recorder
+from kvpilot_operator.local.replicas import BAD_START, STARTS
 from kvpilot_operator.local.router import Backend, Router
 from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.local.verdict import Verdict, judge_run
@@ -54,6 +55,7 @@ class RunOptions:
         workload: sent through the router; the run ends with it. None runs until a signal.
         check: end as soon as the verdict is clear.
         seconds: end after this long in any case.
+        start_s: how long the load waits for all engines to be ready; None: for ever.
     """
 
     manifest_path: Path
@@ -63,11 +65,18 @@ class RunOptions:
     seconds: float | None
     pace_scale: float
     request_timeout_s: float = 120.0
+    start_s: float | None = None
 
 
 @dataclass
 class Outcome:
-    """What a run leaves: ``problem`` is why it could not do what it was asked for."""
+    """What a run leaves.
+
+    Attributes:
+        profile, policy: of the manifest as it was last.
+        problem: why the run could not do what it was asked for.
+        bad_input: the problem is what was asked for.
+    """
 
     points: list[Point] = field(default_factory=list)
     looks_per_point: int = 1
@@ -75,12 +84,14 @@ class Outcome:
     results: list[Result] = field(default_factory=list)
     load: dict[str, Any] | None = None
     load_started: float | None = None
+    profile: str = ""
     policy: Policy | None = None
     verdict: Verdict | None = None
     started: float = 0.0
     ended: float = 0.0
     interrupted: bool = False
     problem: str = ""
+    bad_input: bool = False
 
 
 class Session:
@@ -127,7 +138,7 @@ class Session:
         self._run: LoadRun | None = None
         self._cured_at: float | None = None
         self._hurried: asyncio.Task[None] | None = None
-        self.outcome = Outcome(policy=self._policy, started=time.time())
+        self.outcome = Outcome(profile=self._cluster.spec.profile, policy=self._policy, started=time.time())
 
     async def run(self) -> Outcome:
         """Everything, from the first engine to the last one's end."""
@@ -181,7 +192,12 @@ class Session:
                 await asyncio.gather(load, return_exceptions=True)
 
     async def _load(self, workload: Workload) -> None:
-        await self._all_ready.wait()
+        try:
+            async with asyncio.timeout(self._options.start_s):
+                await self._all_ready.wait()
+        except TimeoutError:
+            self.outcome.problem = f"not all engines were ready within {self._options.start_s:g} s"
+            return
         async with Client(self._router.url, timeout_s=self._options.request_timeout_s) as client:
             try:
                 await client.find_model()
@@ -212,8 +228,10 @@ class Session:
                 self._tell(f"a look failed, the next one goes on: {type(error).__name__}: {error}")
             self._look.clear()
             rest = self._policy.pace.tick - (time.monotonic() - began)
+            # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             try:
-                await asyncio.wait_for(self._look.wait(), max(0.1, rest))
+                async with asyncio.timeout(max(0.1, rest)):
+                    await self._look.wait()
             except TimeoutError:
                 continue
 
@@ -280,13 +298,21 @@ class Session:
                 self._tell(f"{len(backends)} engines ready")
             self._all_ready.set()
 
-    def _refused(self, words: str) -> None:
+    def _refused(self, status: int, words: str) -> None:
         """An engine cannot start at all. Once all have served, that is a crash like others: it is retried."""
-        if not self._all_ready.is_set():
-            self.outcome.problem = words.removeprefix("kvpilot-engine: error: ")
-            self._stop.set()
+        if self._all_ready.is_set():
+            return
+        words = words.removeprefix("kvpilot-engine: error: ")
+        self.outcome.bad_input = status == BAD_START
+        ended = (
+            f"an engine ended {STARTS} times before it was ready, the last time with status {status}: "
+            f"{words or 'it said nothing'}"
+        )
+        self.outcome.problem = words if self.outcome.bad_input else ended
+        self._stop.set()
 
     def _edited(self) -> None:
+        self.outcome.profile = self._cluster.spec.profile
         self._policy = self.outcome.policy = policy_of(self._cluster.spec, self._options.pace_scale)
         self._metrics.scrape_every(self._policy.pace.scrape)
         self._look.set()
