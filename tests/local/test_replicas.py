@@ -31,10 +31,11 @@ async def until(true: Callable[[], bool], seconds: float = 60) -> None:
             await asyncio.sleep(0.05)
 
 
-def fronts(parent: int | None = None) -> list[psutil.Process]:
-    """Front processes of the engines that this process, or another one, has started."""
+def fronts(directory: Path, parent: int | None = None) -> list[psutil.Process]:
+    """Front processes of the engines with a configuration there, started by this process or another one."""
     children = psutil.Process(parent).children()
-    return [child for child in children if "kvpilot_engine" in child.cmdline()]
+    config = str(directory / "config.yaml")
+    return [child for child in children if config in (child.as_dict(["cmdline"])["cmdline"] or ())]
 
 
 class Fleet:
@@ -43,7 +44,7 @@ class Fleet:
     def __init__(self, directory: Path) -> None:
         self.told: list[str] = []
         self.arguments = list(ARGUMENTS)
-        self._directory = directory
+        self.directory = directory
         config = directory / "config.yaml"
         config.write_text(CONFIG)
         self._config = config
@@ -56,7 +57,7 @@ class Fleet:
         return Launch(
             [*self.arguments, "--config", str(self._config)],
             {"KVPILOT_ADMIN_TOKEN": "secret"},
-            self._directory / f"{pod}.log",
+            self.directory / f"{pod}.log",
         )
 
     @property
@@ -68,7 +69,7 @@ class Fleet:
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     fleet = Fleet(tmp_path)
     yield fleet
-    running = fronts()
+    running = fronts(tmp_path)
     await fleet.set.close(1)
     assert not any(process.is_running() for process in running)
 
@@ -113,7 +114,7 @@ async def test_a_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
     fleet.set.ask(1, "t", 5)
     await until(lambda: fleet.ready == ["engine-1"])
     before = fleet.set.replicas[0]
-    core = fronts()[0].children()[0]
+    core = fronts(fleet.directory)[0].children()[0]
     core.kill()
     await until(lambda: fleet.set.replicas[0].restarts == 1)
     assert not fleet.set.replicas[0].ready
@@ -141,7 +142,7 @@ async def test_an_engine_that_has_served_is_retried_without_end(
     fleet.set.ask(1, "t", 5)
     await until(lambda: fleet.ready == ["engine-1"])
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    fronts()[0].children()[0].kill()
+    fronts(fleet.directory)[0].children()[0].kill()
     await until(lambda: fleet.set.replicas[0].restarts > STARTS)
     assert fleet.refused == []
 
@@ -192,7 +193,7 @@ def test_nothing_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None:
     try:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "up\n"
-        [front] = fronts(parent.pid)
+        [front] = fronts(tmp_path, parent.pid)
         family = [front, *front.children(recursive=True)]
         assert len(family) >= 2
     finally:
