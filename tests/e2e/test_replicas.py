@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import Any
 
@@ -55,25 +56,20 @@ def hand_over(cluster: Any, namespace: str, manifest: Any) -> None:
         document = manifest(nowhere=True, config={"numWorkers": number}, **spec)
         absent = "scaling" if "replicas" in spec else "replicas"
         document["spec"].pop(absent, None)
-        cluster.kubectl(
-            "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge",
-            f"--patch={merge_patch(document, absent)}",
-        )  # fmt: skip
-        generation = cluster.get("kvcd", "chat", namespace)["metadata"]["generation"]
-        eventually(
-            lambda generation=generation: (
-                cluster.get("kvcd", "chat", namespace)["status"].get("observedGeneration") == generation
-            ),
-            30,
-            "the new spec is rolled out",
-        )
+        rewrite(cluster, namespace, document, absent)
     eventually(lambda: cluster.replicas(namespace) == 6, 20, "six replicas stay")
 
 
-def merge_patch(document: dict[str, Any], absent: str) -> str:
-    import json
-
-    return json.dumps({"spec": {**document["spec"], absent: None}})
+def rewrite(cluster: Any, namespace: str, document: dict[str, Any], absent: str) -> None:
+    """Give `chat` another spec, which has no ``absent`` field, and wait until it is looked at."""
+    patch = json.dumps({"spec": {**document["spec"], absent: None}})
+    cluster.kubectl("patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge", f"--patch={patch}")
+    generation = cluster.get("kvcd", "chat", namespace)["metadata"]["generation"]
+    eventually(
+        lambda: cluster.get("kvcd", "chat", namespace)["status"].get("observedGeneration") == generation,
+        30,
+        "the new spec is rolled out",
+    )
 
 
 def conflict(cluster: Any, namespace: str) -> dict[str, Any]:
@@ -133,26 +129,12 @@ def test_an_autoscaler_scales_the_resource_and_one_of_the_deployment_is_told_and
     assert not conflict(cluster, namespace)
 
     cluster.kubectl("delete", "hpa", "greedy", f"--namespace={namespace}")
-    document = manifest(scaling={"min": 1, "max": 4}, nowhere=True)
-    cluster.kubectl(
-        "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge",
-        f"--patch={merge_patch(document, 'replicas')}",
-    )  # fmt: skip
+    rewrite(cluster, namespace, manifest(scaling={"min": 1, "max": 4}, nowhere=True), "replicas")
     applied(autoscaler("apps/v1", "Deployment", 4))
     told = eventually(lambda: conflict(cluster, namespace), 60, "ActuatorConflict")
     assert told["message"].startswith("HorizontalPodAutoscaler greedy also writes the number of replicas")
     assert cluster.replicas(namespace) == 4
 
-    document = manifest(replicas=1, nowhere=True)
-    cluster.kubectl(
-        "patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge",
-        f"--patch={merge_patch(document, 'scaling')}",
-    )  # fmt: skip
-    generation = cluster.get("kvcd", "chat", namespace)["metadata"]["generation"]
-    eventually(
-        lambda: cluster.get("kvcd", "chat", namespace)["status"].get("observedGeneration") == generation,
-        30,
-        "the new spec is looked at",
-    )
+    rewrite(cluster, namespace, manifest(replicas=1, nowhere=True), "scaling")
     assert conflict(cluster, namespace)
     assert cluster.replicas(namespace) == 4

@@ -59,6 +59,11 @@ class ApiError(Exception):
             self.status == HTTPStatus.INTERNAL_SERVER_ERROR and _NOT_CONVERTED.search(str(self)) is not None
         )
 
+    @property
+    def denies_object(self) -> bool:
+        """Whether the object is refused, or a policy, a quota or a missing right is against it."""
+        return self.refuses_object or self.status == HTTPStatus.FORBIDDEN
+
 
 def path_of(api_version: str, kind: str, namespace: str = "", name: str = "", subresource: str = "") -> str:
     """The URL path of a collection or an object; all namespaces without ``namespace``."""

@@ -184,7 +184,7 @@ class KubernetesCluster:
             except ApiError as error:
                 if item["kind"] == "Deployment" and error.refuses_object:
                     raise ManifestError([f"spec.template: {error}"]) from error
-                if error.refuses_object or error.status == HTTPStatus.FORBIDDEN:  # a policy, or a quota
+                if error.denies_object:
                     name = item["metadata"]["name"]
                     raise ManifestError([f"{item['kind']} {name} is refused: {error}"]) from error
                 raise
@@ -226,7 +226,7 @@ class KubernetesCluster:
             return await self._api.metadata("Secret", namespace, name)
         except ApiError as error:
             # A policy that refuses an empty one may well take the real one, which is tried next.
-            if error.refuses_object or error.status == HTTPStatus.FORBIDDEN:
+            if error.denies_object:
                 return None
             raise
 

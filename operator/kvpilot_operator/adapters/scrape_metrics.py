@@ -205,8 +205,10 @@ class ScrapeMetrics:
             await asyncio.gather(*(self._scrape(target) for target in targets))
             now = time.monotonic()
             due = max(due + self._interval, now)
+            # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             try:
-                await asyncio.wait_for(self._changed.wait(), due - now)
+                async with asyncio.timeout(due - now):
+                    await self._changed.wait()
             except TimeoutError:
                 continue
             self._changed.clear()

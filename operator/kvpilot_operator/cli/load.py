@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvpilot_operator.cli.given import given
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
@@ -37,7 +39,6 @@ def register(app: typer.Typer) -> None:
         timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 120.0,
         json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     ) -> None:
-        from kvpilot_operator.cli.given import given
         from kvpilot_operator.load.command import LoadOptions, run_load
 
         raise typer.Exit(

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvpilot_operator.cli.given import given
+
 
 class _Load(StrEnum):
     CHAT = "chat"
@@ -54,7 +56,6 @@ def register(app: typer.Typer) -> None:
             float, typer.Option(min=0.05, max=100, help="Factor on the tuner's durations.", hidden=True)
         ] = 1.0,
     ) -> None:
-        from kvpilot_operator.cli.given import given
         from kvpilot_operator.local.command import UpOptions, run_up
 
         options = UpOptions(
