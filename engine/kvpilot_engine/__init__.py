@@ -1,6 +1,6 @@
 """The engine of kvpilot: a paged, tiered KV cache under continuous batching.
 
-The public surface is this module. Nothing here imports torch until an engine is built.
+This module is the public API. It does not import torch until an engine is built.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvpilot_engine.contract import CacheStrategy, ConfigWarning, KVCacheConfig
+from kvpilot_engine.contract import VERSION, CacheStrategy, ConfigWarning, KVCacheConfig
 
 if TYPE_CHECKING:
-    from kvpilot_engine.analyzer import PerformanceAnalyzer
-    from kvpilot_engine.api import KVCacheEngine
+    from kvpilot_engine.api.analyzer import PerformanceAnalyzer
+    from kvpilot_engine.api.engine import KVCacheEngine
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
-_LAZY = {"KVCacheEngine": "kvpilot_engine.api", "PerformanceAnalyzer": "kvpilot_engine.analyzer"}
+_LAZY = {"KVCacheEngine": "kvpilot_engine.api.engine", "PerformanceAnalyzer": "kvpilot_engine.api.analyzer"}
 
 __all__ = ["CacheStrategy", "ConfigWarning", "KVCacheConfig", "KVCacheEngine", "PerformanceAnalyzer"]
 

@@ -17,11 +17,11 @@ from kvpilot_engine.contract.admin import Serial
 TOKEN_VARIABLE = "KVPILOT_ADMIN_TOKEN"
 
 PROGRAM_VARIABLE = "KVPILOT_PROGRAM"
-"""The name that a command which starts this one goes by, for the usage line."""
+"""Environment variable with the program name for the usage line, set by a command that runs this one."""
 
 
 class ConfigFile(BaseModel):
-    """The file of ``--config``: what an engine starts with."""
+    """Content of the file of ``--config``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,11 +31,11 @@ class ConfigFile(BaseModel):
 
 
 class _FileError(Exception):
-    """The file cannot be used; one line each."""
+    """The file cannot be used; the text has one line for each fault."""
 
 
 def read_config(path: Path) -> ConfigFile:
-    """The configuration in a YAML or JSON file; a warning of its fields is shown as a line on stderr.
+    """Read a YAML or JSON file, and print its warnings to stderr.
 
     Raises:
         _FileError: with one line for each fault.
@@ -62,7 +62,7 @@ def read_config(path: Path) -> ConfigFile:
 
 
 def token_source(file: Path | None) -> Any:
-    """Where the admin token comes from; a file is read again on each request, so that it can be renewed."""
+    """A function that returns the admin token. A file is read for each request, so that it can be renewed."""
     if file is None:
         from_environment = os.environ.get(TOKEN_VARIABLE)
         return lambda: from_environment
@@ -77,34 +77,44 @@ def token_source(file: Path | None) -> Any:
 
 
 def main(  # noqa: PLR0917
-    model: Annotated[str, typer.Option(help="builtin/tiny-llama, or a directory.")] = "builtin/tiny-llama",
+    model: Annotated[str, typer.Option(help="Built-in model, or a model directory.")] = "builtin/tiny-llama",
     revision: Annotated[str, typer.Option(help="Revision of the weights.")] = "",
-    config: Annotated[Path | None, typer.Option(help="YAML or JSON: generation, epoch, config.")] = None,
-    host: Annotated[str, typer.Option(help="Address of the main port.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI API, probes, metrics.")] = 8000,
-    admin_host: Annotated[str | None, typer.Option(help="Address of the admin port; --host's.")] = None,
-    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Admin API.")] = 8001,
-    admin_token_file: Annotated[
-        Path | None, typer.Option(help=f"File with the bearer token; else {TOKEN_VARIABLE}.")
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file with generation, epoch and config.")
     ] = None,
-    drain_seconds: Annotated[float, typer.Option(min=1.0, help="Signal to exit, at most, s.")] = 30.0,
+    host: Annotated[str, typer.Option(help="Address of the main port.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the OpenAI API, the probes and the metrics.")
+    ] = 8000,
+    admin_host: Annotated[
+        str | None, typer.Option(help="Address of the admin port; by default that of --host.")
+    ] = None,
+    admin_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the admin API.")] = 8001,
+    admin_token_file: Annotated[
+        Path | None, typer.Option(help=f"File with the bearer token; by default {TOKEN_VARIABLE} holds it.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=1.0, help="Longest time from the signal to the exit, s.")
+    ] = 30.0,
     drain_lag_seconds: Annotated[
-        float, typer.Option(min=0.0, help="New connections are taken this long after the signal, s.")
+        float,
+        typer.Option(min=0.0, help="Time after the signal during which new connections are accepted, s."),
     ] = 2.0,
-    access_log: Annotated[bool, typer.Option(help="One line for each request.")] = False,
+    access_log: Annotated[bool, typer.Option(help="Log one line for each request.")] = False,
 ) -> None:
     """Serve one model: OpenAI's API on one port, the admin API on another."""
-    from kvpilot_engine.server.lifecycle import Options, serve  # noqa: PLC0415  (--help stays quick)
-
     try:
         start = read_config(config) if config is not None else ConfigFile()
     except _FileError as error:
         for line in str(error).splitlines():
             typer.echo(f"kvpilot-engine: error: {line}", err=True)
         raise typer.Exit(2) from None
+    # Slow to import: neither --help nor a wrong file needs it.
+    from kvpilot_engine.server.lifecycle import ServeOptions, serve  # noqa: PLC0415
+
     raise typer.Exit(
         serve(
-            Options(
+            ServeOptions(
                 model=model,
                 revision=revision,
                 config=start.config,

@@ -1,4 +1,4 @@
-"""Host memory as the design counts it: anonymous plus shared memory, never file cache, against one limit."""
+"""Host memory against its limit: anonymous and shared memory, but no file cache, which can be reclaimed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvpilot_engine.protocol import Sampled
+from kvpilot_engine.contract import metrics as names
+from kvpilot_engine.contract.metrics import Samples
+from kvpilot_engine.ipc.messages import Sampled
 
 LIMIT_VARIABLE = "KVPILOT_MEMORY_LIMIT_BYTES"
-"""Environment variable that replaces the detected limit: local mode passes the template's limit in it."""
+"""Environment variable that replaces the detected limit; local mode sets it to the limit of the template."""
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,13 +21,13 @@ _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 def anonymous_bytes(pid: int | None = None) -> int:
     """Anonymous memory of a process plus its share of shared memory, bytes; by default of this process.
 
-    Shared memory counts by proportional share, so that a sum over processes holds it once. The kernel walks
-    the page table for the answer: milliseconds for each GiB, so ask a few times a second at most.
+    Shared memory counts by proportional share, so that a sum over processes counts it once. The kernel walks
+    the page table, which takes milliseconds for each GiB: call it a few times a second at most.
     """
     process = _PROC / ("self" if pid is None else str(pid))
     try:
         text = (process / "smaps_rollup").read_text()
-    except OSError:  # a kernel or sandbox without it: the counters of the process are close enough
+    except OSError:  # not every sandbox has it: these counters count shared memory in full
         fields = _fields((process / "status").read_text())
         return fields.get("RssAnon", 0) + fields.get("RssShmem", 0)
     fields = _fields(text)
@@ -57,7 +59,7 @@ def limit_bytes() -> int:
 
 
 def cgroup_limits(membership: str, root: Path) -> list[int]:
-    """Memory limits on the way from this process's cgroup up to ``root``, v2 and v1, bytes.
+    """Memory limits of this process's cgroup and of its parents up to ``root``, v2 and v1, bytes.
 
     Args:
         membership: text of ``/proc/self/cgroup``.
@@ -72,7 +74,7 @@ def cgroup_limits(membership: str, root: Path) -> list[int]:
             mount, name = root / "memory", "memory.limit_in_bytes"
         else:
             continue
-        # In a container the path may be the host's, of which only the root is mounted: levels may be absent.
+        # In a container the path can be that of the host, of which only the root is mounted.
         group = Path(path.lstrip("/"))
         for level in (group, *group.parents):
             text = _read(mount / level / name)
@@ -90,7 +92,7 @@ def _read(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in use and their limit, by the design's definition; a device limit of 0 means no device."""
+    """Bytes in use and their limits; without a device its limit is 0."""
 
     host_bytes: int
     host_limit_bytes: int
@@ -109,12 +111,20 @@ class Memory:
 
     @property
     def ratio(self) -> float:
-        """The larger of both: the memory objective is judged on it."""
+        """The larger of both, which the memory objective limits."""
         return max(self.host_ratio, self.device_ratio)
+
+    def gauges(self) -> Samples:
+        """Samples of the memory metrics."""
+        return {
+            names.MEMORY_RATIO: {"host": self.host_ratio, "device": self.device_ratio},
+            names.MEMORY_BYTES: {"host": self.host_bytes, "device": self.device_bytes},
+            names.MEMORY_LIMIT_BYTES: {"host": self.host_limit_bytes, "device": self.device_limit_bytes},
+        }
 
 
 def memory_of(sampled: Sampled, front_bytes: int, limit_bytes: int) -> Memory:
-    """Core and front summed."""
+    """Memory of core and front together."""
     return Memory(
         sampled.host_bytes + front_bytes, limit_bytes, sampled.device_bytes, sampled.device_limit_bytes
     )

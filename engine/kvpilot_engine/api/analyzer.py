@@ -1,4 +1,4 @@
-"""PerformanceAnalyzer: what holds an engine back, by its own measurements; every claim has figures."""
+"""PerformanceAnalyzer: the bottlenecks of an engine by its own measurements, each with figures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvpilot_engine.api.stats import share
 from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.contract.metrics import Stage
-from kvpilot_engine.stats import share, total
-
-SATURATED_GAIN = 0.10
-SATURATED_BUSY = 0.90
-"""Busy this much, and one more sequence would raise tokens/s by less than SATURATED_GAIN: saturated."""
-
+from kvpilot_engine.contract.knobs import GROWTH, QUOTA_GROWTH, SATURATED_BUSY, SATURATED_GAIN
+from kvpilot_engine.contract.metrics import Stage, total
 
 _RELIEF = {
     Stage.ADMISSION_WAIT: "num_workers",
@@ -22,10 +18,7 @@ _RELIEF = {
     Stage.TIER_LOAD: "prefetch_size",
     Stage.PREFILL: "max_step_tokens",
 }
-"""The knob that relieves a stage when it is doubled."""
-
-QUOTA_GROWTH = 1.5
-"""A hot cache that is too small is advised to grow by this factor."""
+"""The knob whose increase by GROWTH relieves a stage."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Targets:
 
 
 class Measured(Protocol):
-    """What an engine must offer to be analysed."""
+    """An engine that can be analysed."""
 
     @property
     def config(self) -> KVCacheConfig:
@@ -64,7 +57,7 @@ class Finding:
 
     Attributes:
         kind: latency_<stage>, low_hit_rate, high_memory, errors or low_throughput.
-        excess: measured over target (target over measured where more is better); 1 is just met.
+        excess: measured over target, or target over measured where more is better; the target is met up to 1.
         action: machine-readable remedy, such as ``num_workers=8``.
         evidence, remedy, impact: sentences with the figures.
     """
@@ -98,11 +91,9 @@ class PerformanceAnalyzer:
         self._targets = targets or Targets()
 
     def identify_bottlenecks(self) -> list[dict[str, Any]]:
-        """What misses its target, the worst first.
+        """Figures that miss their targets, worst first; empty before the first request has ended.
 
         Each entry has ``type``, ``severity``, ``current_value`` and ``recommendation``.
-
-        Empty when every target is met, or nothing was measured yet.
         """
         return [
             {
@@ -115,7 +106,7 @@ class PerformanceAnalyzer:
         ]
 
     def get_optimization_recommendations(self) -> list[dict[str, Any]]:
-        """What to change, the most urgent first.
+        """Changes to make, most urgent first.
 
         Each entry has ``priority``, ``action``, ``description`` and ``expected_impact``.
         """
@@ -186,13 +177,13 @@ def _stage_remedy(stage: Stage, stats: Mapping[str, Any], config: KVCacheConfig)
     if _saturated(stats) and stage is not Stage.TIER_LOAD:
         return "replicas+1", (
             f"The engine is saturated (busy {stats['step_utilization']:.0%}, one more sequence would add "
-            f"{total(stats['engine'], names.STEP_MARGINAL_GAIN):.0%} tokens/s): add an engine."
+            f"{total(stats['engine'], names.STEP_MARGINAL_GAIN):.0%} tokens/s): add a replica."
         )
     if stage is Stage.TIER_LOAD and not config.enable_prefetch:
         return "enable_prefetch=True", "Turn enable_prefetch on, so that blocks are fetched ahead."
     if stage in _RELIEF:
         name = _RELIEF[stage]
-        action, remedy = _raise(name, getattr(config, name), 2.0)
+        action, remedy = _raise(name, getattr(config, name), GROWTH)
         if stage is Stage.PREFILL:
             remedy += (
                 f" {stats['hit_rate']:.0%} of prompt tokens come from the cache: longer prefixes help too."
@@ -213,7 +204,7 @@ def _raise(name: str, now: int, factor: float) -> tuple[str, str]:
     """Action and remedy that raise a knob, within the bounds of the catalogue."""
     highest = int(knob(name).maximum or now)
     if now >= highest:
-        return "replicas+1", f"{name} is at its upper bound ({now}): add an engine."
+        return "replicas+1", f"{name} is at its upper bound ({now}): add a replica."
     more = min(highest, max(1, int(now * factor)))
     return f"{name}={more}", f"Raise {name} from {now} to {more}."
 
@@ -247,7 +238,7 @@ def _memory(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets) -
     used = stats["memory_usage"]
     if used <= targets.memory:
         return None
-    cached = sum(v for k, v in stats["engine"].items() if k.startswith(names.CACHE_BYTES + "{"))
+    cached = total(stats["engine"], names.CACHE_BYTES)
     evidence = (
         f"Memory is at {used:.0%} of its limit (target {targets.memory:.0%}), the cache holds "
         f"{cached / 2**20:.0f} MiB of {stats['memory_bytes'] / 2**20:.0f} MiB."
@@ -256,10 +247,10 @@ def _memory(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets) -
     budget = int((cached - over) / 2**20)
     if budget < (knob("max_memory_mb").minimum or 0):
         action = "memory_limit"
-        remedy = "A smaller cache alone cannot cure that: give the engine more memory."
+        remedy = "A smaller cache is not enough: give the engine more memory."
     else:
         action = f"max_memory_mb={budget}"
-        remedy = f"Set max_memory_mb to {budget}, or tighten compression_ratio ({config.compression_ratio})."
+        remedy = f"Set max_memory_mb to {budget}, or lower compression_ratio ({config.compression_ratio})."
     impact = f"{over / 2**20:.0f} MiB less"
     return Finding("high_memory", used / targets.memory, used, action, evidence, remedy, impact)
 
@@ -273,7 +264,7 @@ def _errors(stats: Mapping[str, Any], targets: Targets) -> Finding | None:
         f"{stats['failed_requests']} of {stats['total_requests']} requests failed ({rate:.1%}, target "
         f"{targets.errors:.0%})."
     )
-    remedy = "Read the exceptions: each names its reason; for timeouts cure the latency first."
+    remedy = "Read the exceptions: each names its reason; for timeouts, reduce the latency first."
     return Finding(
         "errors", rate / targets.errors, rate, "read_errors", evidence, remedy, f"{rate:.1%} fewer errors"
     )
@@ -289,7 +280,7 @@ def _throughput(stats: Mapping[str, Any], targets: Targets) -> Finding | None:
     if _saturated(stats):
         action, remedy = (
             "replicas+1",
-            f"The engine is busy {busy:.0%} of the time and saturated: add an engine.",
+            f"The engine is busy {busy:.0%} of the time and saturated: add a replica.",
         )
     else:
         action = "batch_size"

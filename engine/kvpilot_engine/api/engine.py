@@ -1,44 +1,41 @@
-"""KVCacheEngine: the engine for Python programs. It starts a core process and speaks to it from a thread.
+"""KVCacheEngine: the engine for Python programs, over a core process and a session in a background thread.
 
-Awaitable methods work from any event loop, one after the other or several at once: the socket belongs to a
-loop of its own in a background thread.
+Awaitable methods work from any event loop, also from several at once: the socket belongs to the event loop of
+the background thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar
 
-import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel, to_snake
 
-from kvpilot_engine import memory, protocol
-from kvpilot_engine.client import GRACE_S, CoreClient
-from kvpilot_engine.completion import (
-    DEFAULT_NEW_TOKENS,
-    PRIORITY_BOUND,
-    SEED_BOUND,
-    check_length,
-    fault_lines,
-    raise_unless_complete,
-)
+from kvpilot_engine.api import stats
 from kvpilot_engine.contract import ApplyReport, KVCacheConfig, config_errors
-from kvpilot_engine.contract.config import QUIET, warn_of
-from kvpilot_engine.contract.metrics import Stage
-from kvpilot_engine.core import CoreProcess, CoreStart, CoreThread
-from kvpilot_engine.errors import CoreUnavailableError, EngineError, InvalidRequestError, RequestTimeoutError
-from kvpilot_engine.gate import Gate
-from kvpilot_engine.stats import Ended, Statistics
-from kvpilot_engine.tokenizer import TokenizerError, load_tokenizer
+from kvpilot_engine.contract.config import warn_of
+from kvpilot_engine.errors import CoreUnavailableError, InvalidRequestError
+from kvpilot_engine.frontend.completion import (
+    DEFAULT_NEW_TOKENS,
+    Prompt,
+    RequestFields,
+    Temperature,
+    TopP,
+    fault_lines,
+)
+from kvpilot_engine.frontend.session import Session
+from kvpilot_engine.frontend.tokenizer import load_tokenizer
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.ipc.client import GRACE_S, Core, CoreClient
+from kvpilot_engine.ipc.messages import CoreStart
+from kvpilot_engine.ipc.spawn import CoreProcess
 
 MAX_TEXT_CHARACTERS = 100_000
 """Longest text of one request; a prompt must also fit the model's context."""
@@ -52,26 +49,22 @@ def _present(value: Any) -> Any:
     return value
 
 
-class TextRequest(BaseModel):
-    """What :meth:`KVCacheEngine.process_request` takes, as a mapping."""
+class TextRequest(RequestFields):
+    """The mapping that :meth:`KVCacheEngine.process_request` takes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     text: Annotated[str, BeforeValidator(_present)] = Field(max_length=MAX_TEXT_CHARACTERS)
-    priority: int = Field(0, ge=-PRIORITY_BOUND, le=PRIORITY_BOUND, description="Higher is more urgent.")
-    session_id: str | None = Field(None, max_length=256)
     max_length: int = Field(DEFAULT_NEW_TOKENS, ge=1, description="New tokens, at most.")
-    temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-SEED_BOUND, lt=SEED_BOUND)
-    exact_only: bool = Field(False, description="Use cached pages of exact fidelity only.")
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
 
 
 def parse_request(request: Mapping[str, Any], where: str = "") -> TextRequest:
     """The validated request.
 
     Raises:
-        InvalidRequestError: naming each field at fault, its value and what is allowed.
+        InvalidRequestError: naming each wrong field, its value and what is allowed.
     """
     if not isinstance(request, Mapping):
         raise InvalidRequestError(f"{where}request: must be a mapping, got {type(request).__name__}")
@@ -83,51 +76,49 @@ def parse_request(request: Mapping[str, Any], where: str = "") -> TextRequest:
         raise InvalidRequestError(where + "; ".join(lines)) from None
 
 
-@dataclass
 class _Runtime:
-    """The background thread, its loop, and what lives on it."""
+    """The background thread and its event loop, on which the session lives."""
 
-    loop: asyncio.AbstractEventLoop
-    thread: threading.Thread
-    client: CoreClient | None = None
-    closed: bool = False
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.closed = False
+        self._loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name="kvpilot-client", daemon=True)
+        self.thread.start()
 
-    @classmethod
-    def begin(cls) -> _Runtime:
-        loop = asyncio.new_event_loop()
-
-        def run() -> None:
-            loop.run_forever()
-            loop.close()
-
-        thread = threading.Thread(target=run, name="kvpilot-client", daemon=True)
-        thread.start()
-        return cls(loop, thread)
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run ``work`` on the loop."""
         if self.closed:
             work.close()
             raise CoreUnavailableError("the engine was shut down")
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def close(self, gate: Gate, timeout_s: float = 10.0) -> None:
-        """End the core and the thread; who waits at the gate is turned away."""
-        ended = self.submit(self._end(gate, timeout_s))
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the core and the thread; requests that wait for admission get an error."""
+        ended = self.submit(self._end(timeout_s))
         self.closed = True
-        ended.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+        ended.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
         if threading.current_thread() is self.thread:
-            return  # a request's end dropped the engine, here: this thread cannot wait for itself
+            return  # the end of a request dropped the engine: this thread cannot wait for itself
         ended.result(timeout_s + GRACE_S)
         self.thread.join(GRACE_S)
 
-    async def _end(self, gate: Gate, timeout_s: float) -> None:
-        gate.close(CoreUnavailableError("the engine was shut down"))
-        if self.client is not None:
-            await self.client.close(timeout_s)
+    async def _end(self, timeout_s: float) -> None:
+        await self.session.close(timeout_s)
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _in_process(start: CoreStart) -> Core:
+    from kvpilot_engine.core.process import CoreThread  # noqa: PLC0415  (torch: only this choice pays for it)
+
+    return CoreThread(start)
 
 
 class KVCacheEngine:
@@ -153,39 +144,32 @@ class KVCacheEngine:
         revision: str = "",
         inproc: bool = False,
     ) -> None:
-        self._config = KVCacheConfig() if config is None else config
-        self._model = model
-        self._limit_bytes = memory.limit_bytes()
-        self._inproc = inproc
-        self._tokenizer = load_tokenizer(model)
-        self._statistics = Statistics(time.monotonic)
-        self._gate = Gate(self._capacity())
-        self._runtime = _Runtime.begin()
-        # At interpreter exit, and when the last reference goes: no core is left behind.
-        self._finalizer = weakref.finalize(self, self._runtime.close, self._gate)
-        start = CoreStart.of(self._config, model=model, revision=revision)
-        core: Callable[[CoreStart], Any] = CoreThread if inproc else CoreProcess
+        config = KVCacheConfig() if config is None else config
+        self._session = Session(model, config, load_tokenizer(model), stats.WINDOW)
+        self._runtime = _Runtime(self._session)
+        # Ends the core at interpreter exit, and when the last reference goes.
+        self._finalizer = weakref.finalize(self, self._runtime.close)
+        start = CoreStart.of(config, model=model, revision=revision)
         try:
-            self._runtime.client = self._wait(CoreClient.start(start, core))
+            self._session.attach(self._wait(CoreClient.start(start, _in_process if inproc else CoreProcess)))
         except BaseException:
             self._finalizer()
             raise
-        self._described = self._runtime.client.described
 
     @property
     def config(self) -> KVCacheConfig:
         """The configuration in force."""
-        return self._config
+        return self._session.config
 
     @property
     def model(self) -> str:
         """The model's name."""
-        return self._model
+        return self._session.model
 
     @property
     def context_length(self) -> int:
         """Prompt and new tokens together, at most."""
-        return self._described.context_length
+        return self._client().described.context_length
 
     @property
     def core_pid(self) -> int:
@@ -262,7 +246,7 @@ class KVCacheEngine:
         return [dict(result) if isinstance(result, dict) else result for result in results]
 
     def get_stats(self) -> dict[str, Any]:
-        """What was measured since the start; latencies over the last 10,000 requests.
+        """Measurements since the start; latencies over the last 10,000 requests.
 
         Returns:
             ``total_requests``, ``failed_requests``, ``cancelled_requests`` (by their caller, no failure),
@@ -272,7 +256,8 @@ class KVCacheEngine:
             (ms), ``memory_usage`` (used over limit, the larger of host and device), ``memory_bytes``,
             ``memory_limit_bytes``, ``gpu_utilization`` (share of time in steps on a GPU; 0.0 on a CPU),
             ``evictions``, ``preemptions``, ``waiting``, ``running``, ``stages`` (by stage: ``mean_ms``,
-            ``p95_ms``, ``share``), ``engine`` (every counter and gauge of the core, by metric name).
+            ``p95_ms``, ``share``), ``engine`` (every counter and gauge of the
+            core: metric name -> label value, "" without a label -> value).
         """
         return self._wait(self._stats())
 
@@ -296,9 +281,9 @@ class KVCacheEngine:
         return report
 
     def _warn(self, changes: Mapping[str, Any]) -> None:
-        """Say of a change what the constructor says of a start."""
+        """Warn of changed fields as the constructor warns of all."""
         changed = {to_camel(name) for name in changes}
-        notices = self._config.updated(dict(changes)).notices()
+        notices = self.config.updated(dict(changes)).notices()
         warn_of([notice for notice in notices if to_camel(notice.field) in changed], stacklevel=4)
 
     def validate_configuration(self, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -307,10 +292,10 @@ class KVCacheEngine:
         Returns:
             ``valid``, ``errors`` and ``warnings`` (one line each, naming the field).
         """
-        config, errors = self._config, []
+        config, errors = self.config, []
         if values is not None:
             try:
-                config = self._config.updated(dict(values))
+                config = self.config.updated(dict(values))
             except ValidationError as error:
                 errors = config_errors(error)
         warnings = [] if errors else [f"{note.field}: {note.message}" for note in config.notices()]
@@ -319,19 +304,19 @@ class KVCacheEngine:
     def get_health_status(self) -> dict[str, Any]:
         """``status`` (healthy | unhealthy), ``reason`` when unhealthy, ``core_pid``, ``active_requests``."""
         client = self._client()
-        reason = "the engine was shut down" if self._runtime.closed else client.loss
+        reason = "the engine was shut down" if self._runtime.closed else self._session.fatal
         status: dict[str, Any] = {"status": "healthy" if reason is None else "unhealthy"}
         if reason is not None:
             status["reason"] = reason
         return status | {"core_pid": client.core.pid, "active_requests": client.open_requests}
 
     def shutdown(self, timeout_s: float = 10.0) -> None:
-        """Finish what is running, then end the core; again is nothing.
+        """Finish what is running, then end the core; a second call does nothing.
 
         Requests that wait, or are not done within ``timeout_s``, get a ``CoreUnavailableError``.
         """
         if self._finalizer.detach() is not None:
-            self._runtime.close(self._gate, timeout_s)
+            self._runtime.close(timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -350,108 +335,62 @@ class KVCacheEngine:
         await asyncio.to_thread(self.shutdown)
 
     def _client(self) -> CoreClient:
-        assert self._runtime.client is not None
-        return self._runtime.client
+        assert self._session.client is not None
+        return self._session.client
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runtime.submit(work).result()
 
-    def _capacity(self) -> int:
-        return self._config.num_workers + self._config.max_queue
-
     async def _complete(self, request: TextRequest) -> dict[str, Any]:
-        try:
-            prompt = self._tokenizer.encode(request.text)
-        except TokenizerError as error:
-            raise InvalidRequestError(str(error), "text") from None
-        check_length("text", len(prompt), "max_length", request.max_length, self.context_length)
-        return await asyncio.wrap_future(self._runtime.submit(self._run(request, prompt, time.monotonic())))
+        arrived_at = time.monotonic()
+        prompt = Prompt(request.text, "text", request.max_length, "max_length")
+        message = self._session.compose(prompt, request)  # here, so that tokenising does not delay the socket
+        return await asyncio.wrap_future(self._runtime.submit(self._run(message, arrived_at)))
 
-    async def _run(self, request: TextRequest, prompt: list[int], arrived: float) -> dict[str, Any]:
-        self._statistics.began()
+    async def _run(self, message: messages.Generate, arrived_at: float) -> dict[str, Any]:
+        ticket = self._session.arrive(arrived_at)
         try:
-            await self._gate.enter(request.priority)
-            waited = time.monotonic() - arrived
-            try:
-                ended = await self._generate(request, prompt, arrived, waited)
-            finally:
-                self._gate.leave()
-        except EngineError:
-            self._statistics.failed()
-            raise
-        except asyncio.CancelledError:
-            self._statistics.cancelled()
-            if self._runtime.closed:  # not the caller's doing
+            await ticket.wait(message.priority)
+            handle = ticket.send(message)
+            text = await self._session.answer(handle).whole()
+        except BaseException as error:
+            ticket.fail(error)
+            if self._runtime.closed and isinstance(error, asyncio.CancelledError):  # not by the caller
                 raise CoreUnavailableError("the engine was shut down") from None
             raise
-        self._statistics.succeeded(ended)
-        return ended.result(self._tokenizer.decode(ended.ids), request.session_id, request.priority)
-
-    async def _generate(
-        self, request: TextRequest, prompt: list[int], arrived: float, waited: float
-    ) -> Ended:
-        client = self._client()
-        timeout_s = self._config.request_timeout_s
-        generation = client.generate(
-            protocol.Generate(
-                id=client.next_id(),
-                prompt=prompt,
-                max_new_tokens=request.max_length,
-                temperature=request.temperature,
-                top_p=request.top_p,
-                seed=request.seed,
-                priority=request.priority,
-                session_id=request.session_id,
-                exact_only=request.exact_only,
-                timeout_s=timeout_s,
-                stop_ids=list(self._tokenizer.eos_ids),
-            )
-        )
-        timer = self._runtime.loop.call_later(
-            timeout_s + GRACE_S,
-            functools.partial(
-                generation.expire,
-                RequestTimeoutError(f"no answer within request_timeout_s of {timeout_s:g} s"),
-            ),
-        )
-        try:
-            finished = await generation.result()
-        finally:
-            timer.cancel()
-        raise_unless_complete(finished)
-        first = generation.first_token_at
-        stages = {**finished.stages}
-        stages[Stage.ADMISSION_WAIT] = stages.get(Stage.ADMISSION_WAIT, 0.0) + waited
-        return Ended(
-            ids=generation.ids,
-            finished=msgspec.structs.replace(finished, stages=stages),
-            latency_s=time.monotonic() - arrived,
-            first_token_s=None if first is None else first - arrived,
-        )
+        done, finished = ticket.succeed(), handle.finished
+        assert finished is not None
+        return {
+            "text": text,
+            "tokens": handle.ids,
+            "finish_reason": finished.reason,
+            "prompt_tokens": finished.prompt_tokens,
+            "output_tokens": len(handle.ids),
+            "cached_tokens": finished.cached_tokens,
+            "latency_ms": done.latency_s * 1000,
+            "first_token_ms": None if done.first_token_s is None else done.first_token_s * 1000,
+            "stages_ms": {stage: seconds * 1000 for stage, seconds in done.stages.items()},
+            "session_id": message.session_id,
+            "priority": message.priority,
+        }
 
     async def _stats(self) -> dict[str, Any]:
-        client = self._client()
-        sampled = await client.sample()
-        front = 0 if self._inproc else await asyncio.to_thread(memory.anonymous_bytes)
-        on_gpu = self._described.device.startswith("cuda")
-        return self._statistics.report(sampled, front, self._limit_bytes, on_gpu) | {
-            "active_requests": client.open_requests + self._gate.waiting,
-            "waiting_for_queue": self._gate.waiting,
+        session, client = self._session, self._client()
+        sampled, memory = await session.sample()
+        on_gpu = client.described.device.startswith("cuda")
+        return stats.report(session.account, sampled, memory, on_gpu) | {
+            "active_requests": client.open_requests + session.queue.waiting,
+            "waiting_for_queue": session.queue.waiting,
         }
 
     def _plain(self, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as JSON has them, a torch dtype for one. What does not fit, the core refuses."""
+        """Values as JSON has them, such as the name of a torch dtype; the core refuses what is wrong."""
         try:
-            plain = self._config.updated(dict(changes)).model_dump(mode="json")
+            plain = self.config.updated(dict(changes)).model_dump(mode="json")
         except ValidationError:
             return dict(changes)
         return {name: plain[to_snake(name)] for name in changes}
 
     async def _apply(self, changes: Mapping[str, Any]) -> ApplyReport:
-        client = self._client()
-        now = await client.describe()
-        report = await client.apply(now.epoch, now.generation + 1, self._plain(changes))
-        described = await client.describe()
-        self._config = KVCacheConfig.model_validate(described.config, context=QUIET)
-        self._gate.resize(self._capacity())
-        return report
+        now = await self._session.describe()
+        return await self._session.apply(now.epoch, now.generation + 1, self._plain(changes))

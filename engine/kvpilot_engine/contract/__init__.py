@@ -1,7 +1,7 @@
-"""What engine and operator agree on: configuration, knobs, metric names, admin API models.
+"""The interface between engine and operator: configuration, knobs, metrics and admin API models.
 
-Standard library and pydantic only. The operator's image holds no torch, and this package is the one part of
-the engine that the operator may import.
+It needs the standard library and pydantic only: the operator's image holds no torch, and the operator imports
+no other part of the engine.
 """
 
 from kvpilot_engine.contract.admin import AdminConfig, ApplyReport, ConfigPatch
@@ -14,16 +14,20 @@ from kvpilot_engine.contract.config import (
     Notice,
     config_errors,
 )
-from kvpilot_engine.contract.knobs import CATALOGUE, Knob, KnobClass, codec_rung, knob
+from kvpilot_engine.contract.knobs import CATALOGUE, Knob, KnobClass, compression_level, knob
 
-#: Raised by one whenever a field of the admin API or the meaning of a metric changes incompatibly.
+VERSION = "0.1.0"
+"""Version of the engine, as in pyproject.toml."""
+
 CONTRACT_VERSION = 1
+"""Goes up by one with each incompatible change of an admin API field or of a metric's meaning."""
 
 __all__ = [
     "BLOCK_TOKENS",
     "CATALOGUE",
     "CONTRACT_VERSION",
     "PAGE_TOKENS",
+    "VERSION",
     "AdminConfig",
     "ApplyReport",
     "CacheStrategy",
@@ -33,7 +37,7 @@ __all__ = [
     "Knob",
     "KnobClass",
     "Notice",
-    "codec_rung",
+    "compression_level",
     "config_errors",
     "knob",
 ]

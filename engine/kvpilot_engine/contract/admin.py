@@ -10,7 +10,7 @@ from pydantic.alias_generators import to_camel
 from kvpilot_engine.contract.config import KVCacheConfig
 
 Serial = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
-"""A number that only grows, of at most 63 bits: what every reader of a message can hold."""
+"""A number that never decreases, below 2**63: every reader of a message can hold it."""
 
 
 class _Body(BaseModel):
@@ -23,18 +23,18 @@ class ConfigPatch(_Body):
     Sending the same generation and values twice is the same as sending them once.
     """
 
-    epoch: Serial = Field(description="Fencing number of the writer; never goes back.")
-    generation: Serial = Field(description="Name of the configuration that results.")
+    epoch: Serial = Field(description="Fencing number of the writer; it never decreases.")
+    generation: Serial = Field(description="Generation of the resulting configuration.")
     values: dict[str, Any] = Field(description="Fields to replace, camelCase or snake_case.")
 
 
 class ApplyReport(_Body):
-    """What a change did, read back from the running engine."""
+    """Effect of a change, read from the running engine."""
 
     generation: int
     epoch: int
     changed: list[str] = Field(description="Fields whose value differs from before, camelCase.")
-    blocks_kept: int = Field(description="Cached pages still held, hot pool and host tier, in blocks.")
+    blocks_kept: int = Field(description="Cached pages still held in all tiers, in blocks.")
     blocks_lost: int = Field(description="Blocks that the change dropped at once.")
     converging: bool = Field(description="True while a lowered quota is not reached yet.")
 

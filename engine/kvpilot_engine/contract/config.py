@@ -16,14 +16,14 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticCustomError
 
 PAGE_TOKENS = 16
-"""Tokens in a page: the unit of hashing and of the hot pool."""
+"""Tokens in a page: the unit of hashing and of the device pool."""
 
 BLOCK_TOKENS = 128
-"""Tokens in a block (8 pages, all layers): the unit of the slow tiers."""
+"""Tokens in a block (8 pages, all layers): the unit of the tiers below the device pool."""
 
 
 class CacheStrategy(StrEnum):
-    """Which page leaves the hot pool first."""
+    """Which page is evicted from the device pool first."""
 
     LRU = "lru"
     LFU = "lfu"
@@ -37,14 +37,14 @@ class ConfigWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Notice:
-    """One remark on an accepted configuration: the field (snake_case), and what to know about its value."""
+    """A remark on a field (snake_case) of an accepted configuration."""
 
     field: str
     message: str
 
 
 def warn_of(notices: Sequence[Notice], stacklevel: int) -> None:
-    """One ConfigWarning of them all; none without any. ``stacklevel`` counts from here, as warnings' does."""
+    """Warn once with all notices, if there are any. ``stacklevel``: as in ``warnings.warn``, from here."""
     if notices:
         text = "; ".join(f"{notice.field}: {notice.message}" for notice in notices)
         warnings.warn(text, ConfigWarning, stacklevel=stacklevel)
@@ -62,7 +62,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Refuse what pydantic would take for a number: ``true`` is no 1, and ``"8"`` is no 8."""
+    """Refuse booleans and strings, which pydantic would convert to numbers."""
     if isinstance(value, (bool, str, bytes)):
         raise PydanticCustomError("number_type", "Input should be a number")
     return value
@@ -90,45 +90,59 @@ class KVCacheConfig(BaseModel):
         frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True, validate_default=True
     )
 
-    # Shape of the model: read from it; an explicit value that differs is an error at load.
+    # Shape of the model. An explicit value that differs from the model is an error at load.
     num_heads: MaybeInt = Field(None, ge=1, description="Attention heads; taken from the model.")
     head_dim: MaybeInt = Field(None, ge=1, description="Width of a head; taken from the model.")
 
     # The cache.
-    max_tokens: Int = Field(4096, ge=128, le=16_777_216, description="Quota of the hot cache, tokens.")
-    block_size: Literal[128] = Field(128, description="Tokens in a block of the slow tiers.")
-    cache_strategy: Strategy = Field(CacheStrategy.ADAPTIVE, description="Eviction policy of the hot pool.")
+    max_tokens: Int = Field(4096, ge=128, le=16_777_216, description="Quota of the device pool, tokens.")
+    block_size: Literal[128] = Field(128, description="Tokens in a block of the tiers below the device pool.")
+    cache_strategy: Strategy = Field(
+        CacheStrategy.ADAPTIVE, description="Eviction policy of the device pool."
+    )
     max_memory_mb: MaybeInt = Field(
-        None, ge=100, le=16_777_216, description="Budget of all cache memory, MiB."
+        None, ge=100, le=16_777_216, description="Budget of all cache memory, MiB; no budget without a value."
     )
     host_memory_mb: Int = Field(
-        256, ge=0, le=1_048_576, description="Host tier below the pool, MiB; 0 is off."
+        256, ge=0, le=1_048_576, description="Budget of the host tier, MiB; 0 turns it off."
     )
-    use_compression: Flag = Field(True, description="Encode blocks that leave the hot pool.")
+    use_compression: Flag = Field(True, description="Encode blocks that leave the device pool.")
     compression_ratio: Float = Field(
-        0.3, gt=0.0, le=1.0, multiple_of=0.01, description="Fraction kept of 16-bit bytes; lower is tighter."
+        0.3,
+        gt=0.0,
+        le=1.0,
+        multiple_of=0.01,
+        description="Fraction of 16-bit bytes to keep; it selects the compression level.",
     )
-    use_quantization: Flag = Field(False, description="Quantise the hot pool itself (quality-bearing).")
-    quantization_bits: Literal[4, 8, 16] = Field(8, description="Bits of a quantised hot pool.")
-    enable_gc: Flag = Field(True, description="Collect cached pages ahead of need.")
-    gc_threshold: Float = Field(0.8, gt=0.0, le=1.0, description="Memory ratio that starts a collection.")
+    use_quantization: Flag = Field(False, description="Quantise the device pool; this can change answers.")
+    quantization_bits: Literal[4, 8, 16] = Field(8, description="Bits of a quantised device pool.")
+    enable_gc: Flag = Field(True, description="Evict cached pages before their memory is needed.")
+    gc_threshold: Float = Field(
+        0.8, gt=0.0, le=1.0, description="Memory ratio from which pages are evicted early."
+    )
     enable_prefetch: Flag = Field(True, description="Fetch blocks ahead from slower tiers.")
     prefetch_size: Int = Field(4, ge=0, le=1024, description="Blocks fetched ahead per request.")
     enable_persistence: Flag = Field(False, description="Keep blocks on disk across restarts.")
     persistence_path: str | None = Field(None, description="Directory of the disk tier.")
     enable_warmup: Flag = Field(False, description="Load the most used prefixes at start.")
-    warmup_samples: Int = Field(100, ge=0, description="Prefixes loaded by the warm-up.")
+    warmup_samples: Int = Field(100, ge=0, description="Prefixes loaded at start.")
     multi_tenant: Flag = Field(False, description="Serve several tenants from one pool.")
     tenant_isolation: Flag = Field(True, description="Never share cached pages between tenants.")
 
-    # Work at once.
-    num_workers: Int = Field(4, ge=1, le=128, description="Requests that hold blocks or tier loads at once.")
+    # Concurrency.
+    num_workers: Int = Field(
+        4, ge=1, le=128, description="Worker slots: requests that hold pages or load from a tier at once."
+    )
     batch_size: Int = Field(1, ge=1, le=256, description="Sequences in one step.")
     max_step_tokens: Int = Field(512, ge=16, le=16384, description="Prefill and decode tokens in one step.")
-    max_queue: Int = Field(256, ge=1, le=100_000, description="Requests that may wait; HTTP sheds beyond it.")
-    request_timeout_s: Float = Field(60.0, gt=0, le=3600, description="Longest life of a request, s.")
+    max_queue: Int = Field(
+        256, ge=1, le=100_000, description="Requests that may wait; HTTP sheds further ones with 429."
+    )
+    request_timeout_s: Float = Field(
+        60.0, gt=0, le=3600, description="Longest time of a request in the engine, s."
+    )
 
-    # Cold: need a restart.
+    # Cold: a change needs a restart.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
     dtype: DType = Field("float16", description="Type of weights, activations and raw pages.")
     deterministic: Flag = Field(
@@ -156,13 +170,13 @@ class KVCacheConfig(BaseModel):
         return self
 
     def model_post_init(self, context: Any, /) -> None:
-        """Say once what is doubtful about the explicitly given values."""
+        """Warn once of the explicitly given values that are doubtful or have no effect."""
         if context is QUIET:
             return
         warn_of(self.notices(), stacklevel=5)
 
     def notices(self) -> list[Notice]:
-        """Everything a user should know about the values that were given explicitly."""
+        """Remarks on explicitly given values that are doubtful or have no effect."""
         return [*self._doubtful(), *self.not_yet_effective()]
 
     def _doubtful(self) -> list[Notice]:
@@ -192,12 +206,12 @@ class KVCacheConfig(BaseModel):
         return [Notice(field, text) for field, doubtful, text in checks if doubtful and field in given]
 
     def not_yet_effective(self) -> list[Notice]:
-        """Explicitly given values that this version accepts and does not act on."""
+        """Explicitly given values that this version accepts and ignores."""
         given = self.model_fields_set
         inert = (
             ("cache_strategy", self.cache_strategy is CacheStrategy.ADAPTIVE, "adaptive runs as lru"),
-            ("use_quantization", self.use_quantization, "the hot pool stays in dtype"),
-            ("quantization_bits", self.quantization_bits != 8, "the hot pool stays in dtype"),
+            ("use_quantization", self.use_quantization, "the device pool stays in dtype"),
+            ("quantization_bits", self.quantization_bits != 8, "the device pool stays in dtype"),
             ("enable_gc", not self.enable_gc, "pages are evicted on demand only"),
             ("gc_threshold", self.gc_threshold != 0.8, "pages are evicted on demand only"),
             ("pin_memory", self.pin_memory, "host buffers are ordinary memory"),
@@ -234,8 +248,8 @@ class KVCacheConfig(BaseModel):
         return {name: theirs[name] for name in theirs if theirs[name] != mine[name]}
 
 
-#: Validation context that suppresses the warning: for values that a user has already been told about.
 QUIET = object()
+"""Validation context that suppresses the warning, for values that a user has been warned of before."""
 
 COLD_FIELDS = frozenset(
     {
@@ -245,11 +259,11 @@ COLD_FIELDS = frozenset(
         "enable_warmup", "warmup_samples",
     }
 )  # fmt: skip
-"""Fields that take effect at the next start of the engine only."""
+"""Fields that take effect only at the next start of the engine."""
 
 
 def config_errors(error: ValidationError) -> list[str]:
-    """One line per error of a configuration or resource: field, value, and what is allowed."""
+    """One line for each error of a configuration or resource: field, value, and what is allowed."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "config"

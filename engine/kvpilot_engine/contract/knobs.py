@@ -1,16 +1,28 @@
-"""The knob catalogue: what may be tuned, within which bounds, at which price.
+"""The knob catalogue: what may be tuned, within which bounds, in which steps, at which price.
 
-A knob is a field of :class:`KVCacheConfig`. Its class says how a change of it is proven (source: the tuning
-classes of the design): A hot, no cache loss; B shapes the cache; C bears on quality and needs an opt-in.
+A knob is a field of :class:`KVCacheConfig`. Its class says how a change of it is proven: A loses no cached
+page; B changes what the cache holds; C can change answers and needs the user's consent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 from pydantic.alias_generators import to_camel
+
+GROWTH = 2.0
+"""Factor of one step upwards of a knob of class A: few steps cross its range, and each shows an effect."""
+
+QUOTA_GROWTH = 1.5
+"""Factor of one step upwards of a cache quota (``max_tokens``, ``host_memory_mb``), which costs memory."""
+
+SATURATED_BUSY = 0.90
+SATURATED_GAIN = 0.10
+"""A device is saturated if steps take at least SATURATED_BUSY of wall time and one more sequence would raise
+tokens/s by less than SATURATED_GAIN."""
 
 
 class KnobClass(StrEnum):
@@ -47,7 +59,7 @@ class Knob:
     unit: str
     effect: str
 
-    @property
+    @cached_property
     def resource_name(self) -> str:
         """The camelCase spelling that the resource uses."""
         return to_camel(self.name)
@@ -55,18 +67,17 @@ class Knob:
 
 CATALOGUE: tuple[Knob, ...] = (
     Knob("num_workers", "int", KnobClass.HOT, 1, True, 1, 128, "requests", "admits more requests at once"),
-    Knob("batch_size", "int", KnobClass.HOT, 1, True, 1, 256, "sequences", "steps more sequences together"),
+    Knob("batch_size", "int", KnobClass.HOT, 1, True, 1, 256, "sequences", "runs more sequences in one step"),
     Knob("max_step_tokens", "int", KnobClass.HOT, 2, True, 64, 8192, "tokens", "prefills more per step"),
     Knob("prefetch_size", "int", KnobClass.HOT, 2, True, 0, 64, "blocks", "fetches further ahead"),
-    Knob("enable_prefetch", "flag", KnobClass.HOT, 2, True, None, None, "", "fetches ahead at all"),
+    Knob("enable_prefetch", "flag", KnobClass.HOT, 2, True, None, None, "", "fetches blocks ahead"),
     Knob("cache_strategy", "choice", KnobClass.HOT, 2, True, None, None, "", "chooses what is evicted"),
-    Knob("max_tokens", "int", KnobClass.CACHE, 4, True, 512, 65536, "tokens", "keeps more in the hot cache"),
+    Knob("max_tokens", "int", KnobClass.CACHE, 4, True, 512, 65536, "tokens", "keeps more on the device"),
     Knob("host_memory_mb", "int", KnobClass.CACHE, 4, True, 0, 65536, "MiB", "keeps more in the host tier"),
     Knob("max_memory_mb", "int", KnobClass.CACHE, 3, True, 100, 1_048_576, "MiB", "allows more cache memory"),
     Knob("use_compression", "flag", KnobClass.CACHE, 3, True, None, None, "", "encodes evicted blocks"),
-    Knob("compression_ratio", "ratio", KnobClass.CACHE, 3, True, 0.1, 1.0, "kept", "encodes less tightly"),
-    Knob("gc_threshold", "ratio", KnobClass.CACHE, 3, True, 0.5, 0.95, "of limit", "collects later"),
-    Knob("use_quantization", "flag", KnobClass.QUALITY, 8, False, None, None, "", "quantises the hot pool"),
+    Knob("compression_ratio", "ratio", KnobClass.CACHE, 3, True, 0.1, 1.0, "kept", "compresses less"),
+    Knob("use_quantization", "flag", KnobClass.QUALITY, 8, False, None, None, "", "quantises the pool"),
     Knob("quantization_bits", "choice", KnobClass.QUALITY, 8, False, None, None, "bits", "keeps more bits"),
 )
 
@@ -83,25 +94,29 @@ def knob(name: str) -> Knob:
 
 
 @dataclass(frozen=True)
-class CodecRung:
-    """One step of the compression ladder: a codec and the fraction of 16-bit bytes it keeps."""
+class CompressionLevel:
+    """A codec and the fraction of 16-bit bytes that it keeps."""
 
     codec: Literal["raw", "int8", "int4"]
     kept: float
 
 
-LADDER: tuple[CodecRung, ...] = (CodecRung("raw", 1.0), CodecRung("int8", 0.52), CodecRung("int4", 0.32))
-"""From loosest to tightest. The tuner steps over rungs, never over bare numbers."""
+COMPRESSION_LEVELS: tuple[CompressionLevel, ...] = (
+    CompressionLevel("raw", 1.0),
+    CompressionLevel("int8", 0.52),
+    CompressionLevel("int4", 0.32),
+)
+"""Levels 0, 1 and 2, from lowest to highest. The tuner moves by whole levels."""
 
-RUNG_TOLERANCE = 0.02
+LEVEL_TOLERANCE = 0.02
 
 
-def codec_rung(use_compression: bool, compression_ratio: float) -> CodecRung:
-    """The rung for a configuration: the loosest one that keeps at most ``compression_ratio`` + .02.
+def compression_level(use_compression: bool, compression_ratio: float) -> CompressionLevel:
+    """The lowest level that keeps at most ``compression_ratio`` + LEVEL_TOLERANCE of the bytes.
 
-    A ratio below the tightest rung gives the tightest rung. Without compression it is always raw.
+    The highest level if none keeps so little; level 0 (raw) without compression.
     """
     if not use_compression:
-        return LADDER[0]
-    fitting = [rung for rung in LADDER if rung.kept <= compression_ratio + RUNG_TOLERANCE]
-    return fitting[0] if fitting else LADDER[-1]
+        return COMPRESSION_LEVELS[0]
+    fitting = [level for level in COMPRESSION_LEVELS if level.kept <= compression_ratio + LEVEL_TOLERANCE]
+    return fitting[0] if fitting else COMPRESSION_LEVELS[-1]

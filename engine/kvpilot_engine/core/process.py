@@ -1,9 +1,9 @@
 """The core process: one engine, one stepping thread, one socket to its front.
 
-A process of its own, because a busy Python thread beside the stepping thread makes a step several times
-slower while the same work in another process costs little. Between two steps the loop takes what has
-arrived, and it sends all outputs of a step in one write. It ends with its front: by ``Stop``, when the
-socket closes, or, should it hang, by the kernel's parent-death signal.
+The engine has its own process because a second busy Python thread makes a step several times slower, and a
+second process does not. Between two steps the loop reads the messages that arrived; it sends all outputs of a
+step in one write. The core ends with its front: by ``Stop``, when the socket closes, or, if it hangs, by the
+kernel's parent-death signal.
 """
 
 from __future__ import annotations
@@ -14,75 +14,50 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from kvpilot_engine import protocol
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_engine.errors import StartError
-from kvpilot_engine.wire import FrameReader, frame
-
-THREADS_VARIABLE = "KVPILOT_TORCH_THREADS"
-"""Environment variable with the number of torch threads of a core on a CPU; 1 without it."""
-
-_MAX_THREADS = 1024
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.ipc.framing import FrameReader, frame
+from kvpilot_engine.ipc.messages import CoreStart
+from kvpilot_engine.ipc.spawn import THREADS_VARIABLE, socket_pair
 
 _RECEIVE_BYTES = 1 << 18
-_SOCKET_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS_S = 1.0
 
 
-class CoreStart(msgspec.Struct, frozen=True):
-    """What a core is started with.
-
-    Attributes:
-        config: explicitly set fields of KVCacheConfig, camelCase.
-        generation, epoch: name and fencing number of that configuration.
-    """
-
-    model: str = "builtin/tiny-llama"
-    revision: str = ""
-    config: dict[str, Any] = {}
-    generation: int = 0
-    epoch: int = 0
-
-    @classmethod
-    def of(cls, config: KVCacheConfig, **rest: Any) -> CoreStart:
-        """The start of an engine with ``config``."""
-        return cls(config=config.model_dump(mode="json", by_alias=True, exclude_unset=True), **rest)
-
-
 class SteppingEngine(Protocol):
-    """What the loop needs of :class:`kvpilot_engine.engine.Engine`."""
+    """The part of an engine that the loop uses; see :class:`kvpilot_engine.core.engine.Engine`."""
 
     @property
     def has_work(self) -> bool:
-        """Whether :meth:`step` would do anything."""
+        """True if :meth:`step` has something to run."""
 
-    def submit(self, request: protocol.Generate) -> None:
-        """Take a request."""
+    def submit(self, request: messages.Generate) -> None:
+        """Accept a request."""
 
     def abort(self, request_id: str) -> None:
         """Drop a request."""
 
-    def step(self) -> list[protocol.Tokens | protocol.Finished]:
-        """Schedule, run, and return what came out."""
+    def step(self) -> list[messages.Tokens | messages.Finished]:
+        """Run one step; its outputs."""
 
-    def apply(self, change: protocol.Apply) -> protocol.Applied | protocol.Refused:
+    def apply(self, change: messages.Apply) -> messages.Applied | messages.Refused:
         """Change the configuration."""
 
-    def describe(self, request_id: str, /) -> protocol.Described:
+    def describe(self, request_id: str, /) -> messages.Described:
         """The live configuration."""
 
-    def sample(self, request_id: str, /) -> protocol.Sampled:
+    def sample(self, request_id: str, /) -> messages.Sampled:
         """Counters and gauges."""
 
     def close(self) -> None:
@@ -93,9 +68,9 @@ def build_engine(start: CoreStart) -> SteppingEngine:
     """The real engine, at the generation and epoch that ``start`` names.
 
     Raises:
-        StartError: with the one line that says why.
+        StartError: the reason, in one line.
     """
-    from kvpilot_engine.engine import Engine  # noqa: PLC0415  (torch: only the core process pays for it)
+    from kvpilot_engine.core.engine import Engine  # noqa: PLC0415  (torch: only the core process pays for it)
 
     try:
         config = KVCacheConfig.model_validate(start.config, context=QUIET)
@@ -106,8 +81,8 @@ def build_engine(start: CoreStart) -> SteppingEngine:
         ) from None
     except (ValueError, OSError, RuntimeError) as error:
         raise StartError(_one_line(error)) from error
-    applied = engine.apply(protocol.Apply("start", start.epoch, start.generation, {}))
-    if isinstance(applied, protocol.Refused):
+    applied = engine.apply(messages.Apply("start", start.epoch, start.generation, {}))
+    if isinstance(applied, messages.Refused):
         raise StartError(applied.message)
     return engine
 
@@ -122,7 +97,7 @@ class CoreLoop:
     def __init__(self, engine: SteppingEngine, sock: socket.socket) -> None:
         self._engine = engine
         self._sock = sock
-        self._reader: FrameReader[protocol.FromFront] = FrameReader(protocol.FromFront)
+        self._reader: FrameReader[messages.FromFront] = FrameReader(messages.FromFront)
         self._unsent = bytearray()
         self._stopping = False
         self._gone = False
@@ -131,7 +106,7 @@ class CoreLoop:
 
     def run(self) -> None:
         """Serve until the front stops the core or goes away."""
-        self._send([protocol.Ready(self._engine.describe(""))])
+        self._send([messages.Ready(self._engine.describe(""))])
         while True:
             self._wait_when_idle()
             self._receive()
@@ -143,8 +118,8 @@ class CoreLoop:
                 self._flush()
 
     def fail(self, message: str) -> None:
-        """Tell the front, as far as it still listens, why the core ends."""
-        _last_words(self._sock, self._unsent + frame(protocol.Failed(message)))
+        """Send the front the reason of the core's end, if it still listens."""
+        _last_words(self._sock, self._unsent + frame(messages.Failed(message)))
 
     def _wait_when_idle(self) -> None:
         if self._engine.has_work or (self._stopping and not self._unsent):
@@ -167,19 +142,19 @@ class CoreLoop:
         if answers:
             self._send(answers)
 
-    def _take(self, message: protocol.FromFront) -> msgspec.Struct | None:
+    def _take(self, message: messages.FromFront) -> msgspec.Struct | None:
         match message:
-            case protocol.Generate():
+            case messages.Generate():
                 self._engine.submit(message)
-            case protocol.Abort():
+            case messages.Abort():
                 self._engine.abort(message.id)
-            case protocol.Apply():
+            case messages.Apply():
                 return self._engine.apply(message)
-            case protocol.Describe():
+            case messages.Describe():
                 return self._engine.describe(message.id)
-            case protocol.Sample():
+            case messages.Sample():
                 return self._engine.sample(message.id)
-            case protocol.Stop():
+            case messages.Stop():
                 self._stopping = True
         return None
 
@@ -189,7 +164,7 @@ class CoreLoop:
         self._flush()
 
     def _flush(self) -> None:
-        """Send what the socket takes now; a slow front must not hold up a step."""
+        """Send what the socket accepts now: a slow front must not delay a step."""
         if not self._unsent:
             return
         try:
@@ -203,7 +178,7 @@ class CoreLoop:
 
 
 def _last_words(sock: socket.socket, data: bytes | bytearray) -> None:
-    """Send, and read until the front has closed: to close with unread input would throw away the output."""
+    """Send, then read until the front has closed: closing with unread input discards unsent output."""
     sock.settimeout(_LAST_WORDS_S)
     try:
         sock.sendall(data)
@@ -211,19 +186,19 @@ def _last_words(sock: socket.socket, data: bytes | bytearray) -> None:
         while sock.recv(_RECEIVE_BYTES):
             continue
     except OSError:
-        return  # the front is gone, or does not listen
+        return  # the front is gone
 
 
 def run_core(start: CoreStart, sock: socket.socket, build: Callable[[CoreStart], SteppingEngine]) -> int:
     """Build the engine and serve; the exit status of the process.
 
-    Every fault reaches the front as one ``Failed``, and then the core ends: state after an exception in a
-    step is not to be trusted.
+    Every fault reaches the front as one ``Failed``, and then the core ends: after an exception in a step its
+    state may be inconsistent.
     """
     try:
         engine = build(start)
     except StartError as error:
-        _last_words(sock, frame(protocol.Failed(str(error))))
+        _last_words(sock, frame(messages.Failed(str(error))))
         return 2
     loop = CoreLoop(engine, sock)
     try:
@@ -239,22 +214,22 @@ def run_core(start: CoreStart, sock: socket.socket, build: Callable[[CoreStart],
 
 def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the signal was armed
+    if os.getppid() != parent:  # it died before the signal was set
         sys.exit(1)
 
 
 def _settle_garbage_collector() -> None:
-    """Weights and modules live for ever: keep them out of every collection, and collect rarely."""
+    """Exclude weights and modules, which are never freed, from collections, and collect rarely."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 
 
 def main(argv: list[str]) -> int:
-    """``python -m kvpilot_engine.core FD PARENT_PID``, with a CoreStart as JSON on standard input."""
+    """``python -m kvpilot_engine.core.process FD PARENT_PID``, with a CoreStart as JSON on standard input."""
     descriptor, parent = int(argv[0]), int(argv[1])
     _die_with_parent(parent)
-    # The front decides when to end: a signal to the whole process group must not cut off what is running.
+    # The front decides when to end: a signal to the process group must not abort running requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start = msgspec.json.decode(sys.stdin.buffer.read(), type=CoreStart)
@@ -271,71 +246,11 @@ def main(argv: list[str]) -> int:
     return run_core(start, sock, build)
 
 
-def _threads() -> str:
-    """The number of torch threads, checked before a core is spawned that would trip over it."""
-    threads = os.environ.get(THREADS_VARIABLE, "1")
-    if not threads.isdecimal() or not 1 <= int(threads) <= _MAX_THREADS:
-        raise StartError(
-            f"{THREADS_VARIABLE}: must be a whole number from 1 to {_MAX_THREADS}, got {threads!r:.80}"
-        )
-    return threads
-
-
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-    return ours, theirs
-
-
-class CoreProcess:
-    """A spawned core process and the front's end of its socket.
-
-    Spawn it from a thread that lives as long as the front does: the parent-death signal follows the thread.
-    """
-
-    def __init__(self, start: CoreStart) -> None:
-        threads = _threads()
-        self.socket, theirs = _socket_pair()
-        environment = {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "kvpilot_engine.core", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env={**environment, **os.environ},
-            )
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(start))
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died at once: the closed socket tells the client
-
-    @property
-    def pid(self) -> int:
-        """Process id of the core."""
-        return self._process.pid
-
-    def end(self, timeout_s: float) -> str:
-        """Wait for its end, kill it after ``timeout_s``; how it ended, in words."""
-        try:
-            status = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        return f"signal {-status}" if status < 0 else f"exit status {status}"
-
-
 class CoreThread:
-    """The same loop in a thread of this process, for tests: steps are slower beside other Python work."""
+    """The same loop in a thread of this process, for tests: other Python work slows its steps."""
 
     def __init__(self, start: CoreStart, build: Callable[[CoreStart], SteppingEngine] = build_engine) -> None:
-        self.socket, theirs = _socket_pair()
+        self.socket, theirs = socket_pair()
 
         def serve() -> None:
             with theirs:
@@ -358,4 +273,4 @@ class CoreThread:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(status)  # everything is closed; tearing down torch's modules takes time and complains
+    os._exit(status)  # everything is closed, and the teardown of torch is slow and prints warnings

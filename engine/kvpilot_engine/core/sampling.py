@@ -1,4 +1,4 @@
-"""Next tokens from logits."""
+"""Sampling of next tokens from logits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Sequence as Rows
 
 import torch
 
-from kvpilot_engine.sequence import Sequence
+from kvpilot_engine.core.sequence import Sequence
 
 
 def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """One token per row.
+    """Sample one token per row.
 
-    Temperature 0 takes the largest logit. Otherwise one number of the request's own generator picks from the
-    smallest set of tokens whose probability reaches ``top_p``, so a seed gives the same answer in any batch.
+    Temperature 0 takes the largest logit. Otherwise one number of the request's own generator selects from
+    the smallest set of tokens whose probability reaches ``top_p``, so that a seed gives the same answer in
+    any batch.
 
     Args:
-        logits: float32, [n, vocabulary]; -inf is never taken.
-        sequences: of the rows, in order.
+        logits: float32, [n, vocabulary]; -inf is never sampled.
+        sequences: one per row.
     """
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for row, sequence in enumerate(sequences):
@@ -28,7 +29,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
 
 
 def _draw(logits: torch.Tensor, temperature: float, top_p: float, number: float) -> int:
-    # The largest logit is taken out first: a tiny temperature must not overflow.
+    # The largest logit is subtracted first, so that a small temperature does not overflow.
     scaled = (logits.double() - logits.max()) / temperature
     ordered, ids = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     reached = ordered.cumsum(dim=-1)

@@ -1,4 +1,4 @@
-"""A queue in front of the engine's own: what does not fit there waits here, by priority, then by arrival."""
+"""Admission to the core: a bounded number of requests at once; the others are shed, or wait by priority."""
 
 from __future__ import annotations
 
@@ -7,35 +7,45 @@ import heapq
 import itertools
 
 
-class Gate:
-    """Lets a bounded number through at once. To be used from one event loop.
+class AdmissionQueue:
+    """Admits a bounded number of requests at once. To be used from one event loop.
 
     Args:
-        capacity: holders at once.
+        capacity: requests that are admitted at once.
     """
 
     def __init__(self, capacity: int) -> None:
+        self.admitted = 0
         self._capacity = capacity
-        self._inside = 0
         self._numbers = itertools.count()
         self._queue: list[tuple[int, int, asyncio.Future[None]]] = []
         self._closed: Exception | None = None
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """Requests in :meth:`wait`."""
         return sum(not future.done() for _, _, future in self._queue)
 
-    async def enter(self, priority: int) -> None:
-        """Wait for a place; every return needs one :meth:`leave`.
+    def enter(self) -> bool:
+        """Take a place if there is one; True needs one :meth:`leave`.
 
         Raises:
             Exception: the one given to :meth:`close`.
         """
         if self._closed is not None:
             raise self._closed
-        if self._inside < self._capacity:
-            self._inside += 1
+        if self.admitted >= self._capacity:
+            return False
+        self.admitted += 1
+        return True
+
+    async def wait(self, priority: int) -> None:
+        """Take a place, waiting for one by priority, then by arrival; every return needs one :meth:`leave`.
+
+        Raises:
+            Exception: the one given to :meth:`close`.
+        """
+        if self.enter():
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._queue, (-priority, next(self._numbers), future))
@@ -47,17 +57,17 @@ class Gate:
             raise
 
     def leave(self) -> None:
-        """Give the place back."""
-        self._inside -= 1
+        """Return the place."""
+        self.admitted -= 1
         self._admit()
 
     def resize(self, capacity: int) -> None:
-        """Change how many are let through; who is inside stays."""
+        """Change the capacity; who is admitted stays."""
         self._capacity = capacity
         self._admit()
 
     def close(self, reason: Exception) -> None:
-        """Turn away everybody who waits, and who comes later."""
+        """Refuse all who wait, and all who come later, with ``reason``."""
         self._closed = reason
         for _, _, future in self._queue:
             if not future.done():
@@ -65,8 +75,8 @@ class Gate:
         self._queue.clear()
 
     def _admit(self) -> None:
-        while self._queue and self._inside < self._capacity:
+        while self._queue and self.admitted < self._capacity:
             _, _, future = heapq.heappop(self._queue)
             if not future.done():
-                self._inside += 1
+                self.admitted += 1
                 future.set_result(None)

@@ -1,164 +1,263 @@
-"""The state of the front process: the core's client, admission, the live configuration, accounting."""
+"""The path of a request through the front, the same for HTTP and for the Python API.
+
+A request arrives (:meth:`Session.arrive`), is tokenised and checked (:meth:`Session.compose`), is admitted
+(:meth:`Ticket.wait` or :meth:`Ticket.enter_or_shed`), is sent to the core (:meth:`Ticket.send`), is answered
+(:meth:`Session.answer`), and is accounted (:meth:`Ticket.succeed` or :meth:`Ticket.fail`).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import os
+import secrets
 import time
-from collections import deque
-from typing import Any
+from typing import Any, Protocol
 
-import kvpilot_engine
-from kvpilot_engine import memory, protocol
-from kvpilot_engine.client import GRACE_S, CoreClient, Generation
-from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport, KVCacheConfig
+from kvpilot_engine import memory
+from kvpilot_engine.contract import CONTRACT_VERSION, VERSION, AdminConfig, ApplyReport, KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_engine.contract.knobs import CATALOGUE
-from kvpilot_engine.contract.metrics import Outcome
-from kvpilot_engine.errors import CoreUnavailableError, RequestTimeoutError
-from kvpilot_engine.server.errors import shed
-from kvpilot_engine.server.metrics import SAMPLE_AGE_S, FrontMetrics
-from kvpilot_engine.tokenizer import Tokenizer
+from kvpilot_engine.contract.metrics import Outcome, Stage
+from kvpilot_engine.errors import (
+    CoreUnavailableError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestTimeoutError,
+)
+from kvpilot_engine.frontend.account import RATE_WINDOW, Account, Completed
+from kvpilot_engine.frontend.admission import AdmissionQueue
+from kvpilot_engine.frontend.completion import Answer, Prompt, RequestFields, check_length
+from kvpilot_engine.frontend.tokenizer import Tokenizer, TokenizerError
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.ipc.client import GRACE_S, CoreClient, RequestHandle
 
-_RATE_WINDOW = 64  # ends of requests behind the estimate of Retry-After
-_MAX_RETRY_AFTER_S = 30
+
+class Cancellable(Protocol):
+    """A timer or a task that guards a request."""
+
+    def cancel(self) -> Any:
+        """End it."""
 
 
 class Ticket:
-    """One HTTP request's account: it is settled exactly once."""
+    """One request on its way: admitted, sent, and accounted exactly once.
 
-    __slots__ = ("_front", "_settled", "arrived_at")
+    Attributes:
+        arrived_at: monotonic clock, s.
+    """
 
-    def __init__(self, front: Front) -> None:
-        self._front = front
+    __slots__ = ("_guards", "_handle", "_session", "_settled", "_waited_s", "arrived_at")
+
+    def __init__(self, session: Session, arrived_at: float) -> None:
+        self.arrived_at = arrived_at
+        self._session = session
+        self._handle: RequestHandle | None = None
+        self._guards: list[Cancellable] = []
+        self._waited_s = 0.0
         self._settled = False
-        self.arrived_at = time.monotonic()
-        front.metrics.arrivals.inc()
 
-    def ok(self, generation: Generation) -> None:
-        """The last byte of a good answer is out."""
-        if self._settled:
-            return
-        self._settled = True
-        assert generation.finished is not None
-        now = time.monotonic()
-        first = generation.first_token_at
-        self._front.ends.append(now)
-        self._front.metrics.succeeded(
-            generation.finished,
-            now - self.arrived_at,
-            None if first is None else first - self.arrived_at,
-            generation.gaps_s,
+    def enter_or_shed(self) -> None:
+        """Be admitted, or be refused at once.
+
+        Raises:
+            QueueFullError: ``max_queue`` requests wait already.
+        """
+        session = self._session
+        if not session.queue.enter():
+            waiting = session.queue.admitted - session.config.num_workers
+            raise QueueFullError(waiting, session.config.max_queue, session.account.retry_after_s(waiting))
+
+    async def wait(self, priority: int) -> None:
+        """Be admitted, waiting in the order of priority.
+
+        Raises:
+            CoreUnavailableError: the session was closed.
+        """
+        began = time.monotonic()
+        await self._session.queue.wait(priority)
+        self._waited_s = time.monotonic() - began
+
+    def send(self, message: messages.Generate) -> RequestHandle:
+        """Send the admitted request to the core, guarded by a timer in case that the core hangs.
+
+        Raises:
+            CoreUnavailableError: there is no core.
+        """
+        queue = self._session.queue
+        try:
+            handle = self._handle = self._session.core().generate(message, queue.leave)
+        except BaseException:
+            queue.leave()
+            raise
+        timeout = RequestTimeoutError(f"no answer within request_timeout_s of {message.timeout_s:g} s")
+        loop = asyncio.get_running_loop()
+        self.guard(loop.call_later(message.timeout_s + GRACE_S, handle.expire, timeout))
+        return handle
+
+    def guard(self, guard: Cancellable) -> None:
+        """Cancel ``guard`` when the request has ended."""
+        self._guards.append(guard)
+
+    def succeed(self) -> Completed:
+        """Account a request whose answer is complete; its figures."""
+        handle = self._handle
+        assert handle is not None
+        assert handle.finished is not None
+        now, first = time.monotonic(), handle.first_token_at
+        stages = dict(handle.finished.stages)
+        stages[Stage.ADMISSION_WAIT] = stages.get(Stage.ADMISSION_WAIT, 0.0) + self._waited_s
+        done = Completed(
+            at=now,
+            latency_s=now - self.arrived_at,
+            first_token_s=None if first is None else first - self.arrived_at,
+            stages=stages,
         )
+        if self._settle():
+            self._session.account.complete(done, handle.gaps_s)
+        return done
 
-    def ended(self, outcome: Outcome) -> None:
-        """It ended otherwise."""
-        if not self._settled:
-            self._settled = True
-            self._front.metrics.outcomes[outcome].inc()
+    def fail(self, error: BaseException) -> None:
+        """Account a request that ended with ``error``, and free what it still holds in the core."""
+        if not self._settle():
+            return
+        outcome = error.outcome if isinstance(error, EngineError) else Outcome.ERROR
+        if isinstance(error, asyncio.CancelledError):
+            outcome = Outcome.CANCELLED
+        self._session.account.outcomes[outcome] += 1
+
+    def _settle(self) -> bool:
+        """Release everything; True the first time."""
+        first, self._settled = not self._settled, True
+        for guard in self._guards:
+            guard.cancel()
+        if self._handle is not None:
+            self._handle.cancel()  # nothing, if it has finished
+        return first
 
 
-class Front:
-    """What the routes share.
+class Session:
+    """One engine as its callers see it. All calls but :meth:`compose` from one event loop.
+
+    Args:
+        recent: completions to keep for percentiles and rates.
 
     Attributes:
         client: None until the core is ready.
-        fatal: why nothing can be served any more; None while all is well.
+        config: the configuration in force.
         draining: termination was asked for; readiness is false, what comes is still served.
     """
 
-    def __init__(self, model: str, config: KVCacheConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: str, config: KVCacheConfig, tokenizer: Tokenizer, recent: int = RATE_WINDOW
+    ) -> None:
         self.model = model
         self.config = config
         self.tokenizer = tokenizer
         self.client: CoreClient | None = None
-        self.fatal: str | None = None
         self.draining = False
-        self.created = int(time.time())
-        self.context_length = 0
-        self.ends: deque[float] = deque(maxlen=_RATE_WINDOW)
-        self.metrics = FrontMetrics(lambda: self._latest)
-        self._latest: tuple[protocol.Sampled, memory.Memory] | None = None
-        self._sampled_at = -math.inf
-        self._sampling: asyncio.Task[None] | None = None
+        self.account = Account(recent)
+        self.queue = AdmissionQueue(config.num_workers + config.max_queue)
         self._limit_bytes = memory.limit_bytes()
 
     def attach(self, client: CoreClient) -> None:
         """The core is ready."""
         self.client = client
-        self.context_length = client.described.context_length
         self._adopt(client.described)
-        self.metrics.info(client.described, kvpilot_engine.__version__, CONTRACT_VERSION)
 
-    def core(self) -> CoreClient:
-        """The core's client.
+    async def close(self, timeout_s: float) -> None:
+        """Refuse who waits, let the core finish what runs within ``timeout_s``, and end it."""
+        self.queue.close(CoreUnavailableError("the engine was shut down"))
+        if self.client is not None:
+            await self.client.close(timeout_s)
 
-        Raises:
-            CoreUnavailableError: while it loads, and after it died.
-        """
-        if self.fatal is not None:
-            raise CoreUnavailableError(self.fatal)
-        if self.client is None:
-            raise CoreUnavailableError("the model is still loading")
-        return self.client
+    @property
+    def fatal(self) -> str | None:
+        """Why nothing can be served any more; None otherwise."""
+        return None if self.client is None else self.client.loss
 
+    @property
     def not_ready(self) -> str | None:
-        """Why no traffic should come here; None when ready."""
+        """Why no traffic should be sent here; None when ready."""
         if self.fatal is not None:
             return self.fatal
         if self.client is None:
             return "the model is still loading"
         return "draining" if self.draining else None
 
-    def admit(self) -> CoreClient:
-        """The core's client, for one more request.
-
-        Every open request beyond ``num_workers`` waits for a slot, so the front knows the queue exactly.
+    def core(self) -> CoreClient:
+        """The core's client.
 
         Raises:
-            ApiError: 429 with Retry-After when ``max_queue`` requests wait already.
+            CoreUnavailableError: while the core loads, and after it ended.
         """
-        client = self.core()
-        waiting = client.open_requests - self.config.num_workers
-        if waiting >= self.config.max_queue:
-            raise shed(waiting, self.config.max_queue, self._retry_after(waiting))
-        return client
+        if self.client is None:
+            raise CoreUnavailableError("the model is still loading")
+        if self.client.loss is not None:
+            raise CoreUnavailableError(self.client.loss)
+        return self.client
 
-    def _retry_after(self, waiting: int) -> int:
-        """Seconds until the queue has drained at the rate of the latest ends."""
-        if len(self.ends) < 2 or self.ends[-1] <= self.ends[0]:
-            return 1
-        rate = (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
-        return max(1, min(_MAX_RETRY_AFTER_S, math.ceil(waiting / rate)))
+    def arrive(self, arrived_at: float | None = None) -> Ticket:
+        """Count a request that arrived, now or at ``arrived_at`` (monotonic clock)."""
+        self.account.arrivals += 1
+        return Ticket(self, time.monotonic() if arrived_at is None else arrived_at)
 
-    @property
-    def farewell(self) -> list[tuple[bytes, bytes]]:
-        """Headers of an answer that tell its client to come back on another connection, while draining."""
-        return [(b"connection", b"close")] if self.draining else []
+    def compose(
+        self, prompt: Prompt, fields: RequestFields, session_id: str | None = None
+    ) -> messages.Generate:
+        """Tokenise the prompt, check its length, and make the message for the core. Safe from any thread.
 
-    def send(self, request: protocol.Generate) -> tuple[Generation, asyncio.TimerHandle]:
-        """Send a request, guarded by a timer in case that the core hangs."""
-        generation = self.core().generate(request)
-        timer = asyncio.get_running_loop().call_later(
-            request.timeout_s + GRACE_S,
-            generation.expire,
-            RequestTimeoutError(f"no answer within request_timeout_s of {request.timeout_s:g} s"),
+        Args:
+            session_id: used where ``fields`` have none.
+
+        Raises:
+            InvalidRequestError: naming the field, its value and what is allowed.
+            CoreUnavailableError: there is no core.
+        """
+        core = self.core()
+        tokens = self._tokenise(prompt)
+        limit = prompt.max_new_tokens
+        check_length(prompt.field, len(tokens), prompt.limit_field, limit or 1, core.described.context_length)
+        return messages.Generate(
+            id=core.next_id() + secrets.token_hex(8),
+            prompt=tokens,
+            max_new_tokens=limit,
+            temperature=1.0 if fields.temperature is None else fields.temperature,
+            top_p=1.0 if fields.top_p is None else fields.top_p,
+            seed=fields.seed,
+            priority=fields.priority,
+            session_id=fields.session_id or session_id,
+            exact_only=fields.exact_only,
+            timeout_s=self.config.request_timeout_s,
+            stop_ids=list(self.tokenizer.eos_ids),
         )
-        return generation, timer
 
-    async def metrics_text(self) -> bytes:
-        """The metrics page; the core is asked at most twice a second."""
-        if self.client is not None and time.monotonic() - self._sampled_at > SAMPLE_AGE_S:
-            if self._sampling is None or self._sampling.done():
-                self._sampling = asyncio.ensure_future(self._sample())
-            await self._sampling
-        return self.metrics.text()
+    def _tokenise(self, prompt: Prompt) -> list[int]:
+        try:
+            if isinstance(prompt.content, str):
+                return self.tokenizer.encode(prompt.content)
+            if isinstance(prompt.content, tuple):
+                return self.tokenizer.apply_chat_template(prompt.content)
+        except TokenizerError as error:
+            raise InvalidRequestError(str(error), prompt.field) from None
+        if not all(0 <= token < self.tokenizer.vocab_size for token in prompt.content):
+            bound = self.tokenizer.vocab_size - 1
+            raise InvalidRequestError(
+                f"{prompt.field}: token ids must lie between 0 and {bound}", prompt.field
+            )
+        return prompt.content
 
-    async def _sample(self) -> None:
-        sampled = await self.core().sample()
-        front_bytes = await asyncio.to_thread(memory.anonymous_bytes)
-        self._latest = sampled, memory.memory_of(sampled, front_bytes, self._limit_bytes)
-        self._sampled_at = time.monotonic()
+    def answer(self, handle: RequestHandle, stops: tuple[str, ...] = ()) -> Answer:
+        """The text of a request that was sent."""
+        return Answer(handle, self.tokenizer, stops)
+
+    async def sample(self) -> tuple[messages.Sampled, memory.Memory]:
+        """Counters and gauges of the core, and the memory of core and front together."""
+        core = self.core()
+        sampled = await core.sample()
+        in_process = core.core.pid == os.getpid()  # then the core has counted this process already
+        front_bytes = 0 if in_process else await asyncio.to_thread(memory.anonymous_bytes)
+        return sampled, memory.memory_of(sampled, front_bytes, self._limit_bytes)
 
     async def describe(self) -> AdminConfig:
         """The live configuration, read from the core."""
@@ -166,7 +265,7 @@ class Front:
         self._adopt(described)
         return AdminConfig(
             contract_version=CONTRACT_VERSION,
-            version=kvpilot_engine.__version__,
+            version=VERSION,
             instance=described.instance,
             model=described.model,
             generation=described.generation,
@@ -179,15 +278,16 @@ class Front:
         )
 
     async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> ApplyReport:
-        """Change the configuration.
+        """Change hot fields, whole or not at all.
 
         Raises:
             ChangeRefusedError: and nothing has changed.
         """
-        client = self.core()
-        report = await client.apply(epoch, generation, values)
-        self._adopt(await client.describe())
+        core = self.core()
+        report = await core.apply(epoch, generation, values)
+        self._adopt(await core.describe())
         return report
 
-    def _adopt(self, described: protocol.Described) -> None:
+    def _adopt(self, described: messages.Described) -> None:
         self.config = KVCacheConfig.model_validate(described.config, context=QUIET)
+        self.queue.resize(self.config.num_workers + self.config.max_queue)

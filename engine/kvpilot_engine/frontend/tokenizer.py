@@ -1,9 +1,9 @@
-"""Text to token ids and back, for the front process: no torch here.
+"""Text to token ids and back, without torch.
 
-A built-in model uses :class:`ByteTokenizer`: ids 0 to 255 are the bytes of UTF-8, the specials follow. Any
-text can be encoded, nothing is replaced or dropped, and ``decode(encode(text)) == text``. The model itself
-only ever generates printable ASCII and newlines (the runner masks every other logit), so that
-``encode(decode(ids)) == ids`` for its answers too: the next turn of a chat finds the pages of the last one.
+A built-in model uses :class:`ByteTokenizer`: ids 0 to 255 are the bytes of UTF-8, the special ids follow. It
+encodes every text without loss: ``decode(encode(text)) == text``. The model generates only printable ASCII
+and newlines (the runner masks every other logit), so ``encode(decode(ids)) == ids`` holds for its answers
+too, and the next turn of a chat hits the pages of the last one.
 
 A local model directory uses its ``tokenizer.json`` and chat template.
 """
@@ -14,42 +14,40 @@ import codecs
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
-BUILTIN_PREFIX: Final = "builtin/"
-
-PAD_ID: Final = 256
-BOS_ID: Final = 257
-EOS_ID: Final = 258
-ROLE_IDS: Final = {"system": 259, "user": 260, "assistant": 261, "tool": 262}
-END_OF_TURN_ID: Final = 263
-BYTE_VOCAB_SIZE: Final = 264
-
-GENERATED_IDS: Final = (ord("\n"), *range(0x20, 0x7F))
-"""Ids a built-in model may generate: newline and printable ASCII."""
+from kvpilot_engine.model.vocabulary import (
+    BOS_ID,
+    BUILTIN_PREFIX,
+    BYTE_VOCAB_SIZE,
+    END_OF_TURN_ID,
+    EOS_ID,
+    PAD_ID,
+    ROLE_IDS,
+)
 
 
 class TokenizerError(ValueError):
-    """The text or the chat cannot be encoded, or the model has no usable tokenizer; one clear line."""
+    """The text or the chat cannot be encoded, or the model has no usable tokenizer; the text is one line."""
 
 
 class StreamDecoder(Protocol):
     """Turns ids into text as they arrive, holding back the bytes of an unfinished character."""
 
     def push(self, ids: Sequence[int]) -> str:
-        """Text that became certain with these ids; may be empty."""
+        """Text that is complete with these ids; may be empty."""
 
     def finish(self) -> str:
-        """What was held back. Bytes that never became a character appear as U+FFFD."""
+        """The text held back; bytes of an incomplete character become U+FFFD."""
 
 
 class Tokenizer(Protocol):
-    """What the front needs of a tokenizer."""
+    """Tokenizer of one model."""
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +73,7 @@ class Tokenizer(Protocol):
             messages: mappings with ``role`` and ``content`` (a string, or ``{"type": "text"}`` parts).
 
         Raises:
-            TokenizerError: naming the message and what is wrong with it.
+            TokenizerError: naming the message and its fault.
         """
 
 
@@ -119,13 +117,13 @@ class _ByteStream:
 
 
 class ByteTokenizer:
-    """The tokenizer of the built-in models. One id per byte; see the module's text for why."""
+    """Tokenizer of the built-in models: one id for each byte, for the reasons given above."""
 
     vocab_size = BYTE_VOCAB_SIZE
     eos_ids = (EOS_ID, END_OF_TURN_ID)
 
     def encode(self, text: str) -> list[int]:
-        """Bytes of the text; no special is added, and none is recognised inside a text."""
+        """Bytes of the text; special ids are neither added nor recognised."""
         return list(_utf8(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -137,7 +135,7 @@ class ByteTokenizer:
         return _ByteStream()
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """``bos (role content end)* assistant``: a turn's ids never change when later turns are added."""
+        """``bos (role content end)* assistant``: later turns do not change the ids of earlier ones."""
         if not messages:
             raise TokenizerError("messages: at least one is required")
         ids = [BOS_ID]
@@ -209,7 +207,7 @@ class FileTokenizer:
         return tuple(found) if isinstance(found, list) else (int(found),)
 
     def encode(self, text: str) -> list[int]:
-        """Ids with the specials that the tokenizer's own post-processor adds (Llama: bos)."""
+        """Ids, with the special ids that the tokenizer's post-processor adds (Llama: bos)."""
         _utf8(text)
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
@@ -241,7 +239,7 @@ class FileTokenizer:
                 messages=turns, add_generation_prompt=True, **self._special
             )
         except TemplateError as error:
-            raise TokenizerError(f"messages: the chat template refused them: {error}") from None
+            raise TokenizerError(f"messages: the chat template refuses them: {error}") from None
         _utf8(text)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids

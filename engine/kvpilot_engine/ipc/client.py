@@ -1,4 +1,4 @@
-"""The front's end of the core's socket, for asyncio: requests, configuration changes, samples."""
+"""Client of a core over its socket, for asyncio: requests, configuration changes, samples."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from kvpilot_engine import protocol
 from kvpilot_engine.contract import ApplyReport
-from kvpilot_engine.core import CoreProcess, CoreStart
 from kvpilot_engine.errors import ChangeRefusedError, CoreUnavailableError, RequestCancelledError, StartError
-from kvpilot_engine.wire import FrameReader, frame
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.ipc.framing import FrameReader, frame
+from kvpilot_engine.ipc.messages import CoreStart
+from kvpilot_engine.ipc.spawn import CoreProcess
 
 START_TIMEOUT_S = 300.0
 """Longest time from the spawn of a core to its ``Ready``."""
 
 GRACE_S = 5.0
-"""How much longer than its own limit the front waits for an answer of the core."""
+"""Time that the front waits for the core beyond the time limit of a request."""
 
-A = TypeVar("A", protocol.Applied, protocol.Described, protocol.Sampled)
+A = TypeVar("A", messages.Applied, messages.Described, messages.Sampled)
 
 
 class Core(Protocol):
-    """A started core: a process, or a thread of this one."""
+    """A started core: a process, or a thread of this process."""
 
     socket: Any
 
@@ -36,19 +36,18 @@ class Core(Protocol):
         """Process id."""
 
     def end(self, timeout_s: float) -> str:
-        """Wait for the end; how it ended, in words."""
+        """Wait for its end, at most ``timeout_s``; how it ended, in words."""
 
 
-class Generation:
-    """One request in the core. An async iterator of its messages; leaving it early needs :meth:`aclose`.
-
-    :meth:`tokens` is the quicker form: everything that has arrived, in one go.
+class RequestHandle:
+    """One request in the core. End it with :meth:`cancel` if its result is not awaited.
 
     Attributes:
         ids: all new tokens so far.
         finished: the last message, once it is there.
         first_token_at: clock of the front at the first token; None before it.
         gaps_s: seconds between the arrivals of consecutive tokens.
+        left: called once when the core no longer holds the request.
     """
 
     __slots__ = (
@@ -63,12 +62,16 @@ class Generation:
         "id",
         "ids",
         "last_token_at",
+        "left",
     )
 
-    def __init__(self, request_id: str, abort: Callable[[Generation], None]) -> None:
+    def __init__(
+        self, request_id: str, abort: Callable[[RequestHandle], None], left: Callable[[], None]
+    ) -> None:
         self.id = request_id
+        self.left = left
         self.ids: list[int] = []
-        self.finished: protocol.Finished | None = None
+        self.finished: messages.Finished | None = None
         self.first_token_at: float | None = None
         self.last_token_at = 0.0
         self.gaps_s: list[float] = []
@@ -91,13 +94,13 @@ class Generation:
         if self._wants_tokens:
             self._wake()
 
-    def ended(self, finished: protocol.Finished) -> None:
+    def ended(self, finished: messages.Finished) -> None:
         """Take the last message from the socket."""
         self.finished = finished
         self._wake()
 
     def fail(self, failure: Exception) -> None:
-        """End the request on the front's side: whoever waits gets ``failure``."""
+        """End the request in the front: a waiter gets ``failure``."""
         if self.finished is None and self._failure is None:
             self._failure = failure
             self._wake()
@@ -107,18 +110,18 @@ class Generation:
         self.expire(RequestCancelledError("the client closed the request"))
 
     def expire(self, failure: Exception) -> None:
-        """End the request in the core as well, with ``failure`` for whoever waits."""
+        """End the request in the front and in the core: a waiter gets ``failure``."""
         if self.finished is None and self._failure is None:
             self._abort(self)
             self.fail(failure)
 
     def stop(self) -> None:
-        """End it in the core, but go on to wait for ``finished``: for a stop string."""
+        """End the request in the core and still wait for ``finished``: used at a stop string."""
         if self.finished is None and self._failure is None:
             self._abort(self)
 
     async def tokens(self) -> list[int]:
-        """New tokens since the last call, waiting for at least one; empty once it has finished.
+        """New tokens since the last call, at least one; empty once the request has finished.
 
         Raises:
             CoreUnavailableError, RequestCancelledError: when it ended without ``finished``.
@@ -132,7 +135,7 @@ class Generation:
         self._taken = len(self.ids)
         return new
 
-    async def result(self) -> protocol.Finished:
+    async def result(self) -> messages.Finished:
         """The last message; the tokens are in ``ids``.
 
         Raises:
@@ -160,29 +163,13 @@ class Generation:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> protocol.Tokens | protocol.Finished:
-        if self._taken < 0:
-            raise StopAsyncIteration
-        if new := await self.tokens():
-            return protocol.Tokens(self.id, new)
-        assert self.finished is not None
-        self._taken = -1
-        return self.finished
-
-    async def aclose(self) -> None:
-        """Leave: the core frees what the request holds."""
-        self.cancel()
-
 
 class _Wire(asyncio.Protocol):
-    """Bytes in, messages out."""
+    """Decodes what the core sends and hands it to the client."""
 
     def __init__(self, client: CoreClient) -> None:
         self._client = client
-        self._reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
+        self._reader: FrameReader[messages.FromCore] = FrameReader(messages.FromCore)
 
     def data_received(self, data: bytes) -> None:
         now = time.monotonic()
@@ -198,10 +185,11 @@ class CoreClient:
 
     Attributes:
         described: the core's answer at start.
-        lost_event: set once the core is gone, for whatever reason.
+        loss: why the core is gone; None while it is there.
+        lost_event: set once the core is gone.
     """
 
-    described: protocol.Described
+    described: messages.Described
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -209,9 +197,9 @@ class CoreClient:
         self.loss: str | None = None
         self._closing = False
         self._numbers = itertools.count(1)
-        self._open: dict[str, Generation] = {}
+        self._open: dict[str, RequestHandle] = {}
         self._answers: dict[str, asyncio.Future[Any]] = {}
-        self._ready: asyncio.Future[protocol.Described] = asyncio.get_running_loop().create_future()
+        self._ready: asyncio.Future[messages.Described] = asyncio.get_running_loop().create_future()
         self._transport: asyncio.WriteTransport | None = None
         self._failed: str | None = None
 
@@ -220,7 +208,7 @@ class CoreClient:
         """Spawn a core and wait until its model is loaded.
 
         Raises:
-            StartError: with the core's own reason.
+            StartError: with the core's reason, or after START_TIMEOUT_S.
         """
         client = cls(core(start))
         loop = asyncio.get_running_loop()
@@ -238,42 +226,42 @@ class CoreClient:
 
     @property
     def open_requests(self) -> int:
-        """Requests that the core has and that have not ended."""
+        """Requests that the core holds."""
         return len(self._open)
 
     def expire_all(self, failure: Exception) -> None:
         """End every open request with ``failure``."""
-        for generation in list(self._open.values()):
-            generation.expire(failure)
+        for handle in list(self._open.values()):
+            handle.expire(failure)
 
     def next_id(self) -> str:
-        """A request id that this client has not used."""
+        """A request id that this client has not used; safe from any thread."""
         return str(next(self._numbers))
 
-    def generate(self, request: protocol.Generate) -> Generation:
-        """Send a request to the core.
+    def generate(self, request: messages.Generate, left: Callable[[], None] = lambda: None) -> RequestHandle:
+        """Send a request to the core, which calls ``left`` once it holds the request no longer.
 
         Raises:
-            CoreUnavailableError: when there is no core any more.
+            CoreUnavailableError: the core is gone.
         """
         self._require()
-        sent = frame(request)  # what cannot be encoded is not waited for
-        generation = Generation(request.id, self._abort)
-        self._open[request.id] = generation
+        sent = frame(request)  # before it is registered: a message that cannot be encoded gets no answer
+        handle = RequestHandle(request.id, self._abort, left)
+        self._open[request.id] = handle
         self._write(sent)
-        return generation
+        return handle
 
     async def apply(self, epoch: int, generation: int, values: dict[str, Any]) -> ApplyReport:
         """Change the configuration, hot.
 
         Raises:
             ChangeRefusedError: and nothing has changed.
-            CoreUnavailableError: when there is no core any more.
+            CoreUnavailableError: the core is gone.
         """
         for name, value in values.items():
             _require_encodable(name, value)
-        change = protocol.Apply(self.next_id(), epoch, generation, values)
-        applied = await self._ask(change, protocol.Applied)
+        change = messages.Apply(self.next_id(), epoch, generation, values)
+        applied = await self._ask(change, messages.Applied)
         return ApplyReport(
             generation=applied.generation,
             epoch=applied.epoch,
@@ -283,19 +271,19 @@ class CoreClient:
             converging=applied.converging,
         )
 
-    async def describe(self) -> protocol.Described:
+    async def describe(self) -> messages.Described:
         """The live configuration."""
-        return await self._ask(protocol.Describe(self.next_id()), protocol.Described)
+        return await self._ask(messages.Describe(self.next_id()), messages.Described)
 
-    async def sample(self) -> protocol.Sampled:
+    async def sample(self) -> messages.Sampled:
         """Counters and gauges, now."""
-        return await self._ask(protocol.Sample(self.next_id()), protocol.Sampled)
+        return await self._ask(messages.Sample(self.next_id()), messages.Sampled)
 
     async def close(self, timeout_s: float = 10.0) -> None:
-        """Let the core finish what is running, at most ``timeout_s``, then end it."""
+        """Let the core finish what is running within ``timeout_s``, then end it."""
         self._closing = True
         if self._transport is not None and not self._transport.is_closing():
-            self._send(protocol.Stop())
+            self._send(messages.Stop())
             try:
                 await asyncio.wait_for(self.lost_event.wait(), timeout_s)
             except TimeoutError:
@@ -303,34 +291,27 @@ class CoreClient:
         self.core.end(1.0)  # its socket is closed: this takes milliseconds
         self._lose("the engine was shut down")
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def dispatch(self, message: protocol.FromCore, now: float) -> None:
-        """Hand a message of the core to whoever waits for it."""
+    def dispatch(self, message: messages.FromCore, now: float) -> None:
+        """Hand a message of the core to its waiter."""
         match message:
-            case protocol.Tokens():
-                if (generation := self._open.get(message.id)) is not None:
-                    generation.arrived(message.ids, now)
-            case protocol.Finished():
-                if (generation := self._open.pop(message.id, None)) is not None:
-                    generation.ended(message)
-            case protocol.Ready():
+            case messages.Tokens():
+                if (handle := self._open.get(message.id)) is not None:
+                    handle.arrived(message.ids, now)
+            case messages.Finished():
+                if (handle := self._open.pop(message.id, None)) is not None:
+                    handle.ended(message)
+                    handle.left()
+            case messages.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message.described)
-            case protocol.Failed():
+            case messages.Failed():
                 self._failed = message.message
             case _:
                 if (answer := self._answers.pop(message.id, None)) is not None and not answer.done():
                     answer.set_result(message)
 
     def lost(self) -> None:
-        """The socket closed: nothing will come any more."""
+        """The socket has closed: fail every open request and question."""
         if self._failed is not None:
             self._lose(self._failed)
         elif self._closing:
@@ -344,9 +325,10 @@ class CoreClient:
         self.loss = reason
         if not self._ready.done():
             self._ready.set_exception(StartError(reason))
-        for generation in list(self._open.values()):
-            generation.fail(CoreUnavailableError(reason))
-        self._open.clear()
+        lost, self._open = list(self._open.values()), {}
+        for handle in lost:
+            handle.fail(CoreUnavailableError(reason))
+            handle.left()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(CoreUnavailableError(reason))
@@ -357,9 +339,9 @@ class CoreClient:
         if self.loss is not None:
             raise CoreUnavailableError(self.loss)
 
-    def _abort(self, generation: Generation) -> None:
+    def _abort(self, handle: RequestHandle) -> None:
         if self.loss is None:
-            self._send(protocol.Abort(generation.id))
+            self._send(messages.Abort(handle.id))
 
     def _send(self, message: msgspec.Struct) -> None:
         self._write(frame(message))
@@ -375,14 +357,14 @@ class CoreClient:
         self._answers[question.id] = answer
         self._write(sent)
         reply = await answer
-        if isinstance(reply, protocol.Refused):
+        if isinstance(reply, messages.Refused):
             raise ChangeRefusedError(reply.code, reply.message)  # type: ignore[arg-type]  # checked by the core
         assert isinstance(reply, kind)
         return reply
 
 
 def _require_encodable(name: str, value: Any) -> None:
-    """Refuse what the core's protocol cannot carry, such as an integer of more than 64 bits."""
+    """Refuse a value that msgpack cannot encode, such as an integer of more than 64 bits."""
     try:
         msgspec.msgpack.encode(value)
     except (OverflowError, TypeError) as error:

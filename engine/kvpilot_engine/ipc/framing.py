@@ -15,13 +15,13 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def frame(message: msgspec.Struct) -> bytes:
-    """The bytes of one message."""
+    """A message as length and body."""
     body = _ENCODER.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 class FrameReader(Generic[T]):
-    """Turns a byte stream into messages of one union type."""
+    """Decodes a byte stream into messages of one union type."""
 
     def __init__(self, kind: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
@@ -31,7 +31,7 @@ class FrameReader(Generic[T]):
         """Messages completed by ``data``, in order; consume all of them before feeding more.
 
         Raises:
-            msgspec.DecodeError: when the peer speaks another protocol.
+            msgspec.DecodeError: the peer uses another protocol.
         """
         self._buffer += data
         start, end = 0, len(self._buffer)

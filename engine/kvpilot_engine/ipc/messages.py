@@ -6,9 +6,32 @@ core's answers repeat. Times are seconds; monotonic clocks of the two processes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+
+from kvpilot_engine.contract import KVCacheConfig
+
+
+class CoreStart(msgspec.Struct, frozen=True):
+    """Parameters of a core's start.
+
+    Attributes:
+        config: explicitly set fields of KVCacheConfig, camelCase.
+        generation, epoch: of that configuration.
+    """
+
+    model: str = "builtin/tiny-llama"
+    revision: str = ""
+    config: dict[str, Any] = {}
+    generation: int = 0
+    epoch: int = 0
+
+    @classmethod
+    def of(cls, config: KVCacheConfig, **rest: Any) -> CoreStart:
+        """The start of an engine with ``config``."""
+        return cls(config=config.model_dump(mode="json", by_alias=True, exclude_unset=True), **rest)
 
 
 class Generate(msgspec.Struct, tag=True, frozen=True):
@@ -19,9 +42,9 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
         max_new_tokens: upper bound of new tokens, at least 1; None for as many as fit behind the prompt.
         temperature: 0 is greedy.
         priority: higher is more urgent.
-        salt: root of the hash chain, from the authenticated tenant.
+        salt: root of the hash chain; separates tenants.
         exact_only: use cached pages of exact fidelity only.
-        timeout_s: the core ends the request with ``timeout`` after this long.
+        timeout_s: the core ends the request with ``timeout`` after this time, s.
         stop_ids: token ids that end the sequence (not part of the answer).
     """
 
@@ -40,7 +63,7 @@ class Generate(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """The client left: free what the request holds. Answered by ``Finished(reason="cancelled")``."""
+    """Free what a request holds: its client left. Answered by ``Finished(reason="cancelled")``."""
 
     id: str
 
@@ -84,10 +107,10 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
     """The end of a request, after its last ``Tokens``.
 
     Attributes:
-        reason: stop | length | cancelled | timeout | invalid | error.
-        message: for the last three, one clear line.
+        reason: stop | length | cancelled | timeout | invalid | too_large | error.
+        message: one line, for timeout, invalid, too_large and error.
         cached_tokens: prompt tokens served from the cache.
-        stages: seconds by ``contract.metrics.Stage`` value; they add up to the time in the core.
+        stages: seconds by ``contract.metrics.Stage``; they add up to the time in the core.
         first_token_s: from arrival in the core to the first new token; None without one.
     """
 
@@ -102,7 +125,7 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):
-    """A change has landed; fields as in ``contract.admin.ApplyReport``."""
+    """A change is in force; fields as in ``contract.admin.ApplyReport``."""
 
     id: str
     generation: int
@@ -137,29 +160,30 @@ class Described(msgspec.Struct, tag=True, frozen=True):
 
 
 class Sampled(msgspec.Struct, tag=True, frozen=True):
-    """A snapshot. Keys are metric names of ``contract.metrics``; a labelled one is ``name{label=value}``.
+    """A snapshot of the core.
 
     Attributes:
+        counters, gauges: metric name of ``contract.metrics`` -> label value ("" without a label) -> value.
         host_bytes: anonymous and shared memory of the core process less free cache slabs.
         device_bytes: device memory outside the cache plus budgeted cache bytes; 0 on a CPU.
     """
 
     id: str
-    counters: dict[str, float]
-    gauges: dict[str, float]
+    counters: Mapping[str, Mapping[str, float]]
+    gauges: Mapping[str, Mapping[str, float]]
     host_bytes: int
     device_bytes: int
     device_limit_bytes: int
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """First message of the core: the model is loaded and the self-checks passed."""
+    """The model is loaded and the self-checks passed: the first message of a core."""
 
     described: Described
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
-    """The core cannot start, or met a fault it cannot go on from; it ends after this message."""
+    """The core cannot start or continue; it ends after this message."""
 
     message: str
 

@@ -1,4 +1,4 @@
-"""How close the bytes of a cached page are to what the model computed for it."""
+"""How exactly a cached page represents what the model computed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import IntEnum
 
 
 class Fidelity(IntEnum):
-    """Exact, or the worst codec in the ancestry of a page. Higher is worse, so ``max`` combines.
+    """Exact, or the worst codec in the ancestry of a page. Higher is worse, so ``max`` combines two.
 
-    A 16-bit or 32-bit page that was stored raw is exact. What is computed behind a lossy prefix inherits it.
+    A page that was stored raw is exact. A page computed behind a lossy prefix inherits the prefix's fidelity.
     """
 
     EXACT = 0

@@ -1,15 +1,13 @@
-"""One sequence's hold on the cache."""
+"""The pages that one sequence holds."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.kvcache.fidelity import Fidelity
-
-if TYPE_CHECKING:
-    from kvpilot_engine.kvcache.jobs import LoadJob
+from kvpilot_engine.kvcache.pages.prefix_index import PrefixHashes
 
 
 @dataclass(eq=False, slots=True)
@@ -17,37 +15,37 @@ class Lease:
     """Pages of one sequence, from ``KVCache.lease`` until ``KVCache.release``.
 
     Attributes:
-        root: start of its hash chain.
-        exact_only: takes exact pages only.
+        hashes: of the sequence's whole pages.
+        exact_only: uses exact pages only.
         usable: pages of the prompt that a hit may serve; at least one token is always computed.
         tokens: length of the prompt.
-        counted: the lookup was counted: when it computes first, as hits can grow until then; or, when a
-            preempted sequence resumes, by an earlier lease.
-        pages: page table; ``pages[i]`` covers tokens ``[16 i, 16 i + 16)``. Read it anew after a ``relook``
-            or a ``poll``: either may replace pages that nothing was written to yet.
-        hits: pages at the front that came from the cache. host_hits: those that a slower tier had.
+        counted: the lookup is in the counters. It is counted when the sequence starts to compute, because
+            hits can grow until then; a preempted sequence was counted under its first lease.
+        pages: ``pages[i]`` holds tokens [16 i, 16 i + 16). Read it again after ``refresh`` or ``poll``: both
+            may replace pages that nothing was written to yet.
+        hits: pages at the front that came from the cache.
+        hits_by_tier: how many of ``hits`` a tier served, by its name; the device pool served the others.
         fidelity: exact, or the worst codec behind ``cached_tokens``; later pages inherit it.
-        hashes: of its whole pages, as far as they are known.
         committed: pages at the front whose content is final.
-        computing: the sequence has begun to write behind its hits, which can grow no more.
-        waiting: loads that it waits for. tried: blocks it has waited for, each once.
+        computing: the sequence writes behind its hits, which can no longer grow.
+        pending_pages: pages that loads have reserved and the lease will hold when they land.
+        requested_blocks: blocks whose load it has waited for; each is requested once.
     """
 
-    root: bytes
+    hashes: PrefixHashes
     exact_only: bool
     usable: int
     tokens: int
     counted: bool
     pages: list[int] = field(default_factory=list)
     hits: int = 0
-    host_hits: int = 0
+    hits_by_tier: Counter[str] = field(default_factory=Counter)
     fidelity: Fidelity = Fidelity.EXACT
-    hashes: list[bytes] = field(default_factory=list)
     committed: int = 0
     computing: bool = False
     released: bool = False
-    waiting: list[LoadJob] = field(default_factory=list)
-    tried: set[bytes] = field(default_factory=set)
+    pending_pages: int = 0
+    requested_blocks: set[bytes] = field(default_factory=set)
 
     @property
     def cached_tokens(self) -> int:
@@ -55,11 +53,6 @@ class Lease:
         return self.hits * PAGE_TOKENS
 
     @property
-    def coming(self) -> int:
-        """Pages that its loads have taken already and that it will hold when they land."""
-        return sum(len(load.places) for load in self.waiting)
-
-    @property
     def loading(self) -> bool:
-        """Blocks of a slower tier are on their way; ``cached_tokens`` may grow until this turns False."""
-        return bool(self.waiting)
+        """True while blocks of a tier are being loaded; ``cached_tokens`` may grow until it turns False."""
+        return self.pending_pages > 0

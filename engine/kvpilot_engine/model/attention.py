@@ -1,8 +1,8 @@
 """Attention over the paged pool, for any decoder of transformers through its ``AttentionInterface``.
 
-All sequences of a step are packed in one row of tokens. A step has *decode groups* (one new token per
+All sequences of a step are packed into one row of tokens. A step has *decode groups* (one new token per
 sequence, batched over gathered pages that are padded to the longest of the group) and *chunks* (several new
-tokens of one sequence), or, when bit-equality is asked for, *tiles* (see ``determinism``).
+tokens of one sequence), or, in deterministic mode, *tiles* (see ``determinism``).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from kvpilot_engine.contract import PAGE_TOKENS
 IMPLEMENTATION: Final = "kvpilot_paged"
 
 _UNDERSTOOD: Final = frozenset({"dropout", "position_ids", "use_cache", "is_causal"})
-"""Arguments transformers passes along that change nothing here (no dropout in evaluation mode)."""
+"""Arguments of transformers that have no effect here (there is no dropout in evaluation mode)."""
 
 
 class UnsupportedAttentionError(ValueError):
-    """The model passes an attention argument that would be ignored; it is named."""
+    """The model passes an attention argument that would be ignored; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DecodeGroup:
     """Sequences with one new token each, of similar length.
 
     Attributes:
-        rows: places of their tokens in the packed row, [B].
+        rows: positions of their tokens in the packed row, [B].
         pages: their page tables, padded with any valid page, flattened [B * P].
         mask: 0 where a slot holds a token of the sequence, -inf elsewhere, [B, 1, 1, 16 P].
     """
@@ -65,7 +65,7 @@ class Tile:
 
     Attributes:
         begin, end: its tokens in the packed row.
-        offset: place of the first one in the span, 0 to 15.
+        offset: position of the first token in the span, 0 to 15.
         pages: page table up to and with the span, [P].
         mask: [16, 16 P], causal within the last 16 columns.
     """
@@ -79,11 +79,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class PagedContext:
-    """What attention needs to know about one step.
+    """Input of attention for one step, beside query, key and value.
 
     Attributes:
         k, v: the pool, [layers, slots, kv_heads, head_dim].
-        slots: where each packed token's key and value go, [T].
+        slots: slot of the pool for each packed token, [T].
     """
 
     k: torch.Tensor
@@ -110,19 +110,21 @@ def paged_attention(  # noqa: PLR0917  (transformers' signature)
         module: the attention layer; its ``layer_idx`` names the layer of the pool.
         query: [1, H, T, D] after RoPE.
         key, value: [1, Hkv, T, D].
-        attention_mask: None; transformers makes none for a name without a mask function.
+        attention_mask: must be None; transformers makes no mask without a mask function.
         scaling: of the scores.
         ctx: the step.
-        others: refused unless known to change nothing, or None.
+        others: refused, unless None or known to have no effect.
 
     Returns:
-        [1, T, H, D], and no weights.
+        [1, T, H, D], and None for the weights.
 
     Raises:
-        UnsupportedAttentionError: for a mask or an argument that is not understood, by name.
+        UnsupportedAttentionError: a mask or an unknown argument was passed.
     """
     if attention_mask is not None:
-        raise UnsupportedAttentionError("attention_mask: the paged pool masks by itself")
+        raise UnsupportedAttentionError(
+            "attention_mask: is not supported; paged attention makes its own masks"
+        )
     for name, argument in others.items():
         if argument is not None and name not in _UNDERSTOOD:
             raise UnsupportedAttentionError(f"attention argument {name}={argument!r:.40} is not supported")
@@ -150,7 +152,7 @@ def gather(layer: torch.Tensor, pages: torch.Tensor, batch: int) -> torch.Tensor
 def _decode(
     query: torch.Tensor, layer_k: torch.Tensor, layer_v: torch.Tensor, group: DecodeGroup, scaling: float
 ) -> torch.Tensor:
-    """[B, H, D]. The query heads that share a key head stand as query positions: no key is repeated."""
+    """[B, H, D]. Query heads that share a key head are query positions, so that no key is repeated."""
     batch = group.rows.shape[0]
     kv_heads, width = layer_k.shape[1:]
     heads = query.shape[1]
@@ -180,7 +182,7 @@ def _chunk(
 def _tile(
     query: torch.Tensor, layer_k: torch.Tensor, layer_v: torch.Tensor, tile: Tile, scaling: float
 ) -> torch.Tensor:
-    """[n, H, D]: always 16 queries against whole pages, so that every call has the same shape."""
+    """[n, H, D]. Always 16 queries against whole pages, so that every call has the same shape."""
     size = tile.end - tile.begin
     q = query.new_zeros(1, query.shape[1], PAGE_TOKENS, query.shape[3])
     q[:, :, tile.offset : tile.offset + size] = query[:, :, tile.begin : tile.end]

@@ -1,9 +1,9 @@
-"""Bit-equal logits on a CPU: whatever was cached, however the prompt was cut, whoever shared the step.
+"""Bit-equal logits on a CPU, for any cache hits, any chunking of the prompt and any batch.
 
-Floating-point sums depend on their order, and kernels choose an order by the shape of their input. So every
-matrix product gets one shape: linears run on 16 rows at a time (padded with zeros), attention on the 16
-queries of an absolute span of positions against whole pages up to the span's end. Everything else in a
-decoder works on each row by itself.
+Floating-point sums depend on their order, and kernels choose an order by the shape of their input. Therefore
+every matrix product has one shape: linear layers run on 16 rows at a time (padded with zeros), attention on
+the 16 queries of an absolute span of positions against whole pages up to the end of the span. All other
+operations of a decoder compute each row independently.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from kvpilot_engine.contract import PAGE_TOKENS
-from kvpilot_engine.model_runner import ModelRunner, Work
+from kvpilot_engine.model.runner import ModelRunner, Work
 
 TILE_ROWS: Final = 16
 
 
 class NotDeterministicError(RuntimeError):
-    """The self-check found logits that differ in bits; deterministic cannot be had on this machine."""
+    """The self-check found logits that differ; this machine cannot provide ``deterministic``."""
 
 
 class TiledLinear(nn.Module):
@@ -48,7 +48,7 @@ class TiledLinear(nn.Module):
 
 
 def make_deterministic(module: nn.Module) -> None:
-    """Replace every linear layer of ``module`` by its tiled form, sharing the weights."""
+    """Replace every linear layer of ``module`` by its tiled form, which shares the weights."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -58,10 +58,10 @@ def make_deterministic(module: nn.Module) -> None:
 def self_check(runner: ModelRunner) -> None:
     """Compare the logits of one prompt and three decodes over several ways of computing them.
 
-    Ways: in one piece; in uneven chunks; behind a cached prefix; beside other sequences.
+    Ways: in one chunk; in uneven chunks; behind a cached prefix; in a batch with other sequences.
 
     Raises:
-        NotDeterministicError: naming the way that differs.
+        NotDeterministicError: names the way that differs.
     """
     length, steps = 5 * PAGE_TOKENS + 7, 3
     generator = torch.Generator().manual_seed(length)
@@ -79,13 +79,13 @@ def self_check(runner: ModelRunner) -> None:
         if not torch.equal(logits, expected):
             worst = float((logits - expected).nan_to_num().abs().max())
             raise NotDeterministicError(
-                f"deterministic: this CPU computes other bits {way} (|dlogit| up to {worst:.1e}); "
+                f"deterministic: logits differ {way} on this CPU (|dlogit| up to {worst:.1e}); "
                 "set deterministic to false"
             )
 
 
 class _Trial:
-    """One way to compute the same logits, on a small pool of its own."""
+    """One way to compute the logits, on its own small pool."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class _Trial:
         """Prefill between the cuts, then decode; [1 + decodes, vocabulary].
 
         Args:
-            cuts: borders of the chunks, the first being the cached length.
-            beside: new tokens of a companion in each step, each on pages of its own.
+            cuts: borders of the chunks; the first is the cached length.
+            beside: new tokens of each other sequence in every step, on its own pages.
         """
         pages = list(range(8))
         borders = [*pairwise(cuts), *((at, at + 1) for at in range(self._prompt, len(self._tokens)))]

@@ -1,7 +1,7 @@
-"""Models: two built in, or a local directory of an allowed class.
+"""Loading of models: two built-in ones, or a local directory of an allowed class.
 
-Only full-attention GQA decoders whose attention arguments are all understood are let in. Anything else is
-refused at load, by name: an attention argument that is ignored gives answers that are silently wrong.
+Only full-attention GQA decoders with known attention arguments are accepted. Any other model is refused at
+load, and the message names the cause: an ignored attention argument would silently give wrong answers.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ import transformers
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from kvpilot_engine.attention import IMPLEMENTATION
 from kvpilot_engine.contract import KVCacheConfig
-from kvpilot_engine.tokenizer import BOS_ID, BUILTIN_PREFIX, BYTE_VOCAB_SIZE, EOS_ID, GENERATED_IDS, PAD_ID
+from kvpilot_engine.model.attention import IMPLEMENTATION
+from kvpilot_engine.model.vocabulary import (
+    BOS_ID,
+    BUILTIN_PREFIX,
+    BYTE_VOCAB_SIZE,
+    EOS_ID,
+    GENERATED_IDS,
+    PAD_ID,
+)
 
 ALLOWED_CLASSES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Each has a parity test against transformers' own attention."""
+"""Model classes that are accepted; each has a parity test against the attention of transformers."""
 
 ALLOWED_ROPE: Final = ("default", "linear", "llama3", "yarn")
-"""RoPE types whose angles depend on the position alone, so that a cached page fits every prompt."""
+"""RoPE types whose angles depend only on the position, so that a cached page is valid in every prompt."""
 
 BUILTIN_CONTEXT: Final = 32_768
 _BUILTIN_SEED: Final = 20_240_607
@@ -35,7 +42,7 @@ _LAYOUT_VERSION: Final = "1"
 
 
 class ModelError(ValueError):
-    """The model cannot be served; one clear line."""
+    """The model cannot be served; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,10 @@ class LoadedModel:
     Attributes:
         module: the transformers model, in evaluation mode on ``device``.
         layers, heads, kv_heads, head_dim: shape of its attention.
-        context_length: largest prompt + answer, tokens.
-        allowed_ids: ids it may generate (built-in models mask the rest); None for all.
+        context_length: maximum of prompt and answer together, tokens.
+        allowed_ids: ids that it may generate, the others are masked; None for all.
         eos_ids: ids that end an answer.
-        root: of the prefix hash chain: weights and revision, RoPE, KV dtype, layout.
+        root: start of the prefix hash chain: digest of weights, revision, RoPE, KV dtype and layout.
     """
 
     name: str
@@ -69,13 +76,13 @@ def load_model(name: str, config: KVCacheConfig, revision: str = "") -> LoadedMo
     """Load ``builtin/tiny-llama``, ``builtin/tiny-qwen3`` or a local directory.
 
     Args:
-        name: of the model.
-        config: its ``device``, ``dtype``, ``num_heads`` and ``head_dim`` are used.
-        revision: of the weights, as the owner names it; part of the root of the hash chain.
+        name: name or path of the model.
+        config: provides ``device``, ``dtype``, ``num_heads`` and ``head_dim``.
+        revision: the owner's name of the weights; part of the root of the hash chain.
 
     Raises:
-        ModelError: for an unknown name, a class or setting that is not supported, a shape that differs from
-            an explicit ``num_heads`` or ``head_dim``, or CUDA asked for and absent.
+        ModelError: the name is unknown, a class or setting is not supported, the shape differs from an
+            explicit ``num_heads`` or ``head_dim``, or the requested CUDA device is absent.
     """
     device = resolve_device(config.device)
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -112,10 +119,10 @@ def load_model(name: str, config: KVCacheConfig, revision: str = "") -> LoadedMo
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """``auto`` is CUDA when there is one.
+    """Device of a configuration; ``auto`` is CUDA if a device is present.
 
     Raises:
-        ModelError: for ``cuda`` without a device.
+        ModelError: ``cuda`` was requested and no device is present.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError("device: cuda was asked for, and this machine has no usable CUDA device")
@@ -149,7 +156,7 @@ def _builtin(name: str, dtype: torch.dtype) -> tuple[Any, bytes, tuple[int, ...]
 
 
 def _fill(module: Any) -> None:
-    """Fixed-seed weights that keep the variance of activations, so that every token's context matters."""
+    """Set fixed-seed weights that keep the variance of activations, so that all context matters."""
     generator = torch.Generator().manual_seed(_BUILTIN_SEED)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -176,7 +183,7 @@ def _from_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, bytes]:
 
 
 def _check_readable(file: Path) -> None:
-    """Refuse a file whose header does not fit its length, such as a download that was cut off."""
+    """Refuse a file whose header does not match its length, such as an interrupted download."""
     try:
         with safe_open(file, "pt"):
             pass
@@ -185,13 +192,13 @@ def _check_readable(file: Path) -> None:
 
 
 def check_supported(settings: dict[str, Any]) -> None:
-    """Refuse what paged full attention would get wrong.
+    """Refuse a model for which paged full attention would give wrong answers.
 
     Args:
         settings: content of the model's ``config.json``.
 
     Raises:
-        ModelError: naming the class or the setting.
+        ModelError: names the class or the setting.
     """
     classes = settings.get("architectures") or ["none"]
     if classes[0] not in ALLOWED_CLASSES:

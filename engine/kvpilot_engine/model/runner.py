@@ -1,4 +1,4 @@
-"""Runs one step of the model: packs the sequences' new tokens, attends over the pool, returns logits."""
+"""Runs one step of the model: packs new tokens, attends over the pool, returns logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvpilot_engine.attention import Chunk, DecodeGroup, PagedContext, Tile
 from kvpilot_engine.contract import PAGE_TOKENS
-from kvpilot_engine.models import LoadedModel
+from kvpilot_engine.model.attention import Chunk, DecodeGroup, PagedContext, Tile
+from kvpilot_engine.model.loading import LoadedModel
 
 _SPLIT_TOKENS = 1024
-"""Padding, in tokens over the rows of a decode group, that is worth a further gather and call."""
+"""Padding of a decode group, tokens over all rows, above which a further group costs less."""
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MEASURED_TOKENS = 256
@@ -31,8 +31,8 @@ class Work:
     Attributes:
         tokens: the new ids, at least one.
         start: position of the first one.
-        pages: page table of the sequence; covers all positions up to the last new one.
-        sample: whether the logits after the last new token are wanted.
+        pages: pages of the sequence, up to the last new position at least.
+        sample: return the logits after the last new token.
     """
 
     tokens: Sequence[int]
@@ -43,14 +43,14 @@ class Work:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEPT_BYTES = 64 << 20
-_MMAP_BYTES = 32 << 20  # the most that glibc takes
+_MMAP_BYTES = 32 << 20  # the maximum of glibc
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed activations, up to 64 MiB, instead of giving them back after each use.
+    """Let the C library keep up to 64 MiB of freed activations instead of returning them after each use.
 
-    By default every buffer of some MiB is mapped afresh and its pages fault one by one: a decode step with
-    32 rows of 512 tokens takes 23 ms instead of 11 (measured). Without glibc nothing happens.
+    By default each buffer of some MiB is mapped anew and its pages fault one by one: a decode step with 32
+    rows of 512 tokens takes 23 ms instead of 11 (measured on a 2-core CPU). Has no effect without glibc.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL("libc.so.6")
@@ -59,12 +59,12 @@ def keep_freed_memory() -> None:
 
 
 class ModelRunner:
-    """A model on paged attention. Stateless between steps: the pool is given to each call."""
+    """A model on paged attention. It keeps no state between steps: each call gets the pool."""
 
     def __init__(self, model: LoadedModel, deterministic: bool = False) -> None:
         """Args:
         model: the model.
-        deterministic: attend in fixed tiles (``determinism.make_deterministic`` does the linears).
+        deterministic: attend in fixed tiles; ``determinism.make_deterministic`` converts the linears.
         """
         self.model = model
         self._deterministic = deterministic
@@ -84,14 +84,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work], k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One step.
+        """Run one step.
 
         Args:
             works: one per sequence, in any order.
             k, v: the pool, [layers, slots, kv_heads, head_dim]; the new keys and values are written.
 
         Returns:
-            float32 logits of the works that sample, in order, [n, vocabulary]; banned ids are -inf.
+            float32 logits of the works with ``sample``, in order, [n, vocabulary]; banned ids are -inf.
         """
         ids: list[int] = []
         for work in works:
@@ -167,7 +167,7 @@ class ModelRunner:
 
 
 def _slots(work: Work) -> Any:
-    """Slot of each new token: 16 times its page, plus its place in the page."""
+    """Slot of each new token: 16 times its page, plus its offset in the page."""
     if len(work.tokens) == 1:
         page, place = divmod(work.start, PAGE_TOKENS)
         return np.array([work.pages[page] * PAGE_TOKENS + place])
@@ -176,7 +176,7 @@ def _slots(work: Work) -> Any:
 
 
 def _by_length(rows: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
-    """Rows in groups of similar length: a group is cut where the padding saved pays for another call."""
+    """Groups of rows of similar length; a new group starts where it saves more padding than a call costs."""
     ordered = sorted(rows, key=lambda row: row[1].start, reverse=True)
     groups: list[list[tuple[int, Work]]] = []
     for place, row in enumerate(ordered):
@@ -189,10 +189,10 @@ def _by_length(rows: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
 
 
 def measure_decode(runner: ModelRunner, budget_s: float = 0.4) -> dict[int, float]:
-    """Seconds of a decode step for 1, 2, 4 ... 32 rows with 256 tokens each, on pages of its own.
+    """Measure a decode step of 1, 2, 4 ... 32 rows with 256 tokens each, s by rows, on a pool of its own.
 
-    The least of a few runs: what else the machine does makes a step longer, never shorter. On a CPU with one
-    torch thread it is that thread's own time, since many engines may be starting on the machine at once.
+    Takes the minimum of a few runs, because other load only makes a step longer. On a CPU with one torch
+    thread it measures the time of that thread, because many engines may start on the machine at once.
     """
     alone = runner.model.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if alone else time.perf_counter

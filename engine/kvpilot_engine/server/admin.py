@@ -12,19 +12,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kvpilot_engine.contract import ConfigPatch
+from kvpilot_engine.frontend.session import Session
 from kvpilot_engine.server.errors import ApiError, install, validation_error
-from kvpilot_engine.server.front import Front
 from kvpilot_engine.server.openai import read_body
 
 PATH = "/admin/config"
 
 
-def build_admin(front: Front, token: Callable[[], str | None]) -> FastAPI:
+def build_admin(session: Session, token: Callable[[], str | None]) -> FastAPI:
     """The application of the admin port.
 
     Args:
-        front: the state shared with the main port.
-        token: the bearer token of now (a mounted file may be renewed); None refuses every request.
+        session: shared with the main port.
+        token: returns the current bearer token (a mounted file may be renewed); None refuses every request.
     """
     app = FastAPI(title="kvpilot engine admin", docs_url=None, redoc_url=None, openapi_url=None)
     install(app)
@@ -53,7 +53,7 @@ def build_admin(front: Front, token: Callable[[], str | None]) -> FastAPI:
     async def read(request: Request) -> Response:
         """The live configuration."""
         authorise(request)
-        body = (await front.describe()).model_dump_json(by_alias=True)
+        body = (await session.describe()).model_dump_json(by_alias=True)
         return Response(body, media_type="application/json")
 
     @app.patch(PATH)
@@ -64,7 +64,7 @@ def build_admin(front: Front, token: Callable[[], str | None]) -> FastAPI:
             patch = ConfigPatch.model_validate_json(await read_body(request))
         except ValidationError as error:
             raise validation_error(error) from None
-        report = await front.apply(patch.epoch, patch.generation, patch.values)
+        report = await session.apply(patch.epoch, patch.generation, patch.values)
         return Response(report.model_dump_json(by_alias=True), media_type="application/json")
 
     return app

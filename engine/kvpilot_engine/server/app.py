@@ -8,37 +8,39 @@ import prometheus_client
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
-import kvpilot_engine
+from kvpilot_engine.contract import VERSION
+from kvpilot_engine.frontend.session import Session
 from kvpilot_engine.server import errors, openai
-from kvpilot_engine.server.front import Front
+from kvpilot_engine.server.metrics import MetricsPage
 
 
-def build_app(front: Front) -> FastAPI:
-    """OpenAI's endpoints, probes and metrics over one front."""
+def build_app(session: Session) -> FastAPI:
+    """OpenAI's endpoints, probes and metrics over one session."""
     app = FastAPI(
         title="kvpilot engine",
-        version=kvpilot_engine.__version__,
+        version=VERSION,
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
     )
     errors.install(app)
-    openai.install(app, front)
+    openai.install(app, session)
+    page = MetricsPage(session)
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
-        """Alive: false once the core is gone."""
-        return _probe(front.fatal)
+        """Liveness: fails once the core is gone."""
+        return _probe(session.fatal)
 
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
-        """Ready for traffic: the model is loaded, no termination was asked for."""
-        return _probe(front.not_ready())
+        """Readiness: the model is loaded and no termination was asked for."""
+        return _probe(session.not_ready)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(await front.metrics_text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(await page.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     return app
 

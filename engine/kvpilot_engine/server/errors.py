@@ -13,27 +13,31 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kvpilot_engine.completion import fault_lines
 from kvpilot_engine.contract.metrics import Outcome
 from kvpilot_engine.errors import (
     ChangeRefusedError,
     CoreUnavailableError,
+    EngineError,
     InvalidRequestError,
+    QueueFullError,
     RequestCancelledError,
     RequestTimeoutError,
 )
+from kvpilot_engine.frontend.completion import fault_lines
 
 CLIENT_CLOSED = 499
-"""The client left before the answer: seen by nobody but the access log."""
+"""Status in the access log when the client left before the answer (source: nginx)."""
 
 
-class ApiError(Exception):
-    """An answer that is not 2xx.
+class ApiError(EngineError):
+    """An answer that is not 2xx; a request that HTTP itself refuses counts as invalid.
 
     Attributes:
         kind: OpenAI's ``type``: invalid_request_error, overloaded_error, ...
         param: the field at fault, if there is one.
     """
+
+    outcome = Outcome.INVALID
 
     def __init__(
         self,
@@ -52,46 +56,32 @@ class ApiError(Exception):
         self.code = code
         self.headers = headers
 
-    @property
-    def outcome(self) -> Outcome:
-        """How this end is counted."""
-        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
-            return Outcome.SHED
-        if self.status == HTTPStatus.GATEWAY_TIMEOUT:
-            return Outcome.TIMEOUT
-        if self.status == CLIENT_CLOSED:
-            return Outcome.CANCELLED
-        return Outcome.ERROR if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
-
     def body(self) -> bytes:
-        """The JSON text."""
+        """The answer's JSON text, in the shape of OpenAI's errors."""
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     def response(self) -> Response:
-        """The whole answer."""
+        """Status, headers and body."""
         return Response(self.body(), self.status, self.headers, "application/json")
 
 
-def shed(waiting: int, max_queue: int, retry_after_s: int) -> ApiError:
-    """429: the queue is full."""
-    return ApiError(
-        HTTPStatus.TOO_MANY_REQUESTS,
-        f"overloaded: {waiting} requests wait and max_queue is {max_queue}; retry after {retry_after_s} s",
-        kind="overloaded_error",
-        code="overloaded",
-        headers={"Retry-After": str(retry_after_s)},
-    )
-
-
 def as_api_error(error: Exception) -> ApiError:
-    """The HTTP form of an exception of the engine; what is not one of ours is a 500."""
+    """The HTTP form of an exception; 500 for one that is not the engine's."""
     text = str(error)
     match error:
         case ApiError():
             found = error
         case InvalidRequestError():
             found = ApiError(HTTPStatus.BAD_REQUEST, text, param=error.field)
+        case QueueFullError():
+            found = ApiError(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                text,
+                kind="overloaded_error",
+                code="overloaded",
+                headers={"Retry-After": str(error.retry_after_s)},
+            )
         case RequestTimeoutError():
             found = ApiError(HTTPStatus.GATEWAY_TIMEOUT, text, kind="timeout_error", code="timeout")
         case CoreUnavailableError():
@@ -109,7 +99,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def validation_error(error: ValidationError) -> ApiError:
-    """400 for a body that does not fit its model: one clause for each field at fault."""
+    """400 for a body that does not fit its model, with one clause for each wrong field."""
     first = error.errors()[0]["loc"]
     return ApiError(
         HTTPStatus.BAD_REQUEST,
@@ -119,7 +109,7 @@ def validation_error(error: ValidationError) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Give every error of ``app``, the framework's own included, the one shape."""
+    """Give every error of ``app``, the framework's included, the same shape."""
 
     async def ours(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -139,15 +129,11 @@ def install(app: FastAPI) -> None:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         return ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(lines)).response()
 
-    handlers: dict[Any, Any] = {HTTPException: framework, RequestValidationError: invalid, Exception: ours}
-    for kind in (
-        ApiError,
-        InvalidRequestError,
-        RequestTimeoutError,
-        RequestCancelledError,
-        CoreUnavailableError,
-        ChangeRefusedError,
-    ):
-        handlers[kind] = ours
+    handlers: dict[Any, Any] = {
+        HTTPException: framework,
+        RequestValidationError: invalid,
+        EngineError: ours,
+        Exception: ours,
+    }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -1,4 +1,4 @@
-"""From the first socket to the exit status: start, drain on a signal, and end when the core is gone."""
+"""Life of a serving process: bind, start the core, drain on a signal, end when the core is gone."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-from kvpilot_engine.client import CoreClient
 from kvpilot_engine.contract import KVCacheConfig
-from kvpilot_engine.core import CoreStart
 from kvpilot_engine.errors import CoreUnavailableError, StartError
+from kvpilot_engine.frontend.session import Session
+from kvpilot_engine.frontend.tokenizer import load_tokenizer
+from kvpilot_engine.ipc.client import CoreClient
+from kvpilot_engine.ipc.messages import CoreStart
 from kvpilot_engine.server.admin import build_admin
 from kvpilot_engine.server.app import build_app
-from kvpilot_engine.server.front import Front
-from kvpilot_engine.tokenizer import load_tokenizer
 
 EXIT_OK, EXIT_CORE_LOST, EXIT_BAD_START = 0, 1, 2
 
-_LAST_WORDS_S = 1.0
-"""How long a process whose core died still answers: open requests get their error, probes see it."""
+_LOSS_GRACE_S = 1.0
+"""Time for which a process whose core died still answers: open requests get their error, probes fail."""
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeOptions:
     """How an engine is served.
 
     Attributes:
@@ -38,7 +38,7 @@ class Options:
         drain_seconds: from the signal to the exit at the latest.
         drain_lag_seconds: how long new connections are still taken after the signal, until the endpoints of
             a Service have changed.
-        admin_token: the bearer token of now; None refuses every admin request.
+        admin_token: returns the current bearer token; None refuses every admin request.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Options:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: two servers share one life here."""
+    """uvicorn without its own signal handling: two servers share one process here."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -87,24 +87,24 @@ def bind(what: str, host: str, port: int) -> socket.socket:
 class Service:
     """One engine being served."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        self._front = Front(options.model, options.config, load_tokenizer(options.model))
+        self._session = Session(options.model, options.config, load_tokenizer(options.model))
         self._signalled = asyncio.Event()
         self._forced = asyncio.Event()
 
     async def run(self) -> int:
-        """Serve until a signal or the core's end; the exit status.
+        """Serve until a signal or the end of the core; the exit status.
 
         Raises:
-            StartError: when a port or the model cannot be had.
+            StartError: a port is taken, or the core cannot start.
         """
         options = self._options
         listener = bind("--port", options.host, options.port)
         admin_listener = bind("--admin-port", options.admin_host, options.admin_port)
         servers = [
-            self._server(build_app(self._front), options.access_log),
-            self._server(build_admin(self._front, options.admin_token), access_log=False),
+            self._server(build_app(self._session), options.access_log),
+            self._server(build_admin(self._session, options.admin_token), access_log=False),
         ]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,15 +113,14 @@ class Service:
             asyncio.create_task(server.serve(sockets=[sock]))
             for server, sock in zip(servers, (listener, admin_listener), strict=True)
         ]
-        _say(f"listening on port {listener.getsockname()[1]}, admin port {admin_listener.getsockname()[1]}")
+        _log(f"listening on port {listener.getsockname()[1]}, admin port {admin_listener.getsockname()[1]}")
         try:
             return await self._live(servers)
         finally:
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving)
-            if self._front.client is not None:
-                await self._front.client.close(1.0)
+            await self._session.close(1.0)
 
     def _server(self, app: ASGIApp, access_log: bool) -> _Server:
         config = uvicorn.Config(
@@ -153,12 +152,12 @@ class Service:
             await asyncio.gather(starting, return_exceptions=True)
             return EXIT_OK
         client = starting.result()
-        self._front.attach(client)
-        _say(
+        self._session.attach(client)
+        _log(
             f"ready: {options.model} on {client.described.device}, context {client.described.context_length}"
         )
         gc.collect()
-        gc.freeze()  # what exists now stays: no collection has to look at it again
+        gc.freeze()  # long-lived objects: exclude them from every later collection
         lost = asyncio.create_task(client.lost_event.wait())
         await asyncio.wait({lost, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if not lost.done():
@@ -166,21 +165,20 @@ class Service:
         if not lost.done():
             lost.cancel()
             return EXIT_OK
-        return await self._last_words(client)
+        return await self._report_loss(client)
 
-    async def _last_words(self, client: CoreClient) -> int:
-        self._front.fatal = client.loss
-        _say(f"fatal: {client.loss}")
-        await asyncio.sleep(_LAST_WORDS_S)
+    async def _report_loss(self, client: CoreClient) -> int:
+        _log(f"fatal: {client.loss}")
+        await asyncio.sleep(_LOSS_GRACE_S)
         return EXIT_CORE_LOST
 
     async def _drain(self, servers: list[_Server], client: CoreClient, lost: asyncio.Task[bool]) -> None:
-        """Readiness false at once; serve what runs and what still comes; then close the door and finish."""
+        """Fail readiness, serve for the lag, then refuse new connections and finish what is open."""
         options = self._options
         loop = asyncio.get_running_loop()
         deadline = loop.time() + options.drain_seconds
-        self._front.draining = True
-        _say(f"draining: {client.open_requests} open requests, at most {options.drain_seconds:g} s")
+        self._session.draining = True
+        _log(f"draining: {client.open_requests} open requests, at most {options.drain_seconds:g} s")
         forced = asyncio.create_task(self._forced.wait())
         await asyncio.wait(
             {lost, forced}, timeout=options.drain_lag_seconds, return_when=asyncio.FIRST_COMPLETED
@@ -189,24 +187,24 @@ class Service:
             server.config.timeout_graceful_shutdown = max(1, round(deadline - loop.time()))
             server.should_exit = True
         while client.open_requests and not lost.done() and not forced.done():
-            if loop.time() > deadline - _LAST_WORDS_S:
+            if loop.time() > deadline - _LOSS_GRACE_S:
                 client.expire_all(CoreUnavailableError("the server is shutting down; retry elsewhere"))
                 break
             await asyncio.wait({lost, forced}, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
         if forced.done():
-            client.expire_all(CoreUnavailableError("the server was told twice to stop"))
+            client.expire_all(CoreUnavailableError("a second signal ended the server at once"))
         forced.cancel()
 
     def _on_signal(self) -> None:
-        """The first signal drains, the second ends at once."""
+        """Drain at the first signal, end at once at the second."""
         (self._forced if self._signalled.is_set() else self._signalled).set()
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(f"kvpilot-engine: {line}", file=sys.stderr, flush=True)
 
 
-def serve(options: Options) -> int:
+def serve(options: ServeOptions) -> int:
     """Serve an engine; the exit status of the process."""
 
     async def run() -> int:
@@ -215,5 +213,5 @@ def serve(options: Options) -> int:
     try:
         return asyncio.run(run())
     except (StartError, ValueError) as error:
-        _say(f"error: {error}")
+        _log(f"error: {error}")
         return EXIT_BAD_START

@@ -1,187 +1,94 @@
-"""The engine's metrics: what the front counts itself, and the core's counters as they were a moment ago."""
+"""The metrics page: the front's account, and the last sample of the core, under the names of the contract."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import asyncio
+import math
+import time
+from collections.abc import Iterator
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvpilot_engine.contract import CONTRACT_VERSION, VERSION
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.contract.metrics import Outcome, Stage
+from kvpilot_engine.contract.metrics import METRICS, Samples
+from kvpilot_engine.frontend.account import Account
+from kvpilot_engine.frontend.session import Session
+from kvpilot_engine.ipc.messages import Described, Sampled
 from kvpilot_engine.memory import Memory
-from kvpilot_engine.protocol import Described, Finished, Sampled
 
 SAMPLE_AGE_S = 0.5
-"""A scrape may see counters of the core that are this old."""
-
-_KEY = re.compile(r'^(\w+)(?:\{(\w+)="?([^}"]*)"?\})?$')
-_TIERS = ("pool", "host")
+"""Greatest age of the core's counters on the page: the core is asked at most twice a second."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """One metric of the core: its help, its label, and the label's values that exist from the start."""
+class MetricsPage(Collector):
+    """Everything measured of one engine, in Prometheus' text format."""
 
-    name: str
-    text: str
-    label: str | None = None
-    values: tuple[str, ...] = ()
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._latest: tuple[Sampled, Memory] | None = None
+        self._sampled_at = -math.inf
+        self._sampling: asyncio.Task[None] | None = None
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
 
+    async def text(self) -> bytes:
+        """The page; until the core is ready it holds the front's account only.
 
-COUNTERS = (
-    Family(names.OUTPUT_TOKENS_TOTAL, "New tokens."),
-    Family(names.QUERY_TOKENS_TOTAL, "Prompt tokens looked up in the cache."),
-    Family(names.HIT_TOKENS_TOTAL, "Prompt tokens served from the cache.", "tier", _TIERS),
-    Family(names.CEILING_TOKENS_TOTAL, "Prompt tokens that an infinite cache would have served."),
-    Family(names.EVICTED_PAGES_TOTAL, "Pages evicted from the hot pool."),
-    Family(names.PREEMPTIONS_TOTAL, "Sequences that lost their pages while running."),
-    Family(names.BLOCKS_LOST_TOTAL, "Blocks dropped from the slower tiers or by a change.", "reason"),
-    Family(names.PREFETCH_BLOCKS_TOTAL, "Blocks fetched ahead.", "result", ("used", "wasted")),
-    Family(names.CODEC_SECONDS_TOTAL, "Time in codecs.", "op", ("encode", "decode")),
-    Family(names.TIER_LOAD_BLOCKS_TOTAL, "Blocks loaded from a slower tier."),
-    Family(names.STEPS_TOTAL, "Steps of the engine."),
-    Family(names.STEP_BUSY_SECONDS_TOTAL, "Wall time in steps."),
-    Family(names.STEP_ROWS_TOTAL, "Sequences in a step, summed over steps."),
-)
-GAUGES = (
-    Family(names.CACHED_PAGES, "Pages held now.", "tier", _TIERS),
-    Family(names.CACHE_BYTES, "Bytes held now.", "tier", _TIERS),
-    Family(names.CACHE_BUDGET_BYTES, "Bytes that may be held.", "tier", _TIERS),
-    Family(names.STEP_CURVE_SECONDS, "Measured time of a decode step by rows.", "rows"),
-    Family(names.STEP_MARGINAL_GAIN, "Relative gain of tokens/s from one more sequence."),
-    Family(names.REQUESTS_WAITING, "Requests without a worker slot, or without pages for their prompt."),
-    Family(names.REQUESTS_RUNNING, "Requests with a worker slot and pages."),
-    Family(names.CONFIG_GENERATION, "Generation of the configuration in force."),
-    Family(names.CONFIG_CONVERGING, "1 while a lowered quota is not reached."),
-)
+        Raises:
+            CoreUnavailableError: the core is gone.
+        """
+        if self._session.client is not None and time.monotonic() - self._sampled_at > SAMPLE_AGE_S:
+            if self._sampling is None or self._sampling.done():
+                self._sampling = asyncio.ensure_future(self._sample())
+            await asyncio.shield(self._sampling)
+        return prometheus_client.generate_latest(self._registry)
 
+    async def _sample(self) -> None:
+        self._latest = await self._session.sample()
+        self._sampled_at = time.monotonic()
 
-def split_key(key: str) -> tuple[str, str | None, str]:
-    """``name{label=value}`` in its three parts; label None for a bare name."""
-    match = _KEY.match(key)
-    if match is None:
-        raise ValueError(f"sample key: must be name or name{{label=value}}, got {key!r}")
-    return match[1], match[2], match[3] or ""
+    def collect(self) -> Iterator[Metric]:
+        """All families; label values that are known in advance are there from the start."""
+        account = self._session.account
+        yield from families(account.counters())
+        yield from _histograms(account)
+        if self._session.client is not None:
+            yield _info(self._session.client.described)
+        if self._latest is not None:
+            sampled, memory = self._latest
+            for samples in (sampled.counters, sampled.gauges, memory.gauges()):
+                yield from families(samples)
 
 
-class CoreCollector(Collector):
-    """Presents the last sample of the core to prometheus_client."""
-
-    def __init__(self, latest: Callable[[], tuple[Sampled, Memory] | None]) -> None:
-        self._latest = latest
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """All families of the core, each label value from the start."""
-        latest = self._latest()
-        if latest is None:
-            return
-        sampled, memory = latest
-        for family, values in _grouped(COUNTERS, sampled.counters):
-            counter = CounterMetricFamily(family.name, family.text, labels=_labels(family))
-            for label, value in values.items():
-                counter.add_metric([label] if family.label else [], value)
-            yield counter
-        for family, values in _grouped(GAUGES, sampled.gauges):
-            gauge = GaugeMetricFamily(family.name, family.text, labels=_labels(family))
-            for label, value in values.items():
-                gauge.add_metric([label] if family.label else [], value)
-            yield gauge
-        yield from _memory_families(memory)
+def families(samples: Samples) -> Iterator[Metric]:
+    """Counters and gauges as prometheus_client exposes them."""
+    for name, values in samples.items():
+        metric = METRICS[name]
+        labels = list(metric.labels)
+        kind = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
+        family = kind(metric, metric.help, labels=labels)
+        known = dict.fromkeys(metric.labels[labels[0]], 0.0) if labels else {}
+        for value, number in (known | dict(values)).items():
+            family.add_metric([value] if labels else [], number)
+        yield family
 
 
-def _labels(family: Family) -> list[str]:
-    return [family.label] if family.label else []
+def _histograms(account: Account) -> Iterator[Metric]:
+    for name, by_label in account.histograms().items():
+        metric = METRICS[name]
+        family = HistogramMetricFamily(metric, metric.help, labels=list(metric.labels))
+        for value, histogram in by_label.items():
+            buckets = [("+Inf" if edge == math.inf else str(edge), n) for edge, n in histogram.buckets()]
+            family.add_metric([value] if metric.labels else [], buckets, histogram.sum_s)
+        yield family
 
 
-def _grouped(
-    families: tuple[Family, ...], sample: dict[str, float]
-) -> Iterator[tuple[Family, dict[str, float]]]:
-    """Each family with its values by label; what the core names beyond the table follows as it is."""
-    known = {family.name: family for family in families}
-    values: dict[str, dict[str, float]] = {
-        family.name: dict.fromkeys(family.values if family.label else ("",), 0.0) for family in families
-    }
-    for key, value in sample.items():
-        name, label, label_value = split_key(key)
-        if name not in known:
-            known[name] = Family(name, "Of the core.", label)
-            values[name] = {}
-        values[name][label_value] = value
-    return ((known[name], by_label) for name, by_label in values.items())
-
-
-def _memory_families(memory: Memory) -> Iterator[GaugeMetricFamily]:
-    rows = (
-        (names.MEMORY_RATIO, "Used memory over its limit.", memory.host_ratio, memory.device_ratio),
-        (names.MEMORY_BYTES, "Used memory.", memory.host_bytes, memory.device_bytes),
-        (names.MEMORY_LIMIT_BYTES, "Limit.", memory.host_limit_bytes, memory.device_limit_bytes),
-    )
-    for name, text, host, device in rows:
-        gauge = GaugeMetricFamily(name, text, labels=["kind"])
-        gauge.add_metric(["host"], host)
-        gauge.add_metric(["device"], device)
-        yield gauge
-
-
-class FrontMetrics:
-    """What the front counts: arrivals, ends, latencies, stages."""
-
-    def __init__(self, latest: Callable[[], tuple[Sampled, Memory] | None]) -> None:
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
-        self.arrivals = Counter(
-            names.ARRIVALS_TOTAL.removesuffix("_total"), "Requests that arrived.", registry=self.registry
-        )
-        requests = Counter(
-            names.REQUESTS_TOTAL.removesuffix("_total"),
-            "Requests that ended.",
-            ["outcome"],
-            registry=self.registry,
-        )
-        self.outcomes = {outcome: requests.labels(outcome.value) for outcome in Outcome}
-        self.request_seconds = self._histogram(
-            names.REQUEST_SECONDS, "Arrival to last byte of successful requests, s."
-        )
-        self.first_token_seconds = self._histogram(
-            names.FIRST_TOKEN_SECONDS, "Arrival to first new token of successful requests, s."
-        )
-        self.inter_token_seconds = self._histogram(
-            names.INTER_TOKEN_SECONDS, "Between consecutive tokens of successful requests, s."
-        )
-        stages = self._histogram(
-            names.STAGE_SECONDS, "Time of successful requests in each stage, s.", ["stage"]
-        )
-        self._stages = {stage.value: stages.labels(stage.value) for stage in Stage}
-        self.registry.register(CoreCollector(latest))
-
-    def _histogram(self, name: str, text: str, labels: list[str] | None = None) -> Histogram:
-        return Histogram(name, text, labels or [], buckets=names.EDGES_S, registry=self.registry)
-
-    def info(self, described: Described, version: str, contract: int) -> None:
-        """Publish what runs here."""
-        gauge = prometheus_client.Gauge(
-            names.ENGINE_INFO, "1.", ["version", "model", "device", "contract"], registry=self.registry
-        )
-        gauge.labels(version, described.model, described.device, str(contract)).set(1)
-
-    def succeeded(
-        self, finished: Finished, request_s: float, first_token_s: float | None, gaps_s: list[float]
-    ) -> None:
-        """Count a request that ended well."""
-        self.outcomes[Outcome.OK].inc()
-        self.request_seconds.observe(request_s)
-        if first_token_s is not None:
-            self.first_token_seconds.observe(first_token_s)
-        for gap in gaps_s:
-            self.inter_token_seconds.observe(gap)
-        for name, histogram in self._stages.items():
-            histogram.observe(finished.stages.get(name, 0.0))
-
-    def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return prometheus_client.generate_latest(self.registry)
+def _info(described: Described) -> Metric:
+    metric = names.ENGINE_INFO
+    family = GaugeMetricFamily(metric, metric.help, labels=list(metric.labels))
+    family.add_metric([VERSION, described.model, described.device, str(CONTRACT_VERSION)], 1)
+    return family

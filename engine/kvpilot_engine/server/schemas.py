@@ -1,4 +1,4 @@
-"""Bodies of the two generating endpoints. What OpenAI defines and we do not do is refused, never ignored."""
+"""Bodies of the two generating endpoints. Unsupported parameters are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from kvpilot_engine.completion import PRIORITY_BOUND, SEED_BOUND
+from kvpilot_engine.frontend.completion import DEFAULT_NEW_TOKENS, Prompt, RequestFields
 from kvpilot_engine.server.errors import ApiError, validation_error
 
 MAX_STOPS = 4
@@ -31,11 +31,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (), "metadata": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
     "web_search_options": (), "prompt_cache_key": (), "safety_identifier": (),
 }  # fmt: skip
-"""Parameters of OpenAI's API that we do not support, each with the values that ask for nothing."""
+"""Parameters of OpenAI's API without support here, each with the values that ask for nothing."""
 
 
 def _stop(value: Any) -> Any:
-    """One string or a list of them; anything else gets one error, not one for each form."""
+    """Accept one string or a list; anything else gets one error, not one for each form."""
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
@@ -47,7 +47,7 @@ def _stop(value: Any) -> Any:
 
 
 def _prompt(value: Any) -> Any:
-    """One prompt: text or token ids; a list that holds exactly one prompt is that prompt."""
+    """Accept text or token ids, and a list that holds exactly one prompt."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
     if isinstance(value, str):
@@ -67,26 +67,19 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = Field(None, description="No chunk is ever padded.")
 
 
-class _Request(BaseModel):
+class _Request(RequestFields):
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0.0, le=2.0)
-    top_p: float | None = Field(None, gt=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-SEED_BOUND, lt=SEED_BOUND)
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # Extensions (``extra_body`` of OpenAI's client).
-    priority: int = Field(0, ge=-PRIORITY_BOUND, le=PRIORITY_BOUND, description="Higher is more urgent.")
-    session_id: str | None = Field(None, max_length=256, description="Also as header x-session-id.")
-    exact_only: bool = Field(False, description="Use cached pages of exact fidelity only.")
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """True if a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -95,6 +88,11 @@ class CompletionRequest(_Request):
 
     prompt: Annotated[str | list[int], BeforeValidator(_prompt)]
 
+    def to_prompt(self) -> Prompt:
+        """The prompt; 16 new tokens are OpenAI's default."""
+        limit = DEFAULT_NEW_TOKENS if self.max_tokens is None else self.max_tokens
+        return Prompt(self.prompt, "prompt", limit, "max_tokens")
+
 
 def _nothing(value: Any) -> None:
     if value not in (None, []):
@@ -102,7 +100,7 @@ def _nothing(value: Any) -> None:
 
 
 Nothing = Annotated[None, BeforeValidator(_nothing)]
-"""A field that OpenAI's answers carry, so that a client sends it back; here it never says anything."""
+"""A field that OpenAI's answers carry and clients send back; here it is always empty."""
 
 
 class Message(BaseModel):
@@ -121,7 +119,7 @@ class Message(BaseModel):
 
     @field_validator("content")
     @classmethod
-    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+    def _content_is_given(cls, content: Any, info: ValidationInfo) -> Any:
         if content == [] or (content is None and info.data.get("role") != "assistant"):
             raise ValueError("must be a string or text parts")
         return content
@@ -132,6 +130,13 @@ class ChatRequest(_Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+
+    def to_prompt(self) -> Prompt:
+        """The turns; without a limit the answer may fill the context."""
+        turns = tuple(message.model_dump(exclude_none=True) for message in self.messages)
+        if self.max_completion_tokens is None:
+            return Prompt(turns, "messages", self.max_tokens, "max_tokens")
+        return Prompt(turns, "messages", self.max_completion_tokens, "max_completion_tokens")
 
 
 def parse(kind: type[CompletionRequest] | type[ChatRequest], body: bytes) -> CompletionRequest | ChatRequest:

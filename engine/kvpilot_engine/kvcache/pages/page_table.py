@@ -1,8 +1,8 @@
-"""The hot tier: pages in the pool, who holds them, how they are found, and which of them goes next.
+"""The page table of the device pool: who holds each page, how it is found, and which is evicted next.
 
-A page is free, private (written by one lease or one load, not findable), or indexed. An indexed page that
-nobody holds is cached and belongs to the policy. Leases hold whole prefixes, so a page in use never has an
-unpinned page before it that matters to its holder.
+A page is free, private (written by one lease or one load, not in the index), or indexed. An indexed page
+without a holder is cached, and the policy orders its eviction. A lease holds a whole prefix, so a held page
+never follows an unheld one that its holder needs.
 """
 
 from __future__ import annotations
@@ -13,57 +13,63 @@ from collections.abc import Callable, Iterable, Sequence
 from kvpilot_engine.contract import CacheStrategy
 from kvpilot_engine.kvcache.fidelity import Fidelity
 from kvpilot_engine.kvcache.lease import Lease
-from kvpilot_engine.kvcache.policies import make_policy
-from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK, PagePool
-from kvpilot_engine.kvcache.prefetch import FetchedBlock, PrefetchMeter
-from kvpilot_engine.kvcache.prefix_index import Entry, PrefixIndex
+from kvpilot_engine.kvcache.pages.policies import make_policy
+from kvpilot_engine.kvcache.pages.pool import PAGES_PER_BLOCK, PagePool
+from kvpilot_engine.kvcache.pages.prefetch import PrefetchedBlock, PrefetchMeter
+from kvpilot_engine.kvcache.pages.prefix_index import Entry, PrefixIndex
 
 
 def _ignore(_: Entry) -> None:
-    """Nobody wants evicted pages."""
+    """Default of ``on_evict``: evicted pages are dropped."""
 
 
-class HotTier:
-    """Pool, index and policy, kept in step with one another.
+class PageTable:
+    """Pool, index and policy of the device pool, kept consistent.
 
-    ``arrived`` is called with each hash that becomes findable; ``leaving``, which its owner sets, with each
-    entry that is evicted, while its page and its block are still intact.
+    Args:
+        pool: the pages.
+        strategy: eviction policy.
+        on_insert: called with the hash of each page that enters the index.
+
+    Attributes:
+        on_evict: called with each entry before its eviction, while its page and its block are intact; set by
+            the owner.
+        prefetched_pages: cached pages that a prefetch loaded and no lease has used yet.
     """
 
-    def __init__(self, pool: PagePool, strategy: CacheStrategy, arrived: Callable[[bytes], None]) -> None:
+    def __init__(self, pool: PagePool, strategy: CacheStrategy, on_insert: Callable[[bytes], None]) -> None:
         self.pool = pool
         self.index = PrefixIndex()
         self.meter = PrefetchMeter()
-        self.prefetched_pages = 0  # cached pages that a prefetch brought and no lease has used yet
+        self.prefetched_pages = 0
         self.evicted = 0
         self._policy = make_policy(strategy)
-        self._parked: dict[Entry, None] = {}
-        self.leaving: Callable[[Entry], None] = _ignore
-        self._arrived = arrived
+        self._deferred: dict[Entry, None] = {}
+        self.on_evict: Callable[[Entry], None] = _ignore
+        self._on_insert = on_insert
         self._sequence = 0
 
     @property
     def evictable(self) -> int:
-        """Cached pages that nobody holds."""
-        return len(self._policy) + len(self._parked)
+        """Number of cached pages without a holder."""
+        return len(self._policy) + len(self._deferred)
 
     def switch(self, strategy: CacheStrategy) -> None:
-        """Order the same pages by another policy; every page keeps what is known about it."""
-        entries = sorted((*self._policy, *self._parked), key=lambda entry: entry.last)
-        self._parked.clear()
+        """Change the policy; the cached pages and their statistics stay."""
+        entries = sorted((*self._policy, *self._deferred), key=lambda entry: entry.last)
+        self._deferred.clear()
         self._policy = make_policy(strategy)
         for entry in entries:
-            entry.parked = False
+            entry.deferred = False
             self._policy.push(entry)
 
-    def pin(self, lease: Lease) -> list[FetchedBlock]:
-        """Let ``lease`` hold every further page of its prompt that the index has, in order.
+    def pin(self, lease: Lease) -> None:
+        """Let ``lease`` hold, in order, every further page of its prompt that the index has.
 
-        Private pages in their places are freed. Returns, for each page that a prefetch brought, its block.
+        Private pages in their places are freed. Prefetched pages count as hits of the tier they came from.
         """
-        entries, refs, hashes, pages = self.index.entries, self.pool.refs, lease.hashes, lease.pages
+        entries, refs, hashes, pages = self.index.entries, self.pool.refs, lease.hashes.pages, lease.pages
         at, worst, exact_only = lease.hits, lease.fidelity, lease.exact_only
-        fetched: list[FetchedBlock] = []
         while at < lease.usable and (entry := entries.get(hashes[at])) is not None:
             if entry.fidelity and exact_only:
                 break
@@ -73,11 +79,11 @@ class HotTier:
             refs[page] += 1
             entry.uses += 1
             worst = max(worst, entry.fidelity)
-            if entry.fetched is not None:
-                fetched.append(entry.fetched)
-                self._settle(entry, used=True)
+            if entry.prefetched is not None:
+                lease.hits_by_tier[entry.prefetched.tier] += 1
+                self._resolve_prefetch(entry, used=True)
             if at < len(pages):
-                self.drop_private(pages[at])
+                self.free_private(pages[at])
                 pages[at] = page
             else:
                 pages.append(page)
@@ -85,34 +91,33 @@ class HotTier:
         lease.hits = at
         lease.committed = max(lease.committed, at)
         lease.fidelity = worst
-        return fetched
 
     def publish(self, key: bytes, parent: bytes, position: int, page: int, fidelity: Fidelity) -> Entry:
-        """Make a held page findable, unless a page as good already is; returns the entry of ``key``.
+        """Put a held page in the index unless an equally good one is there; return the entry of ``key``.
 
-        An exact page takes the place of a lossy one, never the other way round. ``entry.page == page`` says
-        that it is this page that is found.
+        An exact page replaces a lossy one, never the reverse. ``entry.page == page`` if this page is the
+        indexed one.
         """
         entry = self.index.entries.get(key)
         if entry is None:
             self._sequence += 1
             entry = Entry(key, parent, position, page, fidelity=fidelity, born=self._sequence)
             self.index.add(entry)
-            self._arrived(key)
+            self._on_insert(key)
         elif entry.fidelity > fidelity == Fidelity.EXACT and entry.page != page:
             old = entry.page
             if not self.pool.refs[old]:
                 self._unqueue(entry)
-                self._settle(entry, used=False)
+                self._resolve_prefetch(entry, used=False)
                 self.pool.free(old)
             entry.page = page
             entry.fidelity = fidelity
         return entry
 
-    def let_go(self, entry: Entry, page: int) -> None:
-        """The last holder of ``page`` leaves: it stays cached if ``entry`` is its own, else it is freed.
+    def unpin(self, entry: Entry, page: int) -> None:
+        """Drop the last hold on ``page``: it stays cached if ``entry`` indexes it, otherwise it is freed.
 
-        An entry of the same tokens in another page counts as used, so that the order stays tail first.
+        An entry with the same tokens in another page counts as used, so that the order stays tail first.
         """
         if entry.page != page:
             self.pool.free(page)
@@ -124,7 +129,7 @@ class HotTier:
         self._policy.push(entry)
 
     def release(self, lease: Lease) -> None:
-        """Give up every page of a lease, the tail first, so that the tail is the first to be evicted."""
+        """Release every page of a lease, tail first, so that the tail is evicted first."""
         refs, hashes, pages = self.pool.refs, lease.hashes, lease.pages
         for at in range(len(pages) - 1, -1, -1):
             page = pages[at]
@@ -134,20 +139,20 @@ class HotTier:
             if at >= lease.committed:
                 self.pool.free(page)
                 continue
-            parent = hashes[at - 1] if at else lease.root
-            self.let_go(self.publish(hashes[at], parent, at, page, lease.fidelity), page)
+            entry = self.publish(hashes.pages[at], hashes.parent(at), at, page, lease.fidelity)
+            self.unpin(entry, page)
         pages.clear()
 
-    def drop_private(self, page: int) -> None:
-        """Free a page that only its one holder knew."""
+    def free_private(self, page: int) -> None:
+        """Free a page that is not in the index, with its one hold."""
         self.pool.refs[page] = 0
         self.pool.free(page)
 
-    def make_room(self, pages: int, *, beyond_quota: bool = False) -> bool:
-        """Evict until ``pages`` can be taken; False, and nothing evicted, when they cannot be.
+    def reserve(self, pages: int, *, beyond_quota: bool = False) -> bool:
+        """Evict until ``pages`` can be taken; return False, and evict nothing, if they cannot.
 
-        While a lowered quota converges, taking pages does not raise use. ``beyond_quota`` lets a request that
-        was accepted under a larger quota go on within the reservation.
+        While a lowered quota converges, use does not rise. ``beyond_quota`` lets a request that was accepted
+        under a larger quota continue within the pool's reservation.
         """
         pool = self.pool
         ceiling = max(pool.limit, pool.used)
@@ -160,30 +165,33 @@ class HotTier:
         return True
 
     def evict(self) -> bool:
-        """Drop the policy's next page; one that a cached page follows waits until that one is gone."""
+        """Evict the policy's next page, or False if there is none.
+
+        A page that a cached page follows is deferred until the follower is evicted.
+        """
         entry = self._policy.pop()
         while entry is not None and entry.hash in self.index.children:
-            entry.parked = True
-            self._parked[entry] = None
+            entry.deferred = True
+            self._deferred[entry] = None
             entry = self._policy.pop()
         if entry is None:
-            if not self._parked:
+            if not self._deferred:
                 return False
-            entry, _ = self._parked.popitem()
-            entry.parked = False
-        self.leaving(entry)
-        self._settle(entry, used=False)
+            entry, _ = self._deferred.popitem()
+            entry.deferred = False
+        self.on_evict(entry)
+        self._resolve_prefetch(entry, used=False)
         self.evicted += 1
         self.pool.free(entry.page)
         parent = self.index.remove(entry)
-        if parent is not None and parent.parked:
-            del self._parked[parent]
-            parent.parked = False
+        if parent is not None and parent.deferred:
+            del self._deferred[parent]
+            parent.deferred = False
             self._policy.put_back(parent)
         return True
 
     def block_of(self, entry: Entry) -> list[Entry] | None:
-        """The 8 entries of the block that ``entry`` ends, or None: it ends none, or one is not cached."""
+        """The 8 entries of the block that ends with ``entry``; None if it ends none or one is missing."""
         if entry.position % PAGES_PER_BLOCK != PAGES_PER_BLOCK - 1:
             return None
         block = [entry]
@@ -196,40 +204,43 @@ class HotTier:
         return block
 
     def touch(self, hashes: Sequence[bytes]) -> None:
-        """Count the cached pages of a prefix as just used, the tail first."""
+        """Move the cached pages of a prefix to the end of the eviction order, tail first."""
         for key in reversed(hashes):
             entry = self.index.entries.get(key)
             if entry is not None and not self.pool.refs[entry.page]:
                 self._unqueue(entry)
-                self.let_go(entry, entry.page)
+                self.unpin(entry, entry.page)
 
     def _unqueue(self, entry: Entry) -> None:
-        if entry.parked:
-            del self._parked[entry]
-            entry.parked = False
+        if entry.deferred:
+            del self._deferred[entry]
+            entry.deferred = False
         else:
             self._policy.discard(entry)
 
-    def mark_fetched(self, entry: Entry, block: FetchedBlock) -> None:
-        """Remember that a prefetch brought this page."""
-        entry.fetched = block
+    def mark_prefetched(self, entry: Entry, block: PrefetchedBlock) -> None:
+        """Record that a prefetch loaded this page."""
+        entry.prefetched = block
         self.prefetched_pages += 1
 
-    def _settle(self, entry: Entry, *, used: bool) -> None:
-        if entry.fetched is None:
+    def _resolve_prefetch(self, entry: Entry, *, used: bool) -> None:
+        if entry.prefetched is None:
             return
         if used:
-            self.meter.use(entry.fetched)
+            self.meter.use(entry.prefetched)
         else:
-            self.meter.waste(entry.fetched)
-        entry.fetched = None
+            self.meter.waste(entry.prefetched)
+        entry.prefetched = None
         self.prefetched_pages -= 1
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
-        """Compare pool, index and policy with one another and with ``held``, the pages of every holder.
+        """Compare pool, index and policy with each other and with the pages of every holder.
+
+        Args:
+            held: pages of each lease and each load.
 
         Raises:
-            AssertionError: naming the page or hash that disagrees.
+            AssertionError: names the page or the record that differs.
         """
         pool, index = self.pool, self.index
         expected = [0] * pool.reserved
@@ -246,10 +257,10 @@ class HotTier:
             assert not expected[page], f"page {page} is free and held"
             assert page not in owner, f"page {page} is free and indexed"
         pinned = sum(1 for holders in expected if holders)
-        queued = [*self._policy, *self._parked]
+        queued = [*self._policy, *self._deferred]
         assert len(queued) == len(set(queued)) == self.evictable, "the policy holds an entry twice"
         assert len(free) + len(queued) + pinned == pool.reserved, (
-            f"{len(free)} free + {len(queued)} cached + {pinned} pinned is not {pool.reserved}"
+            f"{len(free)} free + {len(queued)} cached + {pinned} pinned pages are not {pool.reserved}"
         )
         assert pool.used == pool.reserved - len(free), f"{pool.used} pages counted as used"
         assert set(queued) <= set(index.entries.values()), "the policy holds a page that is not indexed"
@@ -257,5 +268,7 @@ class HotTier:
             assert not expected[waiting.page], f"page {waiting.page} is queued and held"
         children = dict(Counter(indexed.parent for indexed in index.entries.values()))
         assert children == index.children, "follower counts differ from the index"
-        fetched = sum(1 for entry in index.entries.values() if entry.fetched is not None)
-        assert fetched == self.prefetched_pages, f"{self.prefetched_pages} prefetched pages, {fetched} found"
+        prefetched = sum(1 for entry in index.entries.values() if entry.prefetched is not None)
+        assert prefetched == self.prefetched_pages, (
+            f"{self.prefetched_pages} prefetched pages, {prefetched} found"
+        )

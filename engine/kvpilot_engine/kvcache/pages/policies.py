@@ -1,7 +1,7 @@
-"""Which unpinned page leaves the hot pool first.
+"""Eviction policies: the order in which cached pages leave the device pool.
 
-A policy only orders entries; what it orders by (uses, born, last) lives in the entries themselves, so that
-a live switch keeps every page and everything known about it. All operations are O(1) or O(log n).
+A policy only orders entries. The statistics that it orders by (uses, born, last) are in the entries, so that
+a change of policy keeps every page and its statistics. All operations are O(1) or O(log n).
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from kvpilot_engine.contract import CacheStrategy
-from kvpilot_engine.kvcache.prefix_index import Entry
+from kvpilot_engine.kvcache.pages.prefix_index import Entry
 
 
 class Policy(ABC):
-    """Order of eviction of the pages that no lease holds."""
+    """Order of eviction of the pages without a holder."""
 
     @abstractmethod
     def push(self, entry: Entry) -> None:
-        """A page was released just now."""
+        """Add a page that was just released."""
 
     @abstractmethod
     def put_back(self, entry: Entry) -> None:
-        """A page that ``pop`` had returned may be evicted again, at its old place in the order."""
+        """Add a page that ``pop`` returned, at its old place in the order."""
 
     @abstractmethod
     def discard(self, entry: Entry) -> None:
-        """A page of this policy is in use again, or gone."""
+        """Remove a page, because it is held again or replaced."""
 
     @abstractmethod
     def pop(self) -> Entry | None:
-        """Take out the next victim."""
+        """Remove and return the next page to evict; None if there is none."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Entry]: ...
@@ -52,7 +52,7 @@ class LRU(Policy):
         self._order[entry] = None
 
     def put_back(self, entry: Entry) -> None:
-        """See Policy: what was popped was the oldest."""
+        """See Policy: a page that was popped was the oldest."""
         self._order[entry] = None
         self._order.move_to_end(entry, last=False)
 
@@ -72,7 +72,7 @@ class LRU(Policy):
 
 
 class _Heap(Policy):
-    """Smallest key first. Entries taken out leave a stale item behind, dropped when it surfaces."""
+    """Smallest key first. A removed entry leaves a stale item, which is dropped when it reaches the top."""
 
     _SLACK = 64
 
@@ -84,7 +84,7 @@ class _Heap(Policy):
     @staticmethod
     @abstractmethod
     def key(entry: Entry) -> tuple[int, int]:
-        """What the smallest of is evicted."""
+        """Sort key; the entry with the smallest is evicted first."""
 
     def push(self, entry: Entry) -> None:
         """See Policy."""
@@ -123,7 +123,7 @@ class _Heap(Policy):
 
 
 class LFU(_Heap):
-    """Fewest uses first, among them the least recently released."""
+    """Fewest uses first; among equals the least recently released."""
 
     @staticmethod
     def key(entry: Entry) -> tuple[int, int]:
@@ -132,7 +132,7 @@ class LFU(_Heap):
 
 
 class FIFO(_Heap):
-    """Oldest insertion first, however often it was used since."""
+    """Oldest insertion first, regardless of use."""
 
     @staticmethod
     def key(entry: Entry) -> tuple[int, int]:
@@ -149,5 +149,5 @@ _POLICIES: dict[CacheStrategy, type[Policy]] = {
 
 
 def make_policy(strategy: CacheStrategy) -> Policy:
-    """The policy of that name; adaptive runs as lru."""
+    """Make the policy of a strategy; ``adaptive`` uses LRU."""
     return _POLICIES[strategy]()

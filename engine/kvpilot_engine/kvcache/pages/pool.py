@@ -1,7 +1,7 @@
-"""The hot pool: one slab of pages, their reference counts and the list of free ones.
+"""The device pool: one slab of pages, their reference counts and the free lists.
 
-The slab is reserved once. On a CPU it is lazily committed memory: a page costs nothing until it is first
-written, and gives its memory back when the quota is lowered. On CUDA it is allocated whole.
+The slab is reserved once. On a CPU its memory is committed lazily: a page takes memory at its first write,
+and returns it when the quota is lowered. On CUDA the whole slab is allocated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGES_PER_BLOCK = BLOCK_TOKENS // PAGE_TOKENS
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Shape of the cache of one model."""
+    """Shape of the K and V of one model, with the device that holds them."""
 
     layers: int
     kv_heads: int
@@ -34,12 +34,12 @@ class KVLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: K and V of 16 tokens in all layers."""
+        """Size of one page, bytes: K and V of 16 tokens in all layers."""
         return 2 * self.layers * PAGE_TOKENS * self.width * self.dtype.itemsize
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of 8 pages."""
+        """Size of one block of 8 pages, bytes."""
         return PAGES_PER_BLOCK * self.page_bytes
 
     @property
@@ -49,10 +49,10 @@ class KVLayout:
 
 
 def reserved_pages(layout: KVLayout, max_tokens: int) -> int:
-    """Pages to reserve, so that the quota can grow hot.
+    """Pages to reserve, up to which the quota can grow without a restart.
 
-    A CPU reserves for the catalogue's largest quota, since lazily committed memory is free; a device twice
-    the quota that it starts with.
+    A CPU reserves for the catalogue's largest quota, because memory that is not committed costs nothing; a
+    device reserves twice the quota that it starts with.
     """
     if layout.device.type == "cpu":
         ceiling = max(max_tokens, int(knob("max_tokens").maximum or 0))
@@ -62,7 +62,7 @@ def reserved_pages(layout: KVLayout, max_tokens: int) -> int:
 
 
 class PagePool:
-    """Slab, reference counts and free lists. Knows nothing of hashes or policies.
+    """Slab, reference counts and free lists, independent of hashes and policies.
 
     ``used`` counts every page that is not free. ``limit`` is the quota, at most ``reserved``; it may be below
     ``used`` while a lowered quota converges.
@@ -76,7 +76,7 @@ class PagePool:
         self.refs = [0] * reserved
         self._fresh = 0  # pages at and above this index were never handed out
         self._warm: list[int] = []  # free, their memory is committed
-        self._cold: list[int] = []  # free, their memory was given back
+        self._cold: list[int] = []  # free, their memory was returned
         self._maps: list[mmap.mmap] = []
         self.k = self._slab()
         self.v = self._slab()
@@ -88,7 +88,7 @@ class PagePool:
         shape = (layout.layers, self.reserved * PAGE_TOKENS, layout.kv_heads, layout.head_dim)
         with torch.inference_mode(False):
             if layout.device.type != "cpu":
-                # Zeros, not garbage: a NaN in a masked slot would still poison a weighted sum.
+                # Zeros: a NaN in a masked slot would make a weighted sum NaN.
                 return torch.zeros(shape, dtype=layout.dtype, device=layout.device)
             size = self.reserved * self.layout.page_bytes // 2
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -97,7 +97,7 @@ class PagePool:
             return torch.frombuffer(memory, dtype=layout.dtype).view(shape)
 
     def take(self) -> int:
-        """A free page with one reference. The caller has checked that one is left below ``reserved``."""
+        """Take a free page with one reference. The caller ensures that ``used`` is below ``reserved``."""
         if self._warm:
             page = self._warm.pop()
         elif self._cold:
@@ -110,32 +110,32 @@ class PagePool:
         return page
 
     def free(self, page: int) -> None:
-        """Return a page without references."""
+        """Put a page without references on the free list."""
         self.used -= 1
         self._warm.append(page)
 
     def free_pages(self) -> list[int]:
-        """Every free page, for the integrity check."""
+        """All free pages, for the integrity check."""
         return [*self._warm, *self._cold, *range(self._fresh, self.reserved)]
 
     @property
     def free_slab_bytes(self) -> int:
-        """Bytes of free pages whose memory is committed; 0 on a device, whose slab is no host memory."""
+        """Committed bytes of free pages; 0 on a device, whose slab is not host memory."""
         return len(self._warm) * self.layout.page_bytes if self._maps else 0
 
     @property
     def excess(self) -> int:
-        """Free pages with committed memory that the quota no longer has room for."""
+        """Free pages with committed memory that exceed the quota."""
         return min(len(self._warm), max(0, self.used + len(self._warm) - self.limit))
 
-    def trim(self, most: int) -> int:
-        """Give the memory of up to ``most`` excess free pages back to the system; returns how many.
+    def trim(self, max_pages: int) -> int:
+        """Return the memory of up to ``max_pages`` excess pages to the system; return their number.
 
-        Only where a page of one layer is a whole number of memory pages; elsewhere they stay committed and
-        are counted as such.
+        This needs a page of one layer to be a whole number of memory pages; otherwise pages stay committed,
+        and ``free_slab_bytes`` counts them.
         """
         span = self.layout.page_bytes // (2 * self.layout.layers)
-        count = min(most, self.excess)
+        count = min(max_pages, self.excess)
         if not self._maps or span % mmap.PAGESIZE or not count:
             return 0
         pages = sorted(self._warm[-count:])

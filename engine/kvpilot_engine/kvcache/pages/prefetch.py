@@ -1,32 +1,38 @@
-"""What became of the blocks that were fetched ahead."""
+"""Whether prefetched blocks were used."""
 
 from __future__ import annotations
 
 
-class FetchedBlock:
-    """A prefetched block from its landing until its fate is known: used by a lease, or evicted unused."""
+class PrefetchedBlock:
+    """A prefetched block in the pool, until a lease uses it or its first page is evicted.
 
-    __slots__ = ("settled",)
+    Attributes:
+        tier: name of the tier that it came from.
+        resolved: it was counted as used or wasted.
+    """
 
-    def __init__(self) -> None:
-        self.settled = False
+    __slots__ = ("resolved", "tier")
+
+    def __init__(self, tier: str) -> None:
+        self.tier = tier
+        self.resolved = False
 
 
 class PrefetchMeter:
-    """Counts prefetched blocks by fate; each block counts once, at the first thing that happens to it."""
+    """Counts prefetched blocks as used or wasted; each block once, at its first event."""
 
     def __init__(self) -> None:
         self.used = 0
         self.wasted = 0
 
-    def use(self, block: FetchedBlock) -> None:
-        """A lease took a page of it."""
-        if not block.settled:
-            block.settled = True
+    def use(self, block: PrefetchedBlock) -> None:
+        """A lease uses a page of the block."""
+        if not block.resolved:
+            block.resolved = True
             self.used += 1
 
-    def waste(self, block: FetchedBlock) -> None:
-        """A page of it left the pool before any lease took one."""
-        if not block.settled:
-            block.settled = True
+    def waste(self, block: PrefetchedBlock) -> None:
+        """A page of the block was evicted before any lease used one."""
+        if not block.resolved:
+            block.resolved = True
             self.wasted += 1

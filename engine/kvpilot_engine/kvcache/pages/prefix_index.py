@@ -1,7 +1,7 @@
-"""Which page holds which tokens: the hash chain, the index of cached pages, and the infinite cache.
+"""Which page holds which tokens: prefix hashes, the index of cached pages, and the infinite cache.
 
-A page is known by H(hash of the page before it, its 16 tokens as uint32), so one lookup compares a whole
-prefix. The root of the chain separates models, layouts and tenants; it never contains the codec.
+The hash of a page is H(hash of the previous page, its 16 tokens as uint32), so that one lookup compares a
+whole prefix. The root separates models, layouts and tenants; it never contains the codec.
 """
 
 from __future__ import annotations
@@ -13,47 +13,61 @@ import xxhash
 
 from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.kvcache.fidelity import Fidelity
-from kvpilot_engine.kvcache.prefetch import FetchedBlock
+from kvpilot_engine.kvcache.pages.prefetch import PrefetchedBlock
 
 _PAGE_KEY_BYTES = 4 * PAGE_TOKENS
 
 
-class HashChain:
-    """Chained xxh3_128 over whole pages of token ids."""
+class PrefixHashes:
+    """Chained xxh3_128 hashes of one sequence's whole pages.
 
-    def __init__(self, root: bytes) -> None:
-        self._root = root
+    The sequence owns them and hands them to every lookup, so that each page is hashed once, however often the
+    sequence is prefetched, leased or preempted.
 
-    def root(self, salt: str) -> bytes:
-        """Start of the chain of one tenant. The length prefix keeps root and salt apart."""
-        return xxhash.xxh3_128_digest(len(self._root).to_bytes(4, "little") + self._root + salt.encode())
+    Attributes:
+        root: parent of the first page.
+        pages: hash of each page hashed so far.
+    """
 
-    def extend(self, hashes: list[bytes], root: bytes, tokens: Sequence[int], pages: int) -> None:
-        """Append the hashes of pages ``len(hashes)`` up to ``pages`` of ``tokens``."""
-        first = len(hashes)
-        if first >= pages:
+    __slots__ = ("pages", "root")
+
+    def __init__(self, model_root: bytes, salt: str = "") -> None:
+        # The length prefix separates the model's root from the tenant's salt.
+        self.root = xxhash.xxh3_128_digest(len(model_root).to_bytes(4, "little") + model_root + salt.encode())
+        self.pages: list[bytes] = []
+
+    def extend(self, tokens: Sequence[int], count: int) -> None:
+        """Hash the pages of ``tokens`` up to page ``count``, as far as they are new."""
+        first = len(self.pages)
+        if first >= count:
             return
-        keys = array("I", tokens[first * PAGE_TOKENS : pages * PAGE_TOKENS]).tobytes()
+        keys = array("I", tokens[first * PAGE_TOKENS : count * PAGE_TOKENS]).tobytes()
         digest = xxhash.xxh3_128_digest
-        parent = hashes[-1] if hashes else root
+        parent = self.parent(first)
         for at in range(0, len(keys), _PAGE_KEY_BYTES):
             parent = digest(parent + keys[at : at + _PAGE_KEY_BYTES])
-            hashes.append(parent)
+            self.pages.append(parent)
+
+    def parent(self, at: int) -> bytes:
+        """Hash of the page before page ``at``; the root for the first."""
+        return self.pages[at - 1] if at else self.root
 
 
 class Entry:
-    """A cached page and what the policies know about it.
+    """A cached page, with what the eviction policies order by.
 
     Attributes:
-        position: index of the page in its chain.
+        hash, parent: its hash and that of the page before it.
+        position: index of the page in its sequence.
+        page: number of the page in the pool.
         uses: leases that hit it. born, last: sequence numbers of its insertion and of its last release.
-        ticket: identity of its place in a heap; 0 when it has none.
-        parked: set aside by the policy because a cached page follows it.
-        fetched: the block that a prefetch brought it with, until its first use.
+        ticket: identifies its item in a heap; 0 when it has none.
+        deferred: its eviction waits because a cached page follows it.
+        prefetched: the prefetched block that it came with, until its first use.
     """
 
     __slots__ = (
-        "born", "fetched", "fidelity", "hash", "last", "page", "parent", "parked", "position", "ticket",
+        "born", "deferred", "fidelity", "hash", "last", "page", "parent", "position", "prefetched", "ticket",
         "uses",
     )  # fmt: skip
 
@@ -69,24 +83,24 @@ class Entry:
         self.born = born
         self.last = born
         self.ticket = 0
-        self.parked = False
-        self.fetched: FetchedBlock | None = None
+        self.deferred = False
+        self.prefetched: PrefetchedBlock | None = None
 
 
 class PrefixIndex:
-    """Cached pages by hash, and how many cached pages follow each hash directly."""
+    """Entries by hash, and the number of cached pages that directly follow each hash."""
 
     def __init__(self) -> None:
         self.entries: dict[bytes, Entry] = {}
         self.children: dict[bytes, int] = {}
 
     def add(self, entry: Entry) -> None:
-        """Make a page findable."""
+        """Insert a page."""
         self.entries[entry.hash] = entry
         self.children[entry.parent] = self.children.get(entry.parent, 0) + 1
 
     def remove(self, entry: Entry) -> Entry | None:
-        """Forget a page; returns the page before it when that one has no follower left."""
+        """Remove a page; return the page before it if that one has no follower left."""
         del self.entries[entry.hash]
         left = self.children[entry.parent] - 1
         if left:
@@ -97,26 +111,26 @@ class PrefixIndex:
 
 
 class InfiniteCache:
-    """Hashes of pages ever cached: what a cache without limits would still hold.
+    """Hashes of all pages ever cached: what a cache of unlimited size would hold.
 
-    Bounded, oldest first out, so that the ceiling of a server that runs for months stays a set in memory:
-    a million pages are sixteen million tokens, about 120 MiB at most.
+    Bounded to the newest million pages (16 million tokens, about 120 MiB), so that a server that runs for
+    months does not grow without limit.
     """
 
-    def __init__(self, most: int = 1 << 20) -> None:
-        self._most = most
+    def __init__(self, max_pages: int = 1 << 20) -> None:
+        self._max_pages = max_pages
         self._seen: dict[bytes, None] = {}
 
     def add(self, key: bytes) -> None:
-        """Remember a page."""
+        """Remember a page; the oldest is forgotten at the bound."""
         seen = self._seen
         if key not in seen:
-            if len(seen) >= self._most:
+            if len(seen) >= self._max_pages:
                 del seen[next(iter(seen))]
             seen[key] = None
 
     def prefix(self, hashes: Sequence[bytes], start: int, end: int) -> int:
-        """Pages from the start of ``hashes`` that it holds; the first ``start`` are known to be."""
+        """Length of the prefix of ``hashes`` that it holds, up to ``end``; ``start`` are known."""
         seen = self._seen
         while start < end and hashes[start] in seen:
             start += 1

@@ -1,10 +1,10 @@
-"""How a block is stored in a slow tier: as it is, in 8 bits or in 4.
+"""Codecs of stored blocks: raw, 8 bits or 4 bits.
 
 A block is a tensor [2 (K, V), layers, 128 tokens, width]. The quantisers are asymmetric and linear
 per group, scale and zero in float16: ``q = round((x - zero) / scale)``, ``x' = q * scale + zero``. K is
 grouped along tokens within a channel, since its outliers sit in few channels; V along the channels of a
 token (KIVI, arXiv:2402.02750). Groups of 128 at 8 bits and 32 at 4 bits keep 8.25 and 5 bits per element,
-scales included: .516 and .313 of 16-bit bytes, within the rungs of ``contract.knobs.LADDER``.
+scales included: .516 and .313 of 16-bit bytes, as ``contract.knobs.COMPRESSION_LEVELS`` states.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import xxhash
 
 from kvpilot_engine.contract import BLOCK_TOKENS
 from kvpilot_engine.kvcache.fidelity import Fidelity
-from kvpilot_engine.kvcache.pool import KVLayout
+from kvpilot_engine.kvcache.pages.pool import KVLayout
 
 _FLOAT16_MAX = 65504.0
 
 
 class CorruptBlockError(Exception):
-    """The bytes of a stored block are not the bytes that were written."""
+    """The payload of a stored block differs from what was written."""
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """One stored block.
+    """A block in the form in which it is stored.
 
     Attributes:
-        fidelity: what decoding loses; EXACT for raw.
+        fidelity: of the codec; EXACT for raw.
         payload: uint8, one dimension, in host memory.
         checksum: xxh3_64 of the payload.
     """
@@ -42,21 +42,21 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the payload."""
+        """Size of the payload, bytes."""
         return self.payload.numel()
 
 
 class Codec(Protocol):
-    """One way to store blocks."""
+    """Encodes and decodes blocks."""
 
     fidelity: Fidelity
 
     def encode(self, block: torch.Tensor) -> Encoded:
-        """Store ``block``; a block with values that the codec cannot hold is stored raw."""
+        """Encode ``block``; a block with values that the codec cannot represent is encoded raw."""
         ...
 
     def decode(self, payload: torch.Tensor, layout: KVLayout) -> torch.Tensor:
-        """The block of a payload on the device of ``layout``, in its dtype and ``block_shape``."""
+        """Decode a payload onto the device of ``layout``, in its dtype and ``block_shape``."""
         ...
 
 
@@ -66,7 +66,7 @@ def _sealed(fidelity: Fidelity, payload: torch.Tensor) -> Encoded:
 
 
 class RawCodec:
-    """Bytes as they are."""
+    """Stores the bytes unchanged."""
 
     fidelity = Fidelity.EXACT
 
@@ -82,7 +82,7 @@ class RawCodec:
 
 
 class GroupCodec:
-    """Linear quantiser of ``bits`` (8 or 4) over groups of ``group`` elements, a divisor of 128."""
+    """Linear quantiser to ``bits`` (8 or 4) in groups of ``group`` elements, a divisor of 128."""
 
     def __init__(self, bits: int, group: int, fidelity: Fidelity) -> None:
         self.bits = bits
@@ -134,7 +134,7 @@ class GroupCodec:
         return (layers, BLOCK_TOKENS // self.group, self.group, width), (layers, -1, self.group)
 
     def _grouped(self, block: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-        """Fresh float32 copies of K and V in their grouped views, each with its axis of grouping."""
+        """New float32 copies of K and V in their grouped views, each with its group axis."""
         shapes = self._shapes(block.shape[1], block.shape[3])
         return [
             (part.to(torch.float32, copy=True).view(shape), 2)
@@ -164,12 +164,12 @@ _NAMES = {"raw": Fidelity.EXACT, "int8": Fidelity.INT8, "int4": Fidelity.INT4}
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of a rung of ``contract.knobs.LADDER``: raw, int8 or int4."""
+    """The codec of a level of ``contract.knobs.COMPRESSION_LEVELS``: raw, int8 or int4."""
     return _CODECS[_NAMES[name]]
 
 
 def decode(encoded: Encoded, layout: KVLayout) -> torch.Tensor:
-    """The block that was stored, in ``layout.block_shape``.
+    """Decode a stored block into ``layout.block_shape``.
 
     Raises:
         CorruptBlockError: the checksum does not match.

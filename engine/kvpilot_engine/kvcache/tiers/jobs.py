@@ -1,24 +1,29 @@
-"""The jobs of the loader: decode a block into pages of the pool, encode one that leaves it, tighten one."""
+"""The worker's jobs: decode a block into pages, encode an evicted one, recompress a stored one."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from kvpilot_engine.kvcache.codecs import Codec, Encoded, decode
 from kvpilot_engine.kvcache.fidelity import Fidelity
-from kvpilot_engine.kvcache.host_tier import HostBlock
-from kvpilot_engine.kvcache.lease import Lease
-from kvpilot_engine.kvcache.loader import Job
-from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK, KVLayout, PagePool
+from kvpilot_engine.kvcache.pages.pool import PAGES_PER_BLOCK, KVLayout, PagePool
+from kvpilot_engine.kvcache.tiers.base import StoredBlock, Tier
+from kvpilot_engine.kvcache.tiers.codecs import Codec, Encoded, decode
+from kvpilot_engine.kvcache.tiers.worker import Job
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one page of a loaded block goes: its place in the chain, its hashes and its page of the pool."""
+    """Destination of one page of a loaded block.
+
+    Attributes:
+        position: index of the page in its sequence.
+        key, parent: its hash and that of the page before it.
+        page: number of the page in the pool.
+    """
 
     position: int
     key: bytes
@@ -28,23 +33,23 @@ class Place:
 
 @dataclass(eq=False)
 class LoadJob(Job):
-    """Bring the missing pages of one block back. The pages are private to the job until it lands.
+    """Decode the missing pages of one block into pages that are private to the job until it lands.
 
     Attributes:
         key: hash of the last page of the block.
-        ahead: started by a prefetch, and no lease has asked for it yet.
-        waiters: leases that wait for it.
-        seconds: time it took on the loader's thread.
+        tier: where the block is stored.
+        ahead: started by a prefetch, and no lease waits for it yet.
+        seconds: time on the worker's thread.
     """
 
     key: bytes
-    block: HostBlock
+    tier: Tier
+    block: StoredBlock
     places: list[Place]
     pool: PagePool
     clock: Callable[[], float]
-    landed: Callable[[LoadJob], None]
+    on_landed: Callable[[LoadJob], None]
     ahead: bool = False
-    waiters: list[Lease] = field(default_factory=list)
     seconds: float = 0.0
 
     def run(self) -> None:
@@ -63,15 +68,15 @@ class LoadJob(Job):
 
     def land(self) -> None:
         """See Job."""
-        self.landed(self)
+        self.on_landed(self)
 
 
 @dataclass(eq=False)
 class EncodeJob(Job):
-    """Encode the copy of a block whose pages are leaving the pool.
+    """Encode the copy of a block whose pages are being evicted.
 
     Attributes:
-        source: the copy, in ``layout.block_shape``; its buffer goes back to ``buffers`` at once.
+        source: the copy, in ``layout.block_shape``; its buffer returns to ``buffers`` after the encoding.
         ancestry: the worst fidelity of its pages.
     """
 
@@ -81,7 +86,7 @@ class EncodeJob(Job):
     codec: Codec
     ancestry: Fidelity
     clock: Callable[[], float]
-    landed: Callable[[EncodeJob], None]
+    on_landed: Callable[[EncodeJob], None]
     encoded: Encoded | None = None
     seconds: float = 0.0
 
@@ -96,36 +101,41 @@ class EncodeJob(Job):
 
     def land(self) -> None:
         """See Job."""
-        self.landed(self)
+        self.on_landed(self)
 
 
 @dataclass(eq=False)
-class TightenJob(Job):
-    """Encode a block of the host tier anew by a tighter codec; ``tightened`` is the result."""
+class RecompressJob(Job):
+    """Encode a stored block at a higher compression level.
+
+    Attributes:
+        recompressed: the result; None if the block could not be decoded.
+    """
 
     key: bytes
-    block: HostBlock
+    tier: Tier
+    block: StoredBlock
     codec: Codec
     layout: KVLayout
     clock: Callable[[], float]
-    landed: Callable[[TightenJob], None]
-    tightened: HostBlock | None = None
+    on_landed: Callable[[RecompressJob], None]
+    recompressed: StoredBlock | None = None
     seconds: float = 0.0
 
     def run(self) -> None:
         """See Job."""
         start = self.clock()
         encoded = self.codec.encode(decode(self.block.encoded, self.layout))
-        self.tightened = HostBlock(encoded, max(self.block.fidelity, encoded.fidelity))
+        self.recompressed = StoredBlock(encoded, max(self.block.fidelity, encoded.fidelity))
         self.seconds = self.clock() - start
 
     def land(self) -> None:
         """See Job."""
-        self.landed(self)
+        self.on_landed(self)
 
 
 class TrimJob(Job):
-    """Return freed heap memory to the system, after the host tier has become smaller."""
+    """Return freed heap memory to the system."""
 
     def run(self) -> None:
         """See Job. Does nothing where the C library has no malloc_trim."""
@@ -138,23 +148,23 @@ class TrimJob(Job):
 
 
 class SnapshotBuffers:
-    """Reusable buffers for blocks on their way to the encoder; their number bounds its queue.
+    """Reusable buffers for copies of evicted blocks; their number bounds the queue of the encoder.
 
-    The stepping thread takes them, the loader gives them back; appending to a list is atomic. An encoding has
-    read all of its source when it returns, on a device too, since its result is in host memory.
+    The stepping thread takes them, the worker returns them; appending to a list is atomic. An encoding has
+    read all of its source when it returns, on a device too, because its result is in host memory.
     """
 
-    _MOST_BLOCKS = 32
-    _MOST_BYTES = 32 << 20
+    _MAX_BLOCKS = 32
+    _MAX_BYTES = 32 << 20
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._most = max(2, min(self._MOST_BLOCKS, self._MOST_BYTES // pool.layout.block_bytes))
+        self._max_buffers = max(2, min(self._MAX_BLOCKS, self._MAX_BYTES // pool.layout.block_bytes))
         self._made = 0
         self._free: list[torch.Tensor] = []
 
     def copy(self, pages: list[int]) -> torch.Tensor | None:
-        """A copy of 8 pages in ``block_shape``, or None: all buffers are on their way."""
+        """Copy 8 pages into a buffer of ``block_shape``; None if all buffers are in use."""
         buffer = self._buffer()
         if buffer is None:
             return None
@@ -165,18 +175,18 @@ class SnapshotBuffers:
         return buffer
 
     @property
-    def left(self) -> bool:
-        """True when another copy can be made now."""
-        return bool(self._free) or self._made < self._most
+    def available(self) -> bool:
+        """True if another copy can be made now."""
+        return bool(self._free) or self._made < self._max_buffers
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        """The encoder is done with it."""
+        """Return a buffer after its encoding."""
         self._free.append(buffer)
 
     def _buffer(self) -> torch.Tensor | None:
         if self._free:
             return self._free.pop()
-        if self._made == self._most:
+        if self._made == self._max_buffers:
             return None
         self._made += 1
         layout = self._pool.layout

@@ -1,99 +1,139 @@
-"""Blocks on their way between the hot pool and the host tier.
+"""Transfer of blocks between the device pool and the tiers.
 
-Down: a complete block whose first page is evicted is copied at once and encoded by the loader; under a
-lowered budget, stored blocks are encoded anew by a tighter codec before any is dropped. Up: the blocks that
-continue a lease's prefix are decoded into private pages and published when they land, for whoever waits.
-Nothing here ever fails a request: a block that cannot be had is a miss, and counted.
+Store: a complete block whose first page is evicted is copied at once, encoded by the worker and put in the
+first tier that takes it; what a tier evicts moves to the next one. Under a lowered budget, stored blocks are
+recompressed before any is evicted. Load: the blocks that continue a lease's prefix are decoded into private
+pages, which enter the index when the job lands. No failure reaches a request: a block that cannot be loaded
+is a miss, and counted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from kvpilot_engine.contract import KVCacheConfig, codec_rung
-from kvpilot_engine.kvcache.codecs import Codec, codec_named
-from kvpilot_engine.kvcache.host_tier import HostBlock, HostTier
-from kvpilot_engine.kvcache.hot_tier import HotTier
-from kvpilot_engine.kvcache.jobs import EncodeJob, LoadJob, Place, SnapshotBuffers, TightenJob, TrimJob
+from kvpilot_engine.contract import KVCacheConfig, compression_level
+from kvpilot_engine.contract.metrics import LOST_REASONS
 from kvpilot_engine.kvcache.lease import Lease
-from kvpilot_engine.kvcache.loader import Loader
-from kvpilot_engine.kvcache.pool import PAGES_PER_BLOCK
-from kvpilot_engine.kvcache.prefetch import FetchedBlock
-from kvpilot_engine.kvcache.prefix_index import Entry
-
-LOST_REASONS = ("busy", "incomplete", "evicted", "shrunk", "corrupt", "failed")
-"""Why a block is gone: the encoder was behind; a page of it had left before; the host tier was full; its
-budget was lowered; its checksum did not match; encoding it raised."""
+from kvpilot_engine.kvcache.pages.page_table import PageTable
+from kvpilot_engine.kvcache.pages.pool import PAGES_PER_BLOCK
+from kvpilot_engine.kvcache.pages.prefetch import PrefetchedBlock
+from kvpilot_engine.kvcache.pages.prefix_index import Entry, PrefixHashes
+from kvpilot_engine.kvcache.tiers.base import StoredBlock, Tier
+from kvpilot_engine.kvcache.tiers.codecs import Codec, codec_named
+from kvpilot_engine.kvcache.tiers.jobs import (
+    EncodeJob,
+    LoadJob,
+    Place,
+    RecompressJob,
+    SnapshotBuffers,
+    TrimJob,
+)
+from kvpilot_engine.kvcache.tiers.worker import TierWorker
 
 _TRIM_BYTES = 16 << 20
-"""Evicted bytes after which the heap is asked to return memory: a block of a tighter codec leaves a hole
-where a looser one was, and a heap full of holes would undo what a lowered budget frees."""
+"""Evicted bytes after which the heap returns memory to the system. A block that replaces one of a lower
+compression level leaves a hole in the heap; without trimming, a lowered budget would free no memory."""
 
-_TIGHTEN_AT_ONCE = 4
-"""Blocks on their way to a tighter codec: enough to keep the loader busy between two polls, no more than a
-lowered budget needs."""
+_MAX_RECOMPRESSING = 4
+"""Recompressions in flight: enough to keep the worker busy between two polls, and few enough that no more
+blocks are recompressed than a lowered budget needs."""
 
-_PREFETCH_SHARE = 4  # unused prefetched pages may fill a quarter of the pool
+_PREFETCH_SHARE = 4  # unused prefetched pages fill at most 1/4 of the pool
 
 
-class TierTraffic:
-    """Moves blocks between ``hot`` and its host tier."""
+class TierTransfer:
+    """Moves blocks between the device pool and its tiers.
 
-    def __init__(
-        self, hot: HotTier, host_bytes: int, config: KVCacheConfig, clock: Callable[[], float]
-    ) -> None:
+    Args:
+        page_table: of the device pool.
+        tiers: fastest first; each block is stored in at most one of them.
+        clock: times the codecs, s.
+
+    Attributes:
+        loaded_blocks: blocks that were decoded into the pool, by name of the tier.
+        lost: lost blocks, by reason.
+        codec_seconds: time on the worker's thread, by operation.
+    """
+
+    def __init__(self, page_table: PageTable, tiers: Sequence[Tier], clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.hot = hot
-        self.host = HostTier(host_bytes)
+        self.page_table = page_table
+        self.tiers = tiers
         self.lost = dict.fromkeys(LOST_REASONS, 0)
         self.codec_seconds = {"encode": 0.0, "decode": 0.0}
-        self.loaded_blocks = 0
-        self._served = 0  # leases whose load has landed
-        self._loader = Loader(hot.pool.layout.device)
-        self._buffers = SnapshotBuffers(hot.pool)
+        self.loaded_blocks = {tier.name: 0 for tier in tiers}
+        self._served = 0  # leases for which a load has landed
+        self._worker = TierWorker(page_table.pool.layout.device)
+        self._buffers = SnapshotBuffers(page_table.pool)
         self._encoding: set[bytes] = set()
         self._loads: dict[bytes, LoadJob] = {}
+        self._waiting: dict[Lease, list[LoadJob]] = {}
         self._ahead_pages = 0
-        self._looser: deque[bytes] = deque()  # may be tightened on the way to a lowered budget
-        self._tightening = 0
+        self._less_compressed: deque[tuple[Tier, bytes]] = deque()  # candidates for recompression
+        self._recompressing = 0
         self._untrimmed = 0
-        self.configure(config, host_bytes)
 
-    def configure(self, config: KVCacheConfig, host_bytes: int) -> None:
-        """Take new settings. The codec applies to blocks that leave the pool from now on, and under a lowered
-        budget to those that are stored.
+    def configure(self, config: KVCacheConfig, tier_bytes: Mapping[str, int]) -> None:
+        """Take codec, prefetch size and budgets.
+
+        The codec applies to blocks that are evicted from now on, and to stored blocks under a lowered budget.
         """
-        rung = codec_rung(config.use_compression, config.compression_ratio)
-        self._codec: Codec = codec_named(rung.codec)
+        level = compression_level(config.use_compression, config.compression_ratio)
+        self._codec: Codec = codec_named(level.codec)
         self._ahead = config.prefetch_size if config.enable_prefetch else 0
-        self.host.budget = host_bytes
-        self._looser = deque(self.host.looser(self._codec.fidelity) if host_bytes and self.host.over else ())
+        self._less_compressed.clear()
+        for tier in self.tiers:
+            tier.budget = tier_bytes[tier.name]
+            if tier.budget and tier.over:
+                keys = tier.less_compressed(self._codec.fidelity)
+                self._less_compressed.extend((tier, key) for key in keys)
+
+    @property
+    def stored_blocks(self) -> int:
+        """Blocks in all tiers."""
+        return sum(map(len, self.tiers))
+
+    @property
+    def converging(self) -> bool:
+        """True until every lowered budget is reached."""
+        return any(tier.over for tier in self.tiers)
 
     @property
     def prefetches(self) -> bool:
-        """True when a prefetch could find anything to do."""
-        return bool(self._ahead and len(self.host))
+        """True if a prefetch could find a block."""
+        return bool(self._ahead and self.stored_blocks)
 
     @property
-    def has_room(self) -> bool:
-        """True when a page can be evicted now without losing its block to a busy encoder."""
-        return not self.host.budget or self._buffers.left
+    def ready_to_store(self) -> bool:
+        """True if a page can be evicted now without losing its block because the encoder is busy."""
+        return self._buffers.available or not self._stores
+
+    @property
+    def _stores(self) -> bool:
+        return any(tier.budget for tier in self.tiers)
 
     @property
     def loading_pages(self) -> list[list[int]]:
-        """The private pages of each load under way."""
+        """The private pages of each load in flight."""
         return [[place.page for place in load.places] for load in self._loads.values()]
 
-    def leaving(self, entry: Entry) -> None:
-        """Send the block that ``entry`` ends to the encoder, unless the host tier has one as good."""
-        if not self.host.budget or entry.position % PAGES_PER_BLOCK != PAGES_PER_BLOCK - 1:
+    def _find(self, key: bytes) -> tuple[Tier, StoredBlock] | None:
+        for tier in self.tiers:
+            if (block := tier.get(key)) is not None:
+                return tier, block
+        return None
+
+    def store_evicted(self, entry: Entry) -> None:
+        """Encode the block that ends with ``entry``, unless a tier has an equally good one."""
+        if entry.position % PAGES_PER_BLOCK != PAGES_PER_BLOCK - 1 or not self._stores:
             return
-        stored = self.host.get(entry.hash)
+        found = self._find(entry.hash)
+        stored = found[1] if found else None
         best = max(entry.fidelity, self._codec.fidelity)
         if entry.hash in self._encoding or (stored is not None and stored.fidelity <= best):
             return
-        block = self.hot.block_of(entry)
+        block = self.page_table.block_of(entry)
         if block is None:
             self.lost["incomplete"] += stored is None
             return
@@ -105,7 +145,7 @@ class TierTraffic:
             self.lost["busy"] += stored is None
             return
         self._encoding.add(entry.hash)
-        self._loader.submit(
+        self._worker.submit(
             EncodeJob(entry.hash, source, self._buffers, self._codec, ancestry, self._clock, self._encoded),
             urgent=False,
         )
@@ -116,92 +156,108 @@ class TierTraffic:
         if job.encoded is None:
             self.lost["failed"] += 1
             return
-        shrinking = self.host.over
-        kept = self.host.put(job.key, HostBlock(job.encoded, max(job.ancestry, job.encoded.fidelity)))
-        self.lost["evicted"] += not kept
-        if kept and not shrinking:
-            full = self.host.used
-            self.lost["evicted"] += self.host.shrink(most=PAGES_PER_BLOCK)
-            self._trim_after(full - self.host.used)
+        block = StoredBlock(job.encoded, max(job.ancestry, job.encoded.fidelity))
+        if not self._put(job.key, block):
+            self.lost["evicted"] += 1
+
+    def _put(self, key: bytes, block: StoredBlock, first: int = 0) -> bool:
+        """Store a block in the first tier, from ``tiers[first]`` on, that takes it."""
+        for at, tier in enumerate(self.tiers[first:], first):
+            converging = tier.over  # ``shrink`` restores a lowered budget in bounded steps
+            if tier.put(key, block):
+                for other in self.tiers:
+                    if other is not tier:
+                        other.drop(key)
+                if not converging:
+                    self._evict(at, "evicted", PAGES_PER_BLOCK)
+                return True
+        return False
+
+    def _evict(self, at: int, reason: str, max_blocks: int) -> None:
+        """Evict from ``tiers[at]`` while it is over budget; each block moves to the next tier or is lost."""
+        tier = self.tiers[at]
+        before = tier.used
+        for key, block in tier.shrink(max_blocks):
+            if not self._put(key, block, at + 1):
+                self.lost[reason] += 1
+        self._trim_after(before - tier.used)
 
     def _trim_after(self, freed: int, *, at_once: bool = False) -> None:
+        """Trim the heap once enough bytes were freed; ``at_once`` does so for any number of them."""
         self._untrimmed += freed
         if self._untrimmed >= _TRIM_BYTES or (at_once and self._untrimmed):
             self._untrimmed = 0
-            self._loader.submit(TrimJob(), urgent=False)
+            self._worker.submit(TrimJob(), urgent=False)
 
     def advance(self, lease: Lease) -> None:
-        """Have the next blocks of the lease's prompt loaded: one at a time, or as many as are prefetched."""
-        if not len(self.host) and not self._loads:
+        """Load the next blocks of the lease's prompt: as many at a time as are prefetched, at least one."""
+        if not self._loads and not self.stored_blocks:
             return
-        most, at = max(1, self._ahead), lease.hits
-        while at < lease.usable and len(lease.waiting) < most:
+        max_loads, at = max(1, self._ahead), lease.hits
+        while at < lease.usable and len(self._waiting.get(lease, ())) < max_loads:
             at = (at // PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK
-            if at > len(lease.hashes):
+            if at > len(lease.hashes.pages):
                 return
-            key = lease.hashes[at - 1]
+            key = lease.hashes.pages[at - 1]
             load = self._loads.get(key)
-            if load is not None and load in lease.waiting:
+            if load is not None and load in self._waiting.get(lease, ()):
                 continue
-            if key in lease.tried:
+            if key in lease.requested_blocks:
                 return
             if load is None:
-                load = self._start(lease.hashes, lease.root, at, lease.usable, lease.exact_only)
+                load = self._start(lease.hashes, at, lease.usable, lease.exact_only)
             if load is None or (lease.exact_only and load.block.fidelity):
                 return
-            lease.tried.add(key)
-            lease.waiting.append(load)
-            load.waiters.append(lease)
+            lease.requested_blocks.add(key)
+            lease.pending_pages += len(load.places)
+            self._waiting.setdefault(lease, []).append(load)
             if load.ahead:
                 load.ahead = False
                 self._ahead_pages -= len(load.places)
-                self.hot.meter.used += 1
+                self.page_table.meter.used += 1
 
-    def prefetch(self, hashes: Sequence[bytes], root: bytes, usable: int, exact_only: bool) -> None:
-        """Start on the first blocks behind the cached prefix, for a request that is still queued."""
-        entries, at = self.hot.index.entries, 0
-        while at < usable and (entry := entries.get(hashes[at])) and not (exact_only and entry.fidelity):
+    def prefetch(self, hashes: PrefixHashes, usable: int, exact_only: bool) -> None:
+        """Load the first blocks behind the cached prefix, for a request that is still queued."""
+        entries, pages, at = self.page_table.index.entries, hashes.pages, 0
+        while at < usable and (entry := entries.get(pages[at])) and not (exact_only and entry.fidelity):
             at += 1
         cached = at
         for _ in range(self._ahead):
             at = (at // PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK
-            if at > len(hashes) or at - PAGES_PER_BLOCK >= usable:
+            if at > len(pages) or at - PAGES_PER_BLOCK >= usable:
                 return
-            if hashes[at - 1] in self._loads:
+            if pages[at - 1] in self._loads:
                 continue
-            unused = self.hot.prefetched_pages + self._ahead_pages + PAGES_PER_BLOCK
-            if unused * _PREFETCH_SHARE > self.hot.pool.limit or self.host.get(hashes[at - 1]) is None:
+            unused = self.page_table.prefetched_pages + self._ahead_pages + PAGES_PER_BLOCK
+            if unused * _PREFETCH_SHARE > self.page_table.pool.limit or self._find(pages[at - 1]) is None:
                 return
-            # Making room must not evict the very prefix that the block continues.
-            self.hot.touch(hashes[:cached])
+            # Making room must not evict the prefix that the block continues.
+            self.page_table.touch(pages[:cached])
             cached = 0
-            load = self._start(hashes, root, at, usable, exact_only)
+            load = self._start(hashes, at, usable, exact_only)
             if load is None:
                 return
             load.ahead = True
             self._ahead_pages += len(load.places)
 
-    def _start(
-        self, hashes: Sequence[bytes], root: bytes, end: int, usable: int, exact_only: bool
-    ) -> LoadJob | None:
-        """Load what is missing of the block of pages ``end - 8`` to ``end``; None when that cannot be."""
-        block = self.host.get(hashes[end - 1])
-        if block is None or (exact_only and block.fidelity):
+    def _start(self, hashes: PrefixHashes, end: int, usable: int, exact_only: bool) -> LoadJob | None:
+        """Load the missing pages of the block of pages ``end - 8`` to ``end``; None if that is impossible."""
+        found = self._find(hashes.pages[end - 1])
+        if found is None or (exact_only and found[1].fidelity):
             return None
-        entries = self.hot.index.entries
+        entries = self.page_table.index.entries
         missing = [
             at
             for at in range(end - PAGES_PER_BLOCK, min(end, usable))
-            if (entry := entries.get(hashes[at])) is None or (exact_only and entry.fidelity)
+            if (entry := entries.get(hashes.pages[at])) is None or (exact_only and entry.fidelity)
         ]
-        if not missing or not self.hot.make_room(len(missing)):
+        if not missing or not self.page_table.reserve(len(missing)):
             return None
-        places = [
-            Place(at, hashes[at], hashes[at - 1] if at else root, self.hot.pool.take()) for at in missing
-        ]
-        load = LoadJob(hashes[end - 1], block, places, self.hot.pool, self._clock, self._loaded)
+        pool = self.page_table.pool
+        places = [Place(at, hashes.pages[at], hashes.parent(at), pool.take()) for at in missing]
+        load = LoadJob(hashes.pages[end - 1], *found, places, pool, self._clock, self._loaded)
         self._loads[load.key] = load
-        self._loader.submit(load, urgent=True)
+        self._worker.submit(load, urgent=True)
         return load
 
     def _loaded(self, load: LoadJob) -> None:
@@ -209,84 +265,111 @@ class TierTraffic:
         self.codec_seconds["decode"] += load.seconds
         if load.ahead:
             self._ahead_pages -= len(load.places)
-        entries = [] if load.error else self._publish(load)
-        if load.error:
-            self.host.drop(load.key)
-            self.lost["corrupt"] += 1
-            for place in load.places:
-                self.hot.drop_private(place.page)
-        for lease in load.waiters:
-            lease.waiting.remove(load)
-            before = lease.hits
-            self.hot.pin(lease)
-            lease.host_hits += lease.hits - before
-            self._served += 1
-            self.advance(lease)
-        refs = self.hot.pool.refs
+        entries = self._discard(load) if load.error else self._publish(load)
+        for lease in [lease for lease, loads in self._waiting.items() if load in loads]:
+            self._resume(lease, load)
+        refs = self.page_table.pool.refs
         for place, entry in zip(reversed(load.places), reversed(entries), strict=False):
             refs[place.page] -= 1
             if not refs[place.page]:
-                self.hot.let_go(entry, place.page)
+                self.page_table.unpin(entry, place.page)
+
+    def _discard(self, load: LoadJob) -> list[Entry]:
+        for tier in self.tiers:  # it may have moved since the load started
+            tier.drop(load.key)
+        self.lost["corrupt"] += 1
+        for place in load.places:
+            self.page_table.free_private(place.page)
+        return []
 
     def _publish(self, load: LoadJob) -> list[Entry]:
-        self.loaded_blocks += 1
-        fetched = FetchedBlock()
+        self.loaded_blocks[load.tier.name] += 1
+        prefetched = PrefetchedBlock(load.tier.name)
         entries = []
         for place in load.places:
-            entry = self.hot.publish(place.key, place.parent, place.position, place.page, load.block.fidelity)
+            entry = self.page_table.publish(
+                place.key, place.parent, place.position, place.page, load.block.fidelity
+            )
             if load.ahead and entry.page == place.page:
-                self.hot.mark_fetched(entry, fetched)
+                self.page_table.mark_prefetched(entry, prefetched)
             entries.append(entry)
-        if load.ahead and not any(entry.fetched is fetched for entry in entries):
-            self.hot.meter.waste(fetched)
+        if load.ahead and not any(entry.prefetched is prefetched for entry in entries):
+            self.page_table.meter.waste(prefetched)
         return entries
 
+    def _resume(self, lease: Lease, load: LoadJob) -> None:
+        """Let a lease hold what a landed load brought, and load the next block."""
+        loads = self._waiting[lease]
+        loads.remove(load)
+        if not loads:
+            del self._waiting[lease]
+        lease.pending_pages -= len(load.places)
+        before = lease.hits
+        self.page_table.pin(lease)
+        if load.error is None:
+            served = sum(before <= place.position < lease.hits for place in load.places)
+            lease.hits_by_tier[load.tier.name] += served
+        self._served += 1
+        self.advance(lease)
+
     def forget(self, lease: Lease) -> None:
-        """A lease waits no longer; what it waited for still lands in the pool."""
-        for load in lease.waiting:
-            load.waiters.remove(lease)
-        lease.waiting.clear()
+        """Let a lease wait for no load; the loads still land in the pool."""
+        self._waiting.pop(lease, None)
+        lease.pending_pages = 0
 
     def land(self) -> bool:
-        """Land finished jobs; True if a lease waits for less than before."""
+        """Land finished jobs; True if a lease waits for fewer loads than before."""
         before = self._served
-        self._loader.land()
+        self._worker.land()
         return self._served > before
 
-    def shrink(self, most: int) -> None:
-        """One bounded step towards a lowered budget: tighten what a looser codec has stored, then drop."""
-        if not self.host.over:
+    def shrink(self, max_blocks: int) -> None:
+        """Take one bounded step towards lowered budgets: recompress stored blocks, then evict."""
+        if not self.converging:
             return
-        while self._looser and self._tightening < _TIGHTEN_AT_ONCE:
-            key = self._looser.popleft()
-            if (block := self.host.peek(key)) is not None and block.encoded.fidelity < self._codec.fidelity:
-                self._tightening += 1
-                layout = self.hot.pool.layout
-                job = TightenJob(key, block, self._codec, layout, self._clock, self._tightened)
-                self._loader.submit(job, urgent=False)
-        if self._tightening:
+        while self._less_compressed and self._recompressing < _MAX_RECOMPRESSING:
+            tier, key = self._less_compressed.popleft()
+            block = tier.get(key, touch=False)
+            if tier.over and block is not None and block.encoded.fidelity < self._codec.fidelity:
+                self._recompressing += 1
+                layout = self.page_table.pool.layout
+                job = RecompressJob(key, tier, block, self._codec, layout, self._clock, self._recompressed)
+                self._worker.submit(job, urgent=False)
+        if self._recompressing:
             return
-        full = self.host.used
-        self.lost["shrunk"] += self.host.shrink(most)
-        self._trim_after(full - self.host.used, at_once=not self.host.over)
+        for at, tier in enumerate(self.tiers):
+            if tier.over:
+                self._evict(at, "shrunk", max_blocks)
+        self._trim_after(0, at_once=not any(tier.over for tier in self.tiers))
 
-    def _tightened(self, job: TightenJob) -> None:
-        self._tightening -= 1
+    def _recompressed(self, job: RecompressJob) -> None:
+        self._recompressing -= 1
         self.codec_seconds["encode"] += job.seconds
-        if self.host.peek(job.key) is not job.block:
+        tier = job.tier
+        if tier.get(job.key, touch=False) is not job.block:
             return
-        full = self.host.used
-        if job.tightened is None:
-            self.host.drop(job.key)
+        before = tier.used
+        if job.recompressed is None:
+            tier.drop(job.key)
             self.lost["corrupt"] += 1
         else:
-            self.host.replace(job.key, job.tightened)
-        self._trim_after(full - self.host.used, at_once=not self.host.over)
+            tier.put(job.key, job.recompressed)
+        self._trim_after(before - tier.used, at_once=not self.converging)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError, with the record that differs, if tiers, loads and leases disagree."""
+        for tier in self.tiers:
+            tier.check_integrity()
+        for lease, loads in self._waiting.items():
+            pending = sum(len(load.places) for load in loads)
+            assert lease.pending_pages == pending > 0, (
+                f"a lease counts {lease.pending_pages} pending pages, its loads hold {pending}"
+            )
 
     def wait(self, timeout_s: float) -> None:
-        """Block until something can land, or the time is up."""
-        self._loader.wait(timeout_s)
+        """Block until a job can land, none is pending, or the timeout."""
+        self._worker.wait(timeout_s)
 
     def close(self) -> None:
-        """End the loader."""
-        self._loader.close()
+        """End the worker."""
+        self._worker.close()
