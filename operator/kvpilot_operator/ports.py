@@ -1,165 +1,137 @@
-"""The three things the loop needs from outside. Adapters implement them; nothing is decided there."""
+"""The ports: what the reconciler and the alert receiver need from outside. Adapters decide nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from kvpilot_engine.contract import AdminConfig, ApplyReport, ConfigPatch
+from kvpilot_operator.status.model import Status
+from kvpilot_operator.status.snapshot import Key, Replica, Snapshot
+from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Record
-from kvpilot_operator.tuning.observation import Boost, Promoted, Sample
-
-
-class Key(NamedTuple):
-    """Namespace and name of a resource."""
-
-    namespace: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True)
-class Replica:
-    """One running or pending engine as the cluster knows it.
-
-    ``admin_url`` is its admin API (``http://host:port``), "" without an address; ``admin_token`` opens it.
-    """
-
-    uid: str
-    name: str
-    ready: bool
-    admin_url: str
-    admin_token: str = field(repr=False)
-    terminating: bool = False
-    pending_reason: str = ""
-    created_at: float = 0.0
-    restarts: int = 0
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A resource and what belongs to it, read at one time.
-
-    Attributes:
-        manifest: the whole object: apiVersion, kind, metadata, spec, status.
-        replicas: desired number of the child workload; None before it exists.
-        replicas_managed_by: see ``Observation``. autoscaler: the same, of one that keeps at it.
-        promoted: content of the owned ConfigMap; None before it exists.
-        token_lost: the Secret with the engines' admin token is gone, or somebody else wrote it.
-        refused_pods: why the workload cannot make the pods that it wants; "" while it can.
-    """
-
-    key: Key
-    manifest: Mapping[str, Any]
-    replicas: int | None
-    pods: tuple[Replica, ...]
-    promoted: Promoted | None
-    replicas_managed_by: str = ""
-    autoscaler: str = ""
-    rolling_out: bool = False
-    paused_by: str = ""
-    boosts: tuple[Boost, ...] = ()
-    overrides: tuple[str, ...] = ()
-    token_lost: bool = False
-    refused_pods: str = ""
+from kvpilot_operator.tuning.observation import EngineProblem, Promoted, Sample, SourceProblem
 
 
 class Conflict(Exception):  # noqa: N818 - the API server's own word for it
-    """The resource changed since it was read; look again."""
+    """The resource changed since the snapshot; reconcile again."""
 
 
 class Cluster(Protocol):
-    """Where resources live and engines run."""
+    """Where resources live and replicas run."""
 
     async def keys(self) -> list[Key]:
-        """All resources there are."""
+        """Every resource that this operator watches."""
 
     async def read(self, key: Key) -> Snapshot | None:
-        """The resource now, or None when it is gone."""
+        """The resource now; None if it does not exist."""
 
     async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
-        """Make the owned objects what the spec asks for; ``config`` is written only where there is none yet.
+        """Apply the owned objects of the spec. Never sets the replicas of a workload that exists.
 
-        Never sets replicas of a workload that exists.
+        Args:
+            config: written only if the resource has no configuration yet.
         """
 
-    async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
-        """Replace the status, given that the resource is still the one that was read.
+    async def write_status(self, snapshot: Snapshot, status: Status) -> Snapshot:
+        """Replace the status, if the resource has not changed since the snapshot.
 
         Raises:
-            Conflict: it is not.
+            Conflict: it has.
         """
 
     async def write_config(self, snapshot: Snapshot, config: Promoted) -> None:
         """Replace the content of the owned ConfigMap."""
 
     async def scale(self, snapshot: Snapshot, replicas: int) -> None:
-        """Ask the child workload for that many replicas."""
+        """Set the number of replicas of the child workload."""
 
-    async def own_replicas(self, snapshot: Snapshot) -> None:
-        """Take the number of replicas over from who else wrote it, as it is."""
+    async def prefer_removal(self, snapshot: Snapshot, uids: Sequence[str]) -> None:
+        """Let these replicas go first at the next scale-in; without effect on one that is gone."""
+
+    async def recycle(self, snapshot: Snapshot, uid: str) -> None:
+        """Replace one replica by a new one; its requests are drained. Without effect if it is gone."""
+
+    async def take_over_replicas(self, snapshot: Snapshot, replicas: int) -> None:
+        """Become the only field manager of the workload's replicas, without changing their number.
+
+        Raises:
+            Conflict: the number is no longer ``replicas``, or the workload changed meanwhile.
+        """
 
     async def record(self, snapshot: Snapshot, record: Record) -> None:
-        """Keep a whole decision record (the last 50)."""
+        """Keep a whole decision record; the last 50 stay."""
+
+    async def recorded(self, snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
+        """The decision records that are kept, oldest first, as JSON holds them."""
 
     async def event(
         self, snapshot: Snapshot, kind: Literal["Normal", "Warning"], reason: str, message: str
     ) -> None:
-        """Tell people about a transition."""
+        """Write an Event on the resource."""
+
+
+class BoostingCluster(Cluster, Protocol):
+    """A cluster that also holds the overrides which verified alerts create."""
+
+    async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
+        """Create or refresh the override of one alert; returns its name."""
+
+    def boost_name(self, key: Key, fingerprint: str) -> str:
+        """Name of the override of one alert."""
 
 
 class MetricsError(Exception):
-    """Metrics could not be read: one sentence that names the source."""
+    """Metrics could not be read. The message is one sentence that names the source."""
+
+    def __init__(self, message: str, reason: str = reasons.METRICS_UNAVAILABLE) -> None:
+        super().__init__(message)
+        self.problem = SourceProblem(reason, message)
 
 
 class Metrics(Protocol):
     """Where measurements come from."""
 
-    async def samples(self, windows: Mapping[Key, Mapping[str, float]]) -> dict[Key, dict[str, Sample]]:
-        """Samples by pod UID; ``windows`` names, for each resource, its windows and their lengths in s.
+    def scrape_s(self, key: Key) -> float:
+        """Configured interval of the scrapes of a resource's source, s; 0 if it is unknown."""
 
-        A pod without metrics is absent. No data is never zero.
+    async def samples(self, windows: Mapping[Key, Mapping[str, float]]) -> dict[Key, dict[str, Sample]]:
+        """Samples of each resource by replica UID. A replica without metrics is absent: no data is not zero.
+
+        Args:
+            windows: for each resource its windows by name, with their lengths in s.
 
         Raises:
-            MetricsError: the source did not answer, or not in time.
+            MetricsError: the source did not answer in time.
         """
 
 
-class EngineError(Exception):
-    """An engine could not be asked, or refused. ``code``: unreachable | refused | stale_epoch."""
+class EngineCallError(Exception):
+    """An engine could not be asked, or refused.
 
-    def __init__(self, message: str, code: str) -> None:
+    Attributes:
+        code: ``unreachable`` (no answer), ``unauthorized`` (it refused the token), ``refused`` (any other
+            refusal) or ``stale_epoch`` (a newer writer was there).
+    """
+
+    def __init__(self, message: str, code: EngineProblem) -> None:
         super().__init__(message)
         self.code = code
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What applying a configuration would take: ``restart`` names the cold fields that differ."""
-
-    hot: Sequence[str]
-    restart: Sequence[str]
-
-
 class Engines(Protocol):
-    """The engines' own admin interface."""
+    """The administration of engines, neutral of their runtime."""
 
     async def describe(self, replica: Replica) -> AdminConfig:
-        """Version, knobs, live values, ceilings.
+        """Version, knobs, live values and ceilings.
 
         Raises:
-            EngineError: it did not answer.
+            EngineCallError: the engine did not answer, or refused.
         """
 
-    async def plan(self, replica: Replica, values: Mapping[str, Any]) -> Plan:
-        """Which of ``values`` differ, and whether they need a restart."""
-
     async def apply(self, replica: Replica, patch: ConfigPatch) -> ApplyReport:
-        """Apply, then verify by reading back.
+        """Apply a configuration, then verify it by reading it back.
 
         Raises:
-            EngineError: it did not answer, refused, or runs something else afterwards.
+            EngineCallError: the engine did not answer, refused, or runs another configuration afterwards.
         """

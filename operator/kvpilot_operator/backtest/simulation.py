@@ -1,383 +1,247 @@
-"""A small simulated deployment on a virtual clock, to drive ``decide`` from end to end.
-
-Engines are queues with worker slots and a batch: every step advances up to ``batchSize`` rows and takes
-``step_s(rows)``. Arrivals are Poisson with a fixed seed and are spread round-robin, as a Service would. The
-simulation acts on decisions as the loop does: status first, then actions.
-"""
+"""A load on a simulated deployment that the real reconciler manages, on a virtual clock."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import random
-from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from kvpilot_engine.contract import CATALOGUE
-from kvpilot_engine.contract.metrics import EDGES_S, Stage
-from kvpilot_operator.tuning.configuration import value
-from kvpilot_operator.tuning.decide import decide
-from kvpilot_operator.tuning.decision import Decision, Push, Record, Scale, WriteConfig
-from kvpilot_operator.tuning.observation import (
-    Boost,
-    Counts,
-    EngineView,
-    Gauges,
-    Observation,
-    Pod,
-    Promoted,
-    Sample,
-)
+from kvpilot_operator.backtest.cluster import OperatorCrash, SimulatedCluster
+from kvpilot_operator.backtest.engine import Ended, SimulatedEngine
+from kvpilot_operator.backtest.faults import Faults, TimedFault
+from kvpilot_operator.backtest.model import EngineModel, SimulatedRequest
+from kvpilot_operator.reconcile.fleet import Fleet
+from kvpilot_operator.reconcile.reconciler import NullTelemetry, Reconciler, Reconciliation
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.status.codec import state_of
+from kvpilot_operator.tuning.decision import Decision, Record
+from kvpilot_operator.tuning.observation import Promoted
 from kvpilot_operator.tuning.pace import PACES
-from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling
-from kvpilot_operator.tuning.state import Phase, TuningState
+from kvpilot_operator.tuning.state import TuningState
 
-CATALOGUE_BOUNDS = {
-    knob.resource_name: KnobBounds(knob.resource_name, knob.minimum, knob.maximum) for knob in CATALOGUE
-}
-
-PRODUCTION = Objectives(
-    signal="request",
-    latency={"p50": (0.1, 0.5), "p95": (0.5, 0.95), "p99": (1.0, 0.99)},
-    throughput=100,
-    floor=50,
-    hit_rate=0.7,
-    memory=0.8,
-    errors=0.01,
-)
+START = 1_000_000.0
+"""When every simulation begins, s since the epoch."""
 
 
-def policy_of(**changes: Any) -> Policy:
-    """An Auto policy at Fast pace with two to six replicas; no target for the hit rate unless given."""
-    objectives = changes.pop("objectives", replace(PRODUCTION, hit_rate=0.0))
-    given: dict[str, Any] = {
-        "objectives": objectives,
-        "mode": "Auto",
-        "pace": PACES["Fast"],
-        "bounds": CATALOGUE_BOUNDS,
-        "scaling": Scaling(1, 6),
-        **changes,
-    }
-    return Policy(**given)
+class Controller(Protocol):
+    """What manages the deployment in place of the reconciler.
 
-
-@dataclass
-class Request:
-    """One request: when it came, where it is, and what each stage took so far."""
-
-    at: float
-    steps: int
-    left: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the simulated device and cache cost, by configuration.
-
-    ``tax``: s added to a step; ``tier_s``: s of tier load per request, ``decoding`` of it in the codec;
-    ``prefetched``: blocks used and wasted per request; ``hits``: share of the prompt tokens.
+    Attributes:
+        tick: seconds between two steps.
     """
 
-    step_s: Callable[[int], float] = lambda rows: 0.016 + 0.0008 * rows
-    tokens: int = 4
-    marginal_gain: Callable[[int], float] = lambda rows: 0.9 if rows < 16 else 0.05
-    tax: Callable[[Mapping[str, Any]], float] = lambda config: 0.0
-    memory: Callable[[Mapping[str, Any]], float] = lambda config: 0.3
-    tier_s: Callable[[Mapping[str, Any]], float] = lambda config: 0.0
-    decoding: float = 0.0
-    prefetched: Callable[[Mapping[str, Any]], tuple[float, float]] = lambda config: (0.0, 0.0)
-    hits: Callable[[Mapping[str, Any]], float] = lambda config: 0.5
-    ceiling: float = 0.8
-    queue: int = 256
-    timeout: float = 60.0
+    tick: float
+
+    def step(self, simulation: Simulation) -> None:
+        """Look at the deployment and act on it."""
 
 
-class Engine:
-    """One simulated engine. ``counters`` only grow; windows are differences of their history."""
+class Simulation(NullTelemetry):
+    """One resource under a load, spread round-robin as a Service does.
 
-    def __init__(self, uid: str, name: str, promoted: Promoted, model: Model, at: float):
-        self.uid, self.name, self.model = uid, name, model
-        self.config, self.generation, self.epoch = dict(promoted.config), promoted.generation, 0
-        self.waiting: deque[Request] = deque()
-        self.held: list[Request] = []
-        self.counters: dict[str, float] = {}
-        self.history: deque[tuple[float, dict[str, float]]] = deque([(at, {})])
-        self.born = at
-        self.restarts = 0
-        self.ready_at = at
-        self.clock = at
-        self.step_left = 0.0
-        self.rows: list[Request] = []
-        self.last_rows = 0
+    Args:
+        manifest: a KVCacheDeployment.
+        replicas: replicas of the workload at the start.
+        load: requests/s of Poisson arrivals by seconds since the start.
+        requests: given arrivals in their order instead, in s since the start; they are used up.
+        model: the cost model of every engine.
+        start_s: from the creation of a pod until it is ready, s; ``start_spread`` is the standard deviation
+            of its log.
+        sticky: requests of one session go to one replica.
+        on_ended: gets what became of requests, as they end.
+        controller: manages the deployment once it is rolled out; None for the reconciler.
+        faults: what goes wrong beside the load.
+        seed: of arrivals, speeds, start times and faults.
+        fleet: limits over several simulations.
 
-    def add(self, name: str, amount: float) -> None:
-        self.counters[name] = self.counters.get(name, 0.0) + amount
-
-    def offer(self, now: float) -> None:
-        self.add("arrivals", 1)
-        if len(self.waiting) >= self.model.queue:
-            self.add("outcome:shed", 1)
-            return
-        self.waiting.append(Request(now, self.model.tokens, self.model.tokens))
-
-    def run(self, until: float) -> None:
-        """Work until a time, in whole steps."""
-        workers, batch = value(self.config, "numWorkers"), value(self.config, "batchSize")
-        tax = self.model.tax(self.config)
-        while self.clock < until:
-            while self.waiting and len(self.held) < workers and self.waiting[0].at <= self.clock:
-                request = self.waiting.popleft()
-                request.stages["admission_wait"] = self.clock - request.at
-                self.held.append(request)
-            rows = self.held[:batch]
-            if not rows:
-                self.clock = until
-                break
-            took = self.model.step_s(len(rows)) + tax
-            self.add("busy", took)
-            self.add("steps", 1)
-            self.add("rows", len(rows))
-            self.last_rows = len(rows)
-            for index, request in enumerate(self.held):
-                stage = (
-                    "batch_wait"
-                    if index >= batch
-                    else "prefill"
-                    if request.left == request.steps
-                    else "decode"
-                )
-                request.stages[stage] = request.stages.get(stage, 0.0) + took
-            self.clock += took
-            for request in rows:
-                request.left -= 1
-                if request.left == 0:
-                    self._end(request)
-            self.held = [request for request in self.held if request.left > 0]
-
-    def _end(self, request: Request) -> None:
-        loading = self.model.tier_s(self.config)
-        request.stages["tier_load"] = loading
-        took = self.clock - request.at + loading
-        used, wasted = self.model.prefetched(self.config)
-        for name, amount in (
-            ("decoding", loading * self.model.decoding),
-            ("used", used),
-            ("wasted", wasted),
-            ("query", 100.0),
-            ("hit", 100.0 * self.model.hits(self.config)),
-            ("ceiling", 100.0 * self.model.ceiling),
-            ("evicted", 1.0),
-        ):
-            self.add(name, amount)
-        late = took > self.model.timeout
-        self.add("outcome:timeout" if late else "outcome:ok", 1)
-        smallest = bisect_left(EDGES_S, took)
-        if not late and smallest < len(EDGES_S):
-            self.add(f"within:{EDGES_S[smallest]}", 1)
-        for stage, seconds in request.stages.items():
-            self.add(f"stage:{stage}", seconds)
-
-    def scrape(self, now: float) -> None:
-        self.history.append((now, dict(self.counters)))
-        while len(self.history) > 2 and self.history[1][0] <= now - 700:
-            self.history.popleft()
-
-    def counts(self, now: float, length: float) -> Counts:
-        start = next((item for item in reversed(self.history) if item[0] <= now - length), self.history[0])
-        last = self.history[-1]
-        increase = {name: total - start[1].get(name, 0.0) for name, total in last[1].items()}
-
-        def named(prefix: str) -> dict[str, float]:
-            return {k.removeprefix(prefix): v for k, v in increase.items() if k.startswith(prefix)}
-
-        ended = named("within:")
-        within = dict(zip(EDGES_S, accumulate(ended.get(str(edge), 0.0) for edge in EDGES_S), strict=True))
-        return Counts(
-            pod_seconds=max(last[0] - start[0], 1e-9),
-            arrivals=increase.get("arrivals", 0.0),
-            outcomes=named("outcome:"),
-            request_within=within,
-            first_token_within=within,
-            stage_seconds={stage.value: 0.0 for stage in Stage} | named("stage:"),
-            query_tokens=increase.get("query", 0.0),
-            hit_tokens=increase.get("hit", 0.0),
-            ceiling_tokens=increase.get("ceiling", 0.0),
-            evicted_pages=increase.get("evicted", 0.0),
-            prefetch_used=increase.get("used", 0.0),
-            prefetch_wasted=increase.get("wasted", 0.0),
-            decode_seconds=increase.get("decoding", 0.0),
-            busy_seconds=increase.get("busy", 0.0),
-            steps=increase.get("steps", 0.0),
-            step_rows=increase.get("rows", 0.0),
-        )
-
-    def pod(self, now: float, windows: Mapping[str, float]) -> Pod:
-        if now < self.ready_at:
-            return Pod(self.uid, self.name, ready=False, created_at=self.born)
-        sample = Sample(
-            windows={name: self.counts(now, length) for name, length in windows.items()},
-            gauges=Gauges(
-                waiting=float(len(self.waiting)),
-                running=float(len(self.held)),
-                memory_ratio=self.model.memory(self.config),
-                marginal_gain=self.model.marginal_gain(self.last_rows),
-                cached_bytes=200 * 2**20,
-                budget_bytes=256 * 2**20,
-                generation=self.generation,
-                memory_limit_bytes=1000 * 2**20,
-            ),
-            age_s=0.5,
-            coverage_s=now - self.ready_at,
-        )
-        view = EngineView(
-            self.uid, self.generation, self.epoch, dict(self.config), False, {"maxTokens": 65536}
-        )
-        return Pod(
-            self.uid,
-            self.name,
-            True,
-            created_at=self.born,
-            restarts=self.restarts,
-            engine=view,
-            sample=sample,
-        )
-
-
-class Simulation:
-    """A deployment, its load, and the loop around ``decide``.
-
-    ``crash`` is asked before every effect (status, or one action); True loses it, as if the operator died.
+    Raises:
+        ManifestError: the manifest is invalid.
     """
 
     def __init__(
         self,
-        base: Mapping[str, Any],
-        policy: Policy,
+        manifest: Mapping[str, Any],
         *,
         replicas: int = 3,
-        load: Callable[[float], float] = lambda now: 20.0,
-        model: Model | None = None,
+        load: Callable[[float], float] = lambda seconds: 20.0,
+        requests: Iterable[SimulatedRequest] | None = None,
+        model: EngineModel | None = None,
         start_s: float = 5.0,
+        start_spread: float = 0.0,
+        sticky: bool = False,
+        on_ended: Callable[[list[Ended]], None] | None = None,
+        controller: Controller | None = None,
+        faults: Sequence[TimedFault] = (),
         seed: int = 7,
+        fleet: Fleet | None = None,
     ) -> None:
-        self.base, self.policy, self.load, self.model = dict(base), policy, load, model or Model()
-        self.start_s, self.now = start_s, 1000.0
-        self.origin = self.now
-        self.random = random.Random(seed)
-        self.promoted = Promoted(1, dict(base))
-        self.state = TuningState()
-        self.replicas = replicas
-        self.made = 0
-        self.engines: list[Engine] = []
-        self.boosts: tuple[Boost, ...] = ()
-        self.paused_by = ""
-        self.metrics_problem = ""
-        self.turn = 0
-        self.next_arrival = self.now
-        self.records: list[Record] = []
+        spec = KVCacheDeployment.parse(manifest).spec
+        self.pace = PACES[spec.tuning.pace]
+        self.load = load
+        self.cluster = SimulatedCluster(
+            manifest,
+            replicas,
+            model or EngineModel(),
+            start_s,
+            START,
+            start_spread=start_spread,
+            scrape=self.pace.scrape,
+            seed=seed,
+        )
+        self.cluster.drain_s = float(spec.rollout.drain_seconds)
         self.decisions: list[tuple[float, Decision]] = []
-        self.crash: Callable[[], bool] = lambda: False
-        self.schedulable = 99
-        self._converge_pods(ready_at=self.now)
+        self._on_ended, self._sticky = on_ended, sticky
+        self._controller = controller
+        self._faults = Faults(faults) if faults else None
+        self._random = random.Random(seed)
+        self._turn = 0
+        self._next_arrival = START
+        self._requests = None if requests is None else iter(requests)
+        self._next_request = None if self._requests is None else next(self._requests, None)
+        self._fleet = fleet
+        self._start_operator()
 
-    def _converge_pods(self, ready_at: float) -> None:
-        while len(self.engines) > self.replicas:
-            self.engines.pop()
-        while len(self.engines) < min(self.replicas, self.schedulable):
-            engine = Engine(f"u{self.made}", f"chat-{self.made}", self.promoted, self.model, self.now)
-            engine.ready_at = ready_at
-            engine.born = engine.clock = ready_at
-            engine.history = deque([(ready_at, {})])
-            self.made += 1
-            self.engines.append(engine)
-
-    def _serve(self, until: float) -> None:
-        rate = self.load(self.now - self.origin)
-        self.next_arrival = max(self.next_arrival, self.now)
-        while rate > 0 and self.next_arrival < until:
-            ready = [engine for engine in self.engines if engine.ready_at <= self.next_arrival]
-            if ready:
-                self.turn += 1
-                engine = ready[self.turn % len(ready)]
-                engine.run(self.next_arrival)
-                engine.offer(self.next_arrival)
-            self.next_arrival += self.random.expovariate(rate)
-        for engine in self.engines:
-            engine.run(until)
-            if until >= engine.ready_at:
-                engine.scrape(until)
-
-    def observe(self) -> Observation:
-        pace = self.policy.pace
-        windows = {"short": pace.short, "long": pace.long}
-        if self.state.change is not None and self.state.phase is Phase.VERIFY:
-            windows["verify"] = max(self.now - self.state.change.phase_since, pace.short)
-        pods = [engine.pod(self.now, windows) for engine in self.engines]
-        return Observation(
-            at=self.now,
-            pods=tuple(pods),
-            base=self.base,
-            promoted=self.promoted,
-            replicas=self.replicas,
-            metrics_problem=self.metrics_problem,
-            paused_by=self.paused_by,
-            boosts=tuple(b for b in self.boosts if b.expires_at > self.now),
+    def _start_operator(self) -> None:
+        ports = self.cluster
+        self._reconciler = Reconciler(
+            ports, ports, ports, clock=ports.clock, telemetry=self, fleet=self._fleet
         )
 
-    def look(self) -> Decision:
-        """One pass of the loop."""
-        for _ in range(12):
-            decision = decide(self.observe(), self.state, self.policy, self.now)
-            self.decisions.append((self.now, decision))
-            if (decision.state != self.state or decision.actions) and self.crash():
-                return decision
-            self.state = decision.state
-            for action in decision.actions:
-                if self.crash():
-                    return decision
-                self._act(action)
-            self.records.extend(decision.records)
-            if not decision.again:
-                break
-        return decision
+    @property
+    def seconds(self) -> float:
+        """Time since the start, s."""
+        return self.cluster.now - START
 
-    def _act(self, action: Push | WriteConfig | Scale) -> None:
-        match action:
-            case Push(uid, generation, epoch, values):
-                for engine in self.engines:
-                    if engine.uid == uid and engine.ready_at <= self.now and epoch >= engine.epoch:
-                        engine.config = {**engine.config, **values}
-                        engine.generation, engine.epoch = generation, epoch
-            case WriteConfig(generation, values):
-                self.promoted = Promoted(generation, dict(values))
-            case Scale(replicas, _):
-                self.replicas = replicas
-                self._converge_pods(self.now + self.start_s)
+    @property
+    def state(self) -> TuningState:
+        """The tuner's state, as the status holds it."""
+        return state_of(self.cluster.snapshot().status)
 
-    def run(self, seconds: float, until: Callable[[Simulation], bool] = lambda sim: False) -> Simulation:
-        """Advance by ticks until the time is over or a condition holds."""
-        end = self.now + seconds
-        while self.now < end and not until(self):
-            for _ in range(int(self.policy.pace.tick)):
-                self._serve(self.now + 1.0)
-                self.now += 1.0
-            self.look()
+    @property
+    def promoted(self) -> Promoted:
+        """The content of the ConfigMap."""
+        assert self.cluster.promoted is not None, "the first reconcile writes it"
+        return self.cluster.promoted
+
+    @property
+    def records(self) -> list[Record]:
+        """All decision records, oldest first."""
+        return self.cluster.records
+
+    def reconciled(self, result: Reconciliation) -> None:
+        """Keep the decision of a reconcile."""
+        self.decisions.append((self.cluster.now, result.decision))
+
+    def run(
+        self, seconds: float, until: Callable[[Simulation], bool] = lambda simulation: False
+    ) -> Simulation:
+        """Serve and reconcile, tick by tick, until the time is over or a condition holds."""
+        asyncio.run(self._run(self.cluster.now + seconds, until))
         return self
 
-    def restart(self, engine: Engine) -> None:
-        """The container of a pod restarts: it starts from the ConfigMap."""
-        engine.config, engine.generation = dict(self.promoted.config), self.promoted.generation
-        engine.epoch, engine.restarts = 0, engine.restarts + 1
-        engine.waiting.clear()
-        engine.held = []
+    async def _run(self, end: float, until: Callable[[Simulation], bool]) -> None:
+        if self.cluster.promoted is None:
+            await self._reconcile()
+        controller = self._controller
+        tick = self.pace.tick if controller is None else controller.tick
+        while self.cluster.now < end and not until(self):
+            for _ in range(max(1, round(tick / self.pace.scrape))):
+                self._serve(self.cluster.now + self.pace.scrape)
+            if controller is None:
+                await self._reconcile()
+            else:
+                controller.step(self)
+
+    async def _reconcile(self) -> None:
+        try:
+            await self._reconciler.run_once(self.cluster.key)
+        except OperatorCrash:
+            self.cluster.restart_operator()
+            self._start_operator()
+
+    def _serve(self, until: float) -> None:
+        """Requests arrive and engines work until the next scrape."""
+        cluster = self.cluster
+        starts = {engine.ready_at for engine in cluster.engines if cluster.now < engine.ready_at < until}
+        arrivals = self._arrivals(until)
+        for end in (*sorted(starts), until):
+            mine = [request for request in arrivals if request.at < end] if starts else arrivals
+            arrivals = arrivals[len(mine) :]
+            self._spread(mine, cluster.ready(cluster.now), end)
+            cluster.now = end
+        if self._faults is not None:
+            self._faults.apply(cluster, self.seconds)
+        for engine in cluster.running():
+            engine.scrape(until)
+        gone = cluster.drained()
+        cluster.wander()
+        for engine in (*cluster.running(), *gone):
+            if engine.ended:
+                if self._on_ended is not None:
+                    self._on_ended(engine.ended)
+                engine.ended.clear()
+
+    def _spread(self, arrivals: list[SimulatedRequest], ready: list[SimulatedEngine], until: float) -> None:
+        """Route arrivals to the replicas that are ready, and let all work until a time."""
+        count = len(ready)
+        if not count:
+            if self._on_ended is not None:
+                self._on_ended([(request.at, math.inf, math.inf) for request in arrivals])
+        elif self._sticky:
+            shares: list[list[SimulatedRequest]] = [[] for _ in ready]
+            for request in arrivals:
+                shares[request.session * 2654435761 % 2**32 % count].append(request)
+            for engine, share in zip(ready, shares, strict=True):
+                engine.run(until, share)
+        else:
+            for index, engine in enumerate(ready):
+                engine.run(until, arrivals[(index - self._turn) % count :: count])
+            self._turn = (self._turn + len(arrivals)) % count
+        for _, engine in self.cluster.draining:
+            engine.run(until)
+
+    def _arrivals(self, until: float) -> list[SimulatedRequest]:
+        if self._requests is not None:
+            return self._given(until)
+        found: list[SimulatedRequest] = []
+        rate, model = self.load(self.seconds), self.cluster.model
+        at = max(self._next_arrival, self.cluster.now)
+        if rate > 0:
+            while at < until:
+                found.append(model.request(at, len(found)))
+                at += self._random.expovariate(rate)
+        self._next_arrival = at
+        return found
+
+    def _given(self, until: float) -> list[SimulatedRequest]:
+        found: list[SimulatedRequest] = []
+        request, requests = self._next_request, self._requests
+        assert requests is not None
+        while request is not None and request.at + START < until:
+            request.at += START
+            found.append(request)
+            request = next(requests, None)
+        self._next_request = request
+        return found
+
+    def unfinished(self, older_s: float) -> list[Ended]:
+        """Requests in flight that came more than ``older_s`` ago: late, however they end."""
+        cluster = self.cluster
+        engines = [*cluster.ready(cluster.now), *(engine for _, engine in cluster.draining)]
+        late = cluster.now - older_s
+        return [
+            (request.at, math.inf, math.inf)
+            for engine in engines
+            for request in engine.in_flight()
+            if request.at < late
+        ]
 
     def outcomes(self) -> list[str]:
+        """Outcomes of all records, oldest first."""
         return [record.outcome for record in self.records]
 
-    def told(self) -> str:
-        return "\n".join(
-            f"{r.at - self.origin:6.0f} {r.outcome:11} {r.rule}: {r.summary}" for r in self.records
-        )
+    def report(self) -> str:
+        """All records, one line each: seconds since the start, outcome, rule, summary."""
+        return "\n".join(f"{r.at - START:6.0f} {r.outcome:11} {r.rule}: {r.summary}" for r in self.records)

@@ -1,4 +1,4 @@
-"""The ``kvpilot`` command. One module per subcommand; each imports what it needs only when it runs."""
+"""The ``kvpilot`` command, one module for each subcommand; imports of the work are deferred until it runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from kvpilot_operator.cli import explain, load, operate, serve, up
+from kvpilot_operator.cli import (
+    backtest,
+    explain,
+    export,
+    lint,
+    load,
+    operate,
+    override,
+    record,
+    serve,
+    status,
+    top,
+    up,
+)
 
 
 class _Commands(TyperGroup):
-    """Tells what is wrong with a command line as the commands tell what they find themselves: in one line."""
+    """Prints an invalid command line as one line, as the commands print their own errors."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command line and exit."""
+        """Run the command line and exit with its code."""
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:
@@ -26,7 +39,7 @@ class _Commands(TyperGroup):
 
 
 def _line_of(error: typer.TyperException) -> str:
-    """Command, option, what is allowed and the value; nothing where the help was shown instead."""
+    """Command, option, what is allowed and the value; empty if the help was shown instead."""
     from pydantic import ValidationError
 
     context = getattr(error, "ctx", None)
@@ -35,7 +48,7 @@ def _line_of(error: typer.TyperException) -> str:
     if isinstance(error, typer.BadParameter) and error.param is not None and error.message:
         message = f"{max(error.param.opts, key=len)}: {error.message.removeprefix('Value error, ')}"
         cause = error.__cause__
-        # Typer's own checks name the value, those of pydantic's types do not.
+        # Typer's own checks name the value; those of pydantic's types do not.
         if isinstance(cause, ValidationError) and cause.errors()[0]["type"] != "value_error":
             message += f", got {cause.errors()[0]['input']}"
     message = " ".join(message.split()).removesuffix(".")
@@ -45,12 +58,12 @@ def _line_of(error: typer.TyperException) -> str:
 app = typer.Typer(
     name="kvpilot",
     cls=_Commands,
-    help="Keep KV-cache serving inside its objectives: locally, or as a Kubernetes operator.",
+    help="Keep KV-cache serving within its objectives, on this machine or in Kubernetes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (up, load, explain, operate, serve):
+for command in (up, load, lint, status, explain, top, override, export, backtest, record, operate, serve):
     command.register(app)
 
 __all__ = ["app"]

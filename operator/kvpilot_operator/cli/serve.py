@@ -1,4 +1,4 @@
-"""``kvpilot serve``: one engine, without an operator."""
+"""``kvpilot serve``: run one engine without an operator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def register(app: typer.Typer) -> None:
         help="Run one engine with an OpenAI-compatible API, e.g. `kvpilot serve --port 8000`.",
     )
     def serve(context: typer.Context) -> None:
-        # The engine is a program of its own: the operator's half never imports torch.
+        # A new process image, because kvpilot_operator never imports torch.
         os.environ["KVPILOT_PROGRAM"] = "kvpilot serve"
         os.execv(sys.executable, [sys.executable, "-m", "kvpilot_engine", *context.args])

@@ -1,4 +1,4 @@
-"""``kvpilot up``: a deployment on this machine, tuned as it would be in a cluster."""
+"""``kvpilot up``: run and tune a deployment on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvpilot_operator.cli.given import given
+from kvpilot_operator.options import given_options
 
 
 class _Load(StrEnum):
@@ -25,35 +25,47 @@ class _Mode(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
-    @app.command(help="Run MANIFEST on this machine: engines, one port in front, and the tuner.")
+    @app.command(
+        help="Run a KVCacheDeployment on this machine: its engines, one port in front, and the tuner.",
+        epilog="Examples: `kvpilot up examples/quickstart.yaml --port 8000`; "
+        "`kvpilot up examples/quickstart.yaml --load chat --check`",
+    )
     def up(
         context: typer.Context,
-        manifest: Annotated[Path, typer.Argument(help="A KVCacheDeployment in YAML; edits apply hot.")],
-        load: Annotated[_Load | None, typer.Option(help="Send traffic, and end with it.")] = None,
+        manifest: Annotated[
+            Path,
+            typer.Argument(help="A KVCacheDeployment in YAML; edits of the file are applied while it runs."),
+        ],
+        load: Annotated[_Load | None, typer.Option(help="Send this load, and stop when it ends.")] = None,
         trace: Annotated[
-            Path | None, typer.Option(help="Send a Mooncake (JSON lines) or Azure (CSV) trace.")
+            Path | None,
+            typer.Option(help="Send a Mooncake (JSON lines) or Azure (CSV) trace, and stop when it ends."),
         ] = None,
-        speed: Annotated[float, typer.Option(help="Replay the trace this many times as fast.")] = 1.0,
-        shrink: Annotated[int, typer.Option(help="Divide the trace's lengths; 32: block to page.")] = 1,
+        speed: Annotated[float, typer.Option(help="Factor on the speed of the trace.")] = 1.0,
+        shrink: Annotated[
+            int, typer.Option(help="Divisor of the trace's lengths; 32 makes a block one page.")
+        ] = 1,
         rate: Annotated[
-            float | None, typer.Option(help="Constant rate of the chats/s; without: calm, then a rise.")
+            float | None,
+            typer.Option(help="Constant chat requests/s. Default: a calm phase, then a rise to saturation."),
         ] = None,
-        duration: Annotated[float | None, typer.Option(help="End after so many seconds of load.")] = None,
-        mode: Annotated[_Mode | None, typer.Option(help="Over the manifest's tuning mode.")] = None,
+        duration: Annotated[float | None, typer.Option(help="Stop after this many seconds of load.")] = None,
+        mode: Annotated[_Mode | None, typer.Option(help="Tuning mode instead of the manifest's.")] = None,
         check: Annotated[
             bool,
             typer.Option(
-                "--check", help="Exit 0 only if a breach happened and a knob cured it; starts afresh."
+                "--check",
+                help="Exit with 0 only if a knob cured a breach of a latency objective; implies --fresh.",
             ),
         ] = False,
-        report: Annotated[Path | None, typer.Option(help="Where the HTML report goes.")] = None,
-        json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+        report: Annotated[Path | None, typer.Option(help="File for the HTML report.")] = None,
+        json_out: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
         port: Annotated[
-            int, typer.Option(min=0, max=65535, help="Port in front of the replicas; 0: a free one.")
+            int, typer.Option(min=0, max=65535, help="Port in front of the replicas; 0 takes a free one.")
         ] = 0,
-        fresh: Annotated[bool, typer.Option("--fresh", help="Forget what earlier runs learned.")] = False,
+        fresh: Annotated[bool, typer.Option("--fresh", help="Delete the state of earlier runs.")] = False,
         pace_scale: Annotated[
-            float, typer.Option(min=0.05, max=100, help="Factor on the tuner's durations.", hidden=True)
+            float, typer.Option(min=0.05, max=100, help="Factor on all durations of the tuner.", hidden=True)
         ] = 1.0,
     ) -> None:
         from kvpilot_operator.local.command import UpOptions, run_up
@@ -73,6 +85,6 @@ def register(app: typer.Typer) -> None:
             port=port,
             fresh=fresh,
             pace_scale=pace_scale,
-            given=given(context),
+            given=given_options(context),
         )
         raise typer.Exit(run_up(options))

@@ -1,7 +1,7 @@
-"""Alertmanager's webhook. An alert is a hint: verified, it becomes an expiring boost, and nothing else.
+"""Alertmanager's webhook. A verified alert becomes an expiring boost, and nothing else.
 
-Delivery is at least once, and Alertmanager repeats what is refused: what can never succeed is answered with
-200 and recorded, what may succeed later with 503.
+Alertmanager delivers at least once and retries refused notifications: an alert that can never succeed gets
+200 and is recorded, one that may succeed later gets 503.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import structlog
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from kvpilot_operator import events
-from kvpilot_operator.loop import Look
-from kvpilot_operator.ports import Cluster, Key, Snapshot
-from kvpilot_operator.spec.fields import DNS_LABEL
-from kvpilot_operator.spec.times import to_rfc3339
-from kvpilot_operator.tuning.decision import Objective
+from kvpilot_operator.ports import BoostingCluster
+from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.resource.fields import DNS_LABEL
+from kvpilot_operator.resource.times import to_rfc3339
+from kvpilot_operator.status import events
+from kvpilot_operator.status.snapshot import Key
 
 log = structlog.get_logger(__name__)
 
-MOST_BYTES = 1 << 20
-MOST_ALERTS = 500
+MAX_BYTES = 1 << 20
+MAX_ALERTS = 500
 
 
 class Result(StrEnum):
-    """What became of one alert."""
+    """How one alert ended."""
 
     BOOSTED = "boosted"
     REFRESHED = "refreshed"
-    DUPLICATE = "duplicate"  #: the boost is young enough
+    DUPLICATE = "duplicate"  #: the boost was renewed a short while ago
     SHORTENED = "shortened"  #: resolved: the boost ends soon
     RESOLVED = "resolved"  #: resolved, and there was no boost
     UNKNOWN_RESOURCE = "unknown_resource"
-    UNCONFIRMED = "unconfirmed"  #: our own measurements show no objective missed
-    NOT_SCALABLE = "not_scalable"  #: somebody else chooses the number of replicas, or nothing is tuned now
+    UNCONFIRMED = "unconfirmed"  #: measurements show no missed objective
+    NOT_SCALABLE = "not_scalable"  #: kvpilot does not choose the number of replicas now
     AT_MAXIMUM = "at_maximum"
-    UNAVAILABLE = "unavailable"  #: could not be verified now; Alertmanager repeats it
+    UNAVAILABLE = "unavailable"  #: could not be verified now; Alertmanager retries
     MALFORMED = "malformed"
     UNAUTHORIZED = "unauthorized"
 
@@ -78,23 +78,13 @@ class Payload(BaseModel):
     alerts: tuple[Any, ...]
 
 
-class Boosts(Cluster, Protocol):
-    """The cluster, able to hold boosts."""
-
-    async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
-        """Create or refresh the override of one alert; its name."""
-
-    def boost_name(self, key: Key, fingerprint: str) -> str:
-        """Name of the override of one alert."""
-
-
 class AlertReceiver:
     """Verifies alerts and turns them into boosts.
 
     Args:
-        look: looks at a resource now, and returns what was seen; None when it is gone or its spec is bad.
-        wake: brings the next look at every resource forward.
-        count: told the result of each alert.
+        reconcile: reconciles a resource now; None if it does not exist or has no valid spec.
+        wake: makes every resource due.
+        count: receives the result of each alert.
         token_file: holds the bearer token.
         ttl_s: life of a boost; a repeated alert renews it.
         resolved_s: how long a boost outlives its alert.
@@ -102,8 +92,8 @@ class AlertReceiver:
 
     def __init__(
         self,
-        cluster: Boosts,
-        look: Callable[[Key], Awaitable[Look | None]],
+        cluster: BoostingCluster,
+        reconcile: Callable[[Key], Awaitable[Reconciliation | None]],
         wake: Callable[[], Awaitable[None]],
         count: Callable[[str], None],
         *,
@@ -113,7 +103,7 @@ class AlertReceiver:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._cluster = cluster
-        self._look = look
+        self._reconcile = reconcile
         self._wake = wake
         self._count = count
         self._token_file = token_file
@@ -123,7 +113,7 @@ class AlertReceiver:
 
     def app(self) -> web.Application:
         """The HTTP application with ``POST /alerts``."""
-        app = web.Application(client_max_size=MOST_BYTES)
+        app = web.Application(client_max_size=MAX_BYTES)
         app.add_routes([web.post("/alerts", self.receive)])
         return app
 
@@ -136,7 +126,7 @@ class AlertReceiver:
             payload = Payload.model_validate(json.loads(await request.text()))
         except (ValueError, LookupError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
             return web.json_response({"results": [self._malformed(error)]})
-        taken = payload.alerts[:MOST_ALERTS]
+        taken = payload.alerts[:MAX_ALERTS]
         results = [await self._counted(item, payload.group_key) for item in taken]
         if missing := payload.truncated_alerts + len(payload.alerts) - len(taken):
             log.warning("alerts_truncated", missing=missing, group=payload.group_key)
@@ -144,7 +134,7 @@ class AlertReceiver:
         return web.json_response({"results": results}, status=503 if Result.UNAVAILABLE in results else 200)
 
     def _authorized(self, header: str) -> bool:
-        """Constant time; no token means nobody gets in."""
+        """Compare in constant time; without a token every request is refused."""
         try:
             token = self._token_file.read_text().strip()
         except OSError as error:
@@ -192,49 +182,39 @@ class AlertReceiver:
         return await self._boost(key, identity, why, held.min_replicas if held else 0)
 
     async def _boost(self, key: Key, identity: str, why: str, minimum: int) -> Result:
-        """Verify by a fresh look, then boost; ``minimum`` is what a boost of this alert asks for already."""
-        look = await self._look(key)
-        if look is None:
+        """Verify by a new reconcile, then boost; ``minimum`` is that of an earlier boost of this alert."""
+        reconcile = await self._reconcile(key)
+        if reconcile is None:
             return Result.UNKNOWN_RESOURCE
-        scaling, observation = look.policy.scaling, look.observation
-        others = observation.paused_by or observation.replicas_managed_by
-        if scaling is None or others or look.policy.mode != "Auto":
+        scaling, observation = reconcile.policy.scaling, reconcile.observation
+        others = observation.scaling_paused or observation.replicas_managed_by
+        if scaling is None or others or not reconcile.policy.acts:
             return Result.NOT_SCALABLE
-        if not any(map(missed, look.decision.objectives)):
-            return Result.UNCONFIRMED if judged(look) else Result.UNAVAILABLE
+        if not any(item.missed_now for item in reconcile.decision.objectives):
+            return Result.UNCONFIRMED if judged(reconcile) else Result.UNAVAILABLE
         if not minimum:
-            if observation.replicas >= scaling.maximum:
+            if observation.desired_replicas >= scaling.maximum:
                 return Result.AT_MAXIMUM
-            # One incident is one step, however many alerts tell of it: pods that start count as capacity.
-            starting = len(observation.ready) < observation.replicas
-            minimum = observation.replicas if starting else observation.replicas + 1
-        renewed = any(boost.min_replicas >= minimum for boost in look.snapshot.boosts)
+            # Several alerts of one incident are one step: replicas that are starting count as capacity.
+            starting = len(observation.ready) < observation.desired_replicas
+            minimum = observation.desired_replicas if starting else observation.desired_replicas + 1
+        renewed = any(boost.min_replicas >= minimum for boost in reconcile.snapshot.boosts)
         until = self._clock() + self._ttl_s
-        override = await self._cluster.boost(look.snapshot, identity, minimum, until, why)
+        override = await self._cluster.boost(reconcile.snapshot, identity, minimum, until, why)
         if not renewed:
             event = events.boosted(why.removeprefix("alert "), override, minimum, to_rfc3339(int(until)))
-            await self._cluster.event(look.snapshot, event.kind, event.reason, event.message)
-        await self._look(key)
+            await self._cluster.event(reconcile.snapshot, event.kind, event.reason, event.message)
+        await self._reconcile(key)
         return Result.REFRESHED if renewed else Result.BOOSTED
 
 
-def judged(look: Look) -> bool:
-    """Whether measurements speak against an alert: requests were judged, or there are none to judge."""
-    observation = look.observation
+def judged(reconcile: Reconciliation) -> bool:
+    """True if measurements contradict an alert: requests were judged, or there are none to judge."""
+    observation = reconcile.observation
     if observation.metrics_problem or not any(pod.sample for pod in observation.ready):
         return False
     if not observation.counts("short").arrivals:
         return True
-    return any(item.measured_short is not None for item in look.decision.objectives if item.name != "memory")
-
-
-def missed(objective: Objective) -> bool:
-    """Whether an objective is missed in the short window: enough to believe an alert that says so."""
-    short = objective.measured_short
-    if objective.state == "Breached":
-        return True
-    if short is None or objective.name in {"throughput", "hitRate"}:
-        # Less than the target may simply not have been asked for.
-        return False
-    above_is_bad = objective.name in {"errors", "memory"}
-    return short > objective.target if above_is_bad else short < objective.target
+    return any(
+        item.measured_short is not None for item in reconcile.decision.objectives if item.name != "memory"
+    )

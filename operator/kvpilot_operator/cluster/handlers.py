@@ -1,6 +1,7 @@
-"""The only file that knows Kopf. Handlers see an object change and enqueue a key; the loop does the rest.
+"""Kopf handlers: the only file that imports Kopf. A handler enqueues the key of a changed object.
 
-No finalizers, hence no timers and no daemons: a resource can be deleted while no operator runs.
+There are no finalizers, and therefore no Kopf timers or daemons: a resource can be deleted while no operator
+runs.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from typing import Any
 import kopf
 
 from kvpilot_operator.manifests.names import COMPONENT_LABEL, NAME_LABEL, PART_OF
-from kvpilot_operator.ports import Key
-from kvpilot_operator.spec.models import GROUP, VERSION
+from kvpilot_operator.resource.model import GROUP, VERSION
+from kvpilot_operator.status.snapshot import Key
 
 PODS = ("", "v1", "pods")
 RESTORED = (("", "v1", "services"), ("", "v1", "serviceaccounts"), ("policy", "v1", "poddisruptionbudgets"))
-"""Owned objects that no look reads; what else is owned, a look sees to be gone."""
+"""Owned objects that a reconcile does not read; it notices itself when another one is gone."""
 
 OWN_SELECTOR = ",".join(f"{label}={value}" for label, value in {**PART_OF, COMPONENT_LABEL: "engine"}.items())
-"""Only what is our own is watched, filtered by the server: a cluster may have a great many other pods."""
+"""The server filters the watches by these labels, since a cluster may have very many other pods."""
 
 
 class Changes:
-    """Tells a change that matters from the rest of the events, status writes of our own first of all."""
+    """Filters events that change nothing relevant, such as our own status writes."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Any] = {}
 
     def is_new(self, uid: str, what: Any) -> bool:
-        """Whether ``what`` matters of the object is not what was seen last; None when it is gone."""
+        """True if the relevant fields of an object changed; ``None`` means that it was deleted."""
         if what is None:
             self._seen.pop(uid, None)
             return True
@@ -43,6 +44,7 @@ async def watch(
     enqueue: Callable[[Key], None],
     restore: Callable[[Key], None],
     shut_down: Callable[[], Awaitable[None]],
+    overridden: Callable[[], None],
     *,
     namespaces: Collection[str],
     in_cluster: bool,
@@ -50,7 +52,7 @@ async def watch(
 ) -> None:
     """Watch until SIGTERM, SIGINT or ``stop``; all namespaces when none is given."""
     await kopf.operator(
-        registry=registry(enqueue, restore, shut_down, in_cluster=in_cluster),
+        registry=registry(enqueue, restore, shut_down, overridden, in_cluster=in_cluster),
         settings=settings(),
         standalone=True,
         clusterwide=not namespaces,
@@ -63,14 +65,16 @@ def registry(
     enqueue: Callable[[Key], None],
     restore: Callable[[Key], None],
     shut_down: Callable[[], Awaitable[None]],
+    overridden: Callable[[], None],
     *,
     in_cluster: bool,
 ) -> kopf.OperatorRegistry:
     """Handlers that enqueue keys.
 
     Args:
-        restore: called for a resource of whose objects one was deleted or edited.
-        shut_down: awaited when the operator is told to stop, before its watches end.
+        restore: called for a resource if one of its owned objects was deleted or edited.
+        shut_down: awaited when the operator stops, before its watches end.
+        overridden: called when an override is created, changed or deleted.
         in_cluster: log in as the pod's service account, else by the kubeconfig of ``$KUBECONFIG``.
     """
     handlers = kopf.OperatorRegistry()
@@ -94,7 +98,10 @@ def registry(
     @kopf.on.event(GROUP, VERSION, "kvcacheoverrides", registry=handlers)
     async def override_changed(event: kopf.RawEvent, **_: Any) -> None:
         item = event["object"]
-        enqueue(Key(item["metadata"]["namespace"], item["spec"]["target"]))
+        meta, spec = item["metadata"], item["spec"]
+        if changes.is_new(meta["uid"], (spec, "deletionTimestamp" in meta) if _exists(event) else None):
+            enqueue(Key(meta["namespace"], spec["target"]))
+            overridden()
 
     @kopf.on.event(*PODS, registry=handlers)
     async def pod_changed(event: kopf.RawEvent, **_: Any) -> None:
@@ -108,7 +115,7 @@ def registry(
         meta = item["metadata"]
         owner = meta.get("labels", {}).get(NAME_LABEL)
         new = changes.is_new(meta["uid"], (item.get("spec"), meta.get("labels")) if there else None)
-        # What is listed at the start, or was just made, is as it should be.
+        # Objects that are listed at the start or were just created need no repair.
         if owner and new and event["type"] in {"MODIFIED", "DELETED"}:
             restore(Key(meta["namespace"], owner))
 
@@ -119,7 +126,7 @@ def registry(
 
 
 def settings() -> kopf.OperatorSettings:
-    """How Kopf shall behave: no peering, no Events and no scans of its own, time-outs everywhere."""
+    """Kopf without peering, Events and scans of its own, and with time-outs everywhere."""
     made = kopf.OperatorSettings()
     made.peering.standalone = True
     made.scanning.disabled = True

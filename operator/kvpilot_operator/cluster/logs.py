@@ -1,4 +1,4 @@
-"""Logs: JSON lines on standard error, one event each. A value whose name tells a secret is never written."""
+"""Logs: JSON lines on standard error, one event each. A value whose name suggests a secret is not written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REDACTED = "[redacted]"
 
 
 def redact(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Replace what must not be read: values under telling names, bearer tokens within text."""
+    """Replace secrets: values whose names suggest one, and bearer tokens within text."""
     for key, value in event.items():
         if _SECRET.search(key):
             event[key] = REDACTED
@@ -58,8 +58,8 @@ def configure(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    # What they say at INFO is one line per request or watch event.
+    # At INFO they log one line for each request or watch event.
     for name in ("aiohttp.access", "urllib3", "kubernetes", "asyncio", "kopf.objects"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Its retries are told by the error that ends them.
+    # The error that ends its retries is logged by the caller.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)

@@ -3,109 +3,162 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
-from kvpilot_operator.loop import Look
-from kvpilot_operator.ports import Key
+from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.status.snapshot import Key
+from kvpilot_operator.tuning.decision import OBJECTIVE_KINDS
 
-_RESOURCE = ("namespace", "name")
+_RESOURCE: Mapping[str, tuple[str, ...]] = {"namespace": (), "name": ()}
+
+
+@dataclass(frozen=True)
+class OperatorMetric:
+    """One row of the table: what the reference page and prometheus_client need to know.
+
+    Attributes:
+        labels: label name -> its values; () where they depend on the resource.
+    """
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+_INFO = OperatorMetric("kvpilot_operator_info", "gauge", "Constant 1.", {"version": ()})
+_DECISIONS = OperatorMetric(
+    "kvpilot_operator_decisions_total", "counter", "Decision records.", {"rule": (), "outcome": ()}
+)
+_CHANGE = OperatorMetric(
+    "kvpilot_operator_change_in_flight", "gauge", "1 while a change of the resource is in flight.", _RESOURCE
+)
+_HOLD = OperatorMetric(
+    "kvpilot_operator_hold",
+    "gauge",
+    "1 while no change is made for this reason.",
+    {**_RESOURCE, "reason": ()},
+)
+_OBJECTIVE = OperatorMetric(
+    "kvpilot_operator_objective_state",
+    "gauge",
+    "1 for the present state of the objective; Critical is a breach below the throughput floor.",
+    {
+        **_RESOURCE,
+        "objective": tuple(OBJECTIVE_KINDS),
+        "state": ("Met", "Breached", "Critical", "Unknown", "Infeasible"),
+    },
+)
+_MODE = OperatorMetric(
+    "kvpilot_operator_mode", "gauge", "1 for the mode of the resource.", {**_RESOURCE, "mode": ()}
+)
+_REPLICAS = OperatorMetric(
+    "kvpilot_operator_replicas",
+    "gauge",
+    "Replicas of the resource.",
+    {**_RESOURCE, "state": ("asked", "ready", "pending")},
+)
+_STEPS = OperatorMetric(
+    "kvpilot_operator_step_seconds", "histogram", "Time of one step of a reconcile, s.", {"step": ()}
+)
+_QUEUE = OperatorMetric("kvpilot_operator_queue_depth", "gauge", "Reconciles that are due or in progress.")
+_FAILURES = OperatorMetric(
+    "kvpilot_operator_reconcile_failures_total", "counter", "Reconciles that ended in an error."
+)
+_ALERTS = OperatorMetric("kvpilot_operator_alerts_total", "counter", "Alerts received.", {"result": ()})
+_ENABLED = OperatorMetric(
+    "kvpilot_operator_tuning_enabled", "gauge", "0 while the kill switch keeps tuning off, else 1."
+)
+_RECOMMEND_ONLY = OperatorMetric(
+    "kvpilot_operator_rule_recommend_only",
+    "gauge",
+    "1 while the rule is only recommended, since three of its changes did harm within an hour.",
+    {"rule": ()},
+)
+
+METRICS = (
+    _INFO, _DECISIONS, _CHANGE, _HOLD, _OBJECTIVE, _MODE, _REPLICAS, _STEPS, _QUEUE, _FAILURES, _ALERTS,
+    _ENABLED, _RECOMMEND_ONLY,
+)  # fmt: skip
+"""Every metric of the operator, in the order of the reference page."""
 
 
 class OperatorMetrics:
-    """Telemetry of the loop, the queue and the alerts, as Prometheus metrics of one registry."""
+    """Telemetry of the reconciler, the queue and the alerts, in one Prometheus registry."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self._info = Gauge(
-            "kvpilot_operator_info", "Constant 1. Labels: version.", ("version",), registry=registry
-        )
-        self._info.labels(version("kvpilot")).set(1)
-        self._decisions = Counter(
-            "kvpilot_operator_decisions",
-            "Decision records. Labels: rule, outcome.",
-            ("rule", "outcome"),
-            registry=registry,
-        )
-        self._change = Gauge(
-            "kvpilot_operator_change_in_flight",
-            "1 while a change of the resource is in flight. Labels: namespace, name.",
-            _RESOURCE,
-            registry=registry,
-        )
-        self._holds = Gauge(
-            "kvpilot_operator_hold",
-            "1 while nothing is done for this reason. Labels: namespace, name, reason.",
-            (*_RESOURCE, "reason"),
-            registry=registry,
-        )
-        self._objectives = Gauge(
-            "kvpilot_operator_objective_state",
-            "1 for the present state. Labels: namespace, name, objective, state.",
-            (*_RESOURCE, "objective", "state"),
-            registry=registry,
-        )
-        self._mode = Gauge(
-            "kvpilot_operator_mode",
-            "1 for the resource's mode. Labels: namespace, name, mode.",
-            (*_RESOURCE, "mode"),
-            registry=registry,
-        )
-        self._replicas = Gauge(
-            "kvpilot_operator_replicas",
-            "Pods of the resource. Labels: namespace, name, state (asked, ready, pending).",
-            (*_RESOURCE, "state"),
-            registry=registry,
-        )
+        self._gauge(_INFO).labels(version("kvpilot")).set(1)
+        self._decisions = self._counter(_DECISIONS)
+        self._change = self._gauge(_CHANGE)
+        self._holds = self._gauge(_HOLD)
+        self._objectives = self._gauge(_OBJECTIVE)
+        self._mode = self._gauge(_MODE)
+        self._replicas = self._gauge(_REPLICAS)
         self._steps = Histogram(
-            "kvpilot_operator_step_seconds",
-            "Time of one step of a look. Labels: step.",
-            ("step",),
+            _STEPS.name,
+            _STEPS.help,
+            list(_STEPS.labels),
             buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15),
             registry=registry,
         )
-        self.queue_depth = Gauge(
-            "kvpilot_operator_queue_depth", "Looks that are due or in progress.", registry=registry
-        )
-        self.look_failures = Counter(
-            "kvpilot_operator_look_failures", "Looks that ended in an error.", registry=registry
-        )
-        self._alerts = Counter(
-            "kvpilot_operator_alerts", "Alerts received. Labels: result.", ("result",), registry=registry
-        )
+        self.queue_depth = self._gauge(_QUEUE)
+        self.reconcile_failures = self._counter(_FAILURES)
+        self._alerts = self._counter(_ALERTS)
+        self._enabled = self._gauge(_ENABLED)
+        self._enabled.set(1)
+        self._barred = self._gauge(_RECOMMEND_ONLY)
         self._labels: dict[Key, set[tuple[Gauge, tuple[str, ...]]]] = defaultdict(set)
 
+    def _gauge(self, metric: OperatorMetric) -> Gauge:
+        return Gauge(metric.name, metric.help, list(metric.labels), registry=self.registry)
+
+    def _counter(self, metric: OperatorMetric) -> Counter:
+        return Counter(metric.name, metric.help, list(metric.labels), registry=self.registry)
+
     def step(self, name: str, seconds: float) -> None:
-        """One step of a look took ``seconds``."""
+        """One step of a reconcile took ``seconds``."""
         self._steps.labels(name).observe(seconds)
 
     def alert(self, result: str) -> None:
-        """One alert was dealt with."""
+        """One alert ended with ``result``."""
         self._alerts.labels(result).inc()
 
-    def looked(self, look: Look) -> None:
-        """A resource was looked at: replace everything that was said of it."""
-        decision, observation = look.decision, look.observation
+    def fleet(self, *, tuning: bool, recommend_only: frozenset[str]) -> None:
+        """What holds for all resources."""
+        self._enabled.set(float(tuning))
+        self._barred.clear()
+        for rule in recommend_only:
+            self._barred.labels(rule).set(1)
+
+    def reconciled(self, result: Reconciliation) -> None:
+        """A resource was reconciled: replace its series."""
+        decision, observation = result.decision, result.observation
         for record in decision.records:
             self._decisions.labels(record.rule, record.outcome).inc()
         said: dict[tuple[Gauge, tuple[str, ...]], float] = {
             (self._change, ()): float(decision.state.change is not None),
-            (self._mode, (look.policy.mode,)): 1.0,
-            (self._replicas, ("asked",)): observation.replicas,
+            (self._mode, (result.policy.mode,)): 1.0,
+            (self._replicas, ("asked",)): observation.desired_replicas,
             (self._replicas, ("ready",)): len(observation.ready),
-            (self._replicas, ("pending",)): sum(bool(pod.pending_reason) for pod in observation.pods),
+            (self._replicas, ("pending",)): sum(bool(pod.pending_reason) for pod in observation.replicas),
         }
         for hold in decision.state.holds:
             said[self._holds, (hold.reason,)] = 1.0
         for objective in decision.objectives:
-            said[self._objectives, (objective.name, objective.state)] = 1.0
-        self._replace(look.key, said)
+            state = "Critical" if objective.severity == "critical" else objective.state
+            said[self._objectives, (objective.name, state)] = 1.0
+        self._replace(result.key, said)
 
     def forget(self, key: Key) -> None:
-        """The resource is gone."""
+        """The resource was deleted: remove its series."""
         self._replace(key, {})
         self._labels.pop(key, None)
 

@@ -1,4 +1,4 @@
-"""The operator as a process: the loop on its queue, the watches that feed it, and its two HTTP ports."""
+"""The operator process: reconciler, queue, watches, and two HTTP ports."""
 
 from __future__ import annotations
 
@@ -14,42 +14,52 @@ from aiohttp import web
 from kubernetes.aio.config import ConfigException
 from yaml import YAMLError
 
-from kvpilot_operator import handlers
-from kvpilot_operator.adapters.engine_admin import EngineAdmin
-from kvpilot_operator.adapters.kubernetes_api import ApiError, KubernetesApi
-from kvpilot_operator.adapters.kubernetes_cluster import KubernetesCluster
-from kvpilot_operator.adapters.prometheus_metrics import PrometheusMetrics
-from kvpilot_operator.alerts import AlertReceiver
-from kvpilot_operator.loop import Look, Loop
-from kvpilot_operator.operator_metrics import OperatorMetrics
-from kvpilot_operator.ports import Key
-from kvpilot_operator.queue import KeyedQueue
-from kvpilot_operator.sources import load_sources
+from kvpilot_operator.adapters.engines.kvpilot import EngineAdmin
+from kvpilot_operator.adapters.kubernetes.api import ApiError, KubernetesApi
+from kvpilot_operator.adapters.kubernetes.cluster import KubernetesCluster
+from kvpilot_operator.adapters.metrics.prometheus import PrometheusMetrics
+from kvpilot_operator.adapters.metrics.sources import load_sources
+from kvpilot_operator.cluster import handlers
+from kvpilot_operator.cluster.alerts import AlertReceiver
+from kvpilot_operator.cluster.metrics import OperatorMetrics
+from kvpilot_operator.cluster.switch import KillSwitch
+from kvpilot_operator.reconcile.fleet import Fleet
+from kvpilot_operator.reconcile.queue import KeyedQueue
+from kvpilot_operator.reconcile.reconciler import Reconciler, Reconciliation
+from kvpilot_operator.status.snapshot import Key
 
 log = structlog.get_logger(__name__)
 
 BOOST_S, RESOLVED_S, SWEEP_S = 600.0, 60.0, 10.0
-"""Life of an alert's boost, what is left of it when the alert is resolved, and between two sweeps of expired
-overrides; scaled like every other duration."""
+"""Life of an alert's boost, its rest when the alert is resolved, and the time between two sweeps of expired
+overrides, s; scaled like every other duration."""
+
+SETTLE_S = 0.5
+"""Time from a changed override to the report on it, s: several that come together are one report."""
+
+SWITCH_S = 5.0
+"""Time between two reads of the ConfigMap of the kill switch, s; scaled like every other duration."""
 
 REFUSED_S = 30.0
-"""Between two looks at a refused resource, s: what it collides with may go, or a policy change, unseen."""
+"""Time between two reconciles of a refused resource, s: no event comes when the cause goes."""
 
 DEFINITIONS_S = 1.0
-"""Between two questions for definitions that are missing at the start."""
+"""Time between two checks for definitions that are missing at the start, s."""
 
 STUCK_S = 60.0
-"""A queue that has not turned for this long makes /healthz fail."""
+"""/healthz fails when the queue stands still, or one reconcile runs, for this long, s."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command was told.
+class OperatorOptions:
+    """Options of ``kvpilot operator``.
 
     Attributes:
         kubeconfig: None inside a pod.
         alerts_token_file: None leaves /alerts closed.
         namespaces: watched ones; none for all.
+        tuning: False makes no change and takes running candidates back.
+        tuning_config_map: switches tuning off with ``tuning: "off"`` while the operator runs; None for none.
     """
 
     sources_file: Path
@@ -60,12 +70,14 @@ class Options:
     pace_scale: float = 1.0
     metrics_port: int = 8080
     alerts_port: int = 8081
+    tuning: bool = True
+    tuning_config_map: Key | None = None
 
 
 class Operator:
-    """One running operator. ``run`` returns when it was told to stop, everything in progress finished."""
+    """One running operator. ``run`` returns after a stop signal, once what is in progress has finished."""
 
-    def __init__(self, options: Options, api: KubernetesApi) -> None:
+    def __init__(self, options: OperatorOptions, api: KubernetesApi) -> None:
         key = options.key_file.read_bytes().strip()
         if len(key) < 32:
             raise ValueError(f"{options.key_file}: at least 32 bytes are required, got {len(key)}")
@@ -77,40 +89,55 @@ class Operator:
             api, key, namespaces=options.namespaces, instance=socket.gethostname()
         )
         self._metrics = PrometheusMetrics(load_sources(options.sources_file), self._cluster.source_of)
-        self._loop = Loop(
+        self._fleet = Fleet(pace_scale=options.pace_scale)
+        self._switch = KillSwitch(
+            api,
+            self._fleet,
+            enabled=options.tuning,
+            config_map=options.tuning_config_map,
+            changed=self._wake,
+        )
+        self._loop = Reconciler(
             self._cluster,
             self._metrics,
             self._engines,
             pace_scale=options.pace_scale,
             telemetry=self._telemetry,
+            fleet=self._fleet,
         )
-        self._queue = KeyedQueue(self._look, self._resync)
-        self._seen: dict[Key, Look] = {}
+        self._queue = KeyedQueue(self._reconcile, self._resync)
+        self._overridden = asyncio.Event()
+        self._seen: dict[Key, Reconciliation] = {}
         self._runners: list[web.AppRunner] = []
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
-            Exception: a part of it ended by itself.
+            Exception: a background task ended by itself.
         """
         stop = asyncio.Event()
         background = [
             asyncio.create_task(self._queue.run(), name="queue"),
             asyncio.create_task(self._sweep(), name="sweep"),
+            asyncio.create_task(
+                self._switch.watch(max(1.0, SWITCH_S * self._options.pace_scale)), name="switch"
+            ),
         ]
         for task in background:
             task.add_done_callback(lambda _: stop.set())
-        for number in (signal.SIGTERM, signal.SIGINT):  # until Kopf puts its own in their place
+        for number in (signal.SIGTERM, signal.SIGINT):  # until Kopf installs its own
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             await self._serve()
             await self._await_definitions(stop)
+            await self._count(stop)
             if not stop.is_set():
                 await handlers.watch(
                     self._queue.enqueue,
                     self._restore,
                     self._shut_down,
+                    self._overridden.set,
                     namespaces=self._options.namespaces,
                     in_cluster=self._options.kubeconfig is None,
                     stop=stop,
@@ -128,8 +155,8 @@ class Operator:
             await self._api.close()
 
     async def _await_definitions(self, stop: asyncio.Event) -> None:
-        """Wait for our kinds or the end: what is not served when Kopf begins to watch is never watched."""
-        told: object = None
+        """Wait for our kinds, or for the end: Kopf never watches a kind that is not served when it starts."""
+        reported: object = None
         while not stop.is_set():
             try:
                 missing: object = await self._cluster.missing_kinds()
@@ -137,44 +164,64 @@ class Operator:
                 missing = str(error)
             if not missing:
                 return
-            if missing != told:
+            if missing != reported:
                 log.warning(
                     "definitions_missing", missing=missing, hint="kubectl apply --server-side -f crds/"
                 )
-                told = missing
+                reported = missing
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), DEFINITIONS_S)
 
-    async def _look(self, key: Key) -> float | None:
-        """One pass of the loop; the seconds until the next one."""
+    async def _count(self, stop: asyncio.Event) -> None:
+        """Read the kill switch and every status before the first change may begin."""
+        while not stop.is_set():
+            try:
+                await self._switch.read()
+                self._fleet.rebuild(await self._cluster.statuses())
+            except ApiError as error:
+                log.warning("fleet_not_read", error=str(error))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), DEFINITIONS_S)
+            else:
+                return
+
+    async def _reconcile(self, key: Key) -> float | None:
+        """Reconcile; returns the seconds until the next reconcile."""
         try:
-            look = await self._loop.run_once(key)
+            result = await self._loop.run_once(key)
         except Exception:
-            self._telemetry.look_failures.inc()
+            self._telemetry.reconcile_failures.inc()
             raise
-        if look is None:
+        if result is None:
             self._seen.pop(key, None)
             self._telemetry.forget(key)
             return REFUSED_S if key in self._loop.refused else None
-        self._seen[key] = look
-        return look.policy.pace.tick
+        self._seen[key] = result
+        return result.policy.pace.tick
 
-    async def _look_now(self, key: Key) -> Look | None:
-        await self._queue.look_now(key)
+    async def _reconcile_now(self, key: Key) -> Reconciliation | None:
+        await self._queue.reconcile_now(key)
         return self._seen.get(key)
 
     async def _resync(self) -> None:
-        for key in await self._cluster.keys():
+        statuses = await self._cluster.statuses()
+        self._fleet.rebuild(statuses)
+        for key in statuses:
             self._restore(key)
 
     def _restore(self, key: Key) -> None:
-        """Apply what the resource owns once more, at once."""
+        """Apply the owned objects again, at once."""
         self._loop.forget(key)
         self._queue.enqueue(key)
 
     async def _sweep(self) -> None:
+        """Delete expired overrides and report on the others, at intervals and when one changes."""
         while True:
-            await asyncio.sleep(max(1.0, SWEEP_S * self._options.pace_scale))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(1.0, SWEEP_S * self._options.pace_scale)):
+                    await self._overridden.wait()
+                    await asyncio.sleep(SETTLE_S)
+            self._overridden.clear()
             try:
                 for key in await self._cluster.sweep():
                     self._queue.enqueue(key)
@@ -195,7 +242,7 @@ class Operator:
             return
         receiver = AlertReceiver(
             self._cluster,
-            self._look_now,
+            self._reconcile_now,
             self._wake,
             self._telemetry.alert,
             token_file=options.alerts_token_file,
@@ -212,14 +259,13 @@ class Operator:
 
     async def _metrics_page(self, _request: web.Request) -> web.Response:
         self._telemetry.queue_depth.set(self._queue.depth)
+        self._telemetry.fleet(tuning=not self._fleet.off, recommend_only=self._fleet.recommend_only())
         return web.Response(
             body=self._telemetry.text(), headers={"Content-Type": "text/plain; version=0.0.4"}
         )
 
     async def _health(self, _request: web.Request) -> web.Response:
-        idle = self._queue.idle_s
-        healthy = idle < STUCK_S
-        return web.json_response({"queueIdleSeconds": round(idle, 3)}, status=200 if healthy else 503)
+        return health(self._queue)
 
     async def _shut_down(self) -> None:
         await self._queue.stop()
@@ -227,8 +273,17 @@ class Operator:
             await self._runners.pop().cleanup()
 
 
-async def operate(options: Options) -> None:
-    """Connect and run until told to stop.
+def health(queue: KeyedQueue) -> web.Response:
+    """The page /healthz: 503 when the queue stands still or a reconcile hangs."""
+    ages = {
+        "secondsSinceQueueRan": round(queue.idle_s, 3),
+        "secondsOfLongestReconcile": round(queue.oldest_reconcile_s, 3),
+    }
+    return web.json_response(ages, status=200 if max(ages.values()) < STUCK_S else 503)
+
+
+async def operate(options: OperatorOptions) -> None:
+    """Connect and run until a stop signal.
 
     Raises:
         ValueError: a file or an option cannot be used.
@@ -239,9 +294,9 @@ async def operate(options: Options) -> None:
         )
     try:
         api = await KubernetesApi.connect(options.kubeconfig)
-    except (ConfigException, YAMLError, TypeError) as error:  # TypeError: YAML, but no mapping
-        told = " ".join(str(error).split())
+    except (ConfigException, YAMLError, TypeError) as error:  # TypeError: YAML that is no mapping
+        reported = " ".join(str(error).split())
         if options.kubeconfig is None:
-            raise ValueError(f"--kubeconfig: required outside of a cluster ({told})") from error
-        raise ValueError(f"--kubeconfig: cannot use {options.kubeconfig}: {told}") from error
+            raise ValueError(f"--kubeconfig: required outside of a cluster ({reported})") from error
+        raise ValueError(f"--kubeconfig: cannot use {options.kubeconfig}: {reported}") from error
     await Operator(options, api).run()

@@ -1,1 +1,1 @@
-"""Traffic for an OpenAI-compatible server: scripted chats or a recorded trace, open loop."""
+"""Open-loop traffic for an OpenAI-compatible server: scripted chats or a recorded trace."""

@@ -8,18 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvpilot_operator.load.text import text_of
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Phase, Rise, Seen, poisson
+from kvpilot_operator.load.workload import (
+    Arrival,
+    LoadError,
+    LoadFeedback,
+    LoadPhase,
+    LoadRequest,
+    Rise,
+    poisson,
+)
 
 PROBES = 9
-"""Requests that measure the machine before a load that is sized to it."""
+"""Requests that measure the latency of the machine before a load that is sized to it."""
 
 
 @dataclass(frozen=True)
 class ChatShape:
-    """Sizes of a chat, tokens. User and answer lengths vary evenly by +-``spread`` around their mean.
+    """Sizes of a chat in tokens; user and answer lengths are uniform within +-``spread`` of their mean.
 
     Attributes:
-        think_s: least time between two turns of a session.
+        think_s: minimum time between two turns of a session.
     """
 
     system_prompts: int = 4
@@ -42,34 +50,36 @@ class ChatShape:
 
 @dataclass
 class _Session:
-    """One conversation: what was said, and when its last turn was sent (s from the start)."""
+    """One conversation; ``last_at`` is when its last turn was sent, s from the start of the load."""
 
     id: int
     messages: list[dict[str, str]] = field(default_factory=list)
     turns: int = 0
     last_at: float = 0.0
-    expected: int = 0  # length of the answer that is due
+    expected_tokens: int = 0  # length of the next answer
 
 
 class ChatWorkload:
-    """Chats whose requests arrive as a Poisson process of the phase's rate.
+    """Chats whose requests arrive as a Poisson process with the rate of the phase.
 
-    Times, sessions and sizes come from the seed alone. A turn that is due before the last answer came goes
-    out with an invented answer of the same length in its place: a server can slow its answers, not the load.
+    Times, sessions and sizes depend on the seed only. If a turn is due before the previous answer has
+    arrived, generated text of the same length replaces that answer, so a slow server cannot slow the load.
     """
 
-    def __init__(self, phases: Sequence[Phase | Rise], shape: ChatShape | None = None, seed: int = 1) -> None:
+    def __init__(
+        self, phases: Sequence[LoadPhase | Rise], shape: ChatShape | None = None, seed: int = 1
+    ) -> None:
         if not phases:
             raise LoadError("phases: at least one is required")
         self.phases = tuple(phases)
         self.shape = shape or ChatShape()
         self.seed = seed
-        self._waiting: list[_Session] = []  # sessions with turns left, the longest waiting first
+        self._waiting: list[_Session] = []  # sessions with turns left, oldest first
         self._sessions = 0
 
     @property
     def title(self) -> str:
-        """What it is, for people."""
+        """One line that describes the load."""
         shape = self.shape
         return (
             f"chat: {shape.system_prompts} shared system prompts of {shape.system_tokens} tokens, "
@@ -78,24 +88,24 @@ class ChatWorkload:
 
     @property
     def seconds(self) -> float:
-        """How long it sends."""
+        """How long requests are sent, s."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
-    def probes(self) -> tuple[Ask, ...]:
-        """First turns of other sessions, where a phase is sized to the machine."""
+    def probes(self) -> tuple[LoadRequest, ...]:
+        """First turns of separate sessions, if a phase is sized to the machine; otherwise none."""
         if not any(phase.sized for phase in self.phases):
             return ()
         sizes = random.Random(self.seed + 2)
-        other = ChatWorkload([Phase("probe", 1.0, rate=1.0)], self.shape, self.seed + 1)
-        return tuple(other._turn(0.0, "probe", sizes).ask() for _ in range(PROBES))
+        other = ChatWorkload([LoadPhase("probe", 1.0, rate=1.0)], self.shape, self.seed + 1)
+        return tuple(other._turn(0.0, "probe", sizes).request() for _ in range(PROBES))
 
-    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
-        """The schedule; a phase that is sized to the machine takes its rate when it begins."""
+    def arrivals(self, feedback: LoadFeedback) -> Iterator[Arrival]:
+        """The schedule; a phase that is sized to the machine computes its rate when it begins."""
         times, sizes = random.Random(self.seed), random.Random(self.seed + 1)
         begin = before = 0.0
         for phase in self.phases:
-            for seconds, rate in phase.steps(seen, before):
+            for seconds, rate in phase.steps(feedback, before):
                 for offset in poisson(rate, seconds, times):
                     yield self._turn(begin + offset, phase.name, sizes)
                 begin, before = begin + seconds, rate
@@ -112,26 +122,26 @@ class ChatWorkload:
         if session.turns < shape.turns:
             self._waiting.append(session)
 
-        def ask() -> Ask:
-            if session.messages and session.messages[-1]["role"] == "user":  # its answer is still to come
-                invented = text_of(f"answer {self.seed} {session.id} {turn}", session.expected)
-                session.messages.append({"role": "assistant", "content": invented})
+        def request() -> LoadRequest:
+            if session.messages and session.messages[-1]["role"] == "user":  # not answered yet
+                generated = text_of(f"answer {self.seed} {session.id} {turn}", session.expected_tokens)
+                session.messages.append({"role": "assistant", "content": generated})
             session.messages.append({"role": "user", "content": user})
-            session.expected = output
+            session.expected_tokens = output
             body: dict[str, Any] = {
                 "messages": list(session.messages),
                 "max_tokens": output,
                 "temperature": 0,
                 "user": f"session-{session.id}",
             }
-            return Ask("/v1/chat/completions", body)
+            return LoadRequest("/v1/chat/completions", body)
 
         def answered(text: str) -> None:
             last = session.messages[-1]
             if last["role"] == "user" and last["content"] is user:
                 session.messages.append({"role": "assistant", "content": text})
 
-        return Arrival(at, phase, ask, answered)
+        return Arrival(at, phase, request, answered)
 
     def _next_session(self, at: float) -> _Session:
         if self._waiting and at - self._waiting[0].last_at >= self.shape.think_s:

@@ -1,4 +1,4 @@
-"""One request over HTTP, as cheap as it can be: the generator often shares the machine with the server."""
+"""HTTP client with little CPU time per request: the generator often shares the machine with the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 from aiohttp.http_exceptions import HttpProcessingError
 
-from kvpilot_operator.load.workload import Ask, LoadError
+from kvpilot_operator.load.workload import LoadError, LoadRequest
 
 
 class _Details(msgspec.Struct):
@@ -53,12 +53,12 @@ _answers = msgspec.json.Decoder(_Answer)
 _encoder = msgspec.json.Encoder()
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError)
-"""What decoding raises for bytes that are no JSON, not the JSON that was expected, or no UTF-8."""
+"""Errors of decoding bytes that are not UTF-8, not JSON, or not the expected JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server said: text, tokens, and when (monotonic clock) its first token came if streamed."""
+    """An answer; ``first_token_at`` is on the monotonic clock, s, and None unless the answer was streamed."""
 
     text: str
     prompt_tokens: int
@@ -68,7 +68,7 @@ class Answer:
 
 
 class RequestError(Exception):
-    """A request that got no answer; ``kind`` is one of ``results.ERROR_KINDS``."""
+    """A request without a complete answer; ``kind`` is a key of ``results.ERROR_KINDS``."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -76,15 +76,15 @@ class RequestError(Exception):
 
 
 class Client:
-    """Sends requests to one OpenAI-compatible server. Use as an async context manager.
+    """Sends requests to one OpenAI-compatible server; an async context manager.
 
     Args:
-        url: of the server, without ``/v1``.
-        stream: ask for server-sent events and note the first token.
-        timeout_s: for one whole request.
+        url: base URL of the server, with or without ``/v1``.
+        stream: request server-sent events and measure the time to the first token.
+        timeout_s: limit for one whole request.
 
     Raises:
-        LoadError: no request could be sent to such a URL, or within such a time.
+        LoadError: the URL or the timeout is invalid.
     """
 
     def __init__(self, url: str, *, stream: bool = False, timeout_s: float = 120.0) -> None:
@@ -114,10 +114,10 @@ class Client:
             await self._session.close()
 
     async def find_model(self) -> str:
-        """The first model that the server names; later requests ask for it.
+        """Read the first model that the server lists; later requests name it.
 
         Raises:
-            RequestError: the server cannot be reached or names none.
+            RequestError: the server cannot be reached or lists no model.
         """
         assert self._session is not None
         url = f"{self._url}/v1/models"
@@ -128,21 +128,23 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RequestError("connection", f"cannot reach {url}: {error or 'no answer'}") from error
         except (*_UNREADABLE, KeyError, IndexError, TypeError) as error:
-            raise RequestError("protocol", f"{url} names no model") from error
+            raise RequestError("protocol", f"{url} lists no model") from error
         return self._model
 
-    async def send(self, ask: Ask) -> Answer:
+    async def send(self, request: LoadRequest) -> Answer:
         """Send one request and read its whole answer.
 
         Raises:
-            RequestError: with the kind and one line.
+            RequestError: the request failed; the message is one line.
         """
         assert self._session is not None
-        body = {"model": self._model, **ask.body}
+        body = {"model": self._model, **request.body}
         if self._stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            async with self._session.post(f"{self._url}{ask.path}", data=_encoder.encode(body)) as response:
+            async with self._session.post(
+                f"{self._url}{request.path}", data=_encoder.encode(body)
+            ) as response:
                 if response.status != 200:
                     raise _refusal(response.status, await response.read())
                 if self._stream:
@@ -157,7 +159,7 @@ class Client:
 def _is_server(url: str) -> bool:
     try:
         parsed = urlsplit(url)
-        # The port is read, and checked, only when it is asked for.
+        # urlsplit validates the port only when it is read.
         numbered = parsed.port != 0
     except ValueError:
         return False
@@ -203,7 +205,7 @@ async def _read_stream(response: aiohttp.ClientResponse) -> Answer:
             if content and first is None:
                 first = time.monotonic()
             text.append(content)
-    # The last two are aiohttp's, of a line that is too long: which one depends on its version.
+    # For a line that is too long aiohttp raises one of the last two, depending on its version.
     except (*_UNREADABLE, HttpProcessingError, ValueError) as error:
         raise RequestError("protocol", f"not an event of the OpenAI API: {error}") from error
     raise RequestError("protocol", "the stream ended without [DONE]")

@@ -1,4 +1,4 @@
-"""What ``kvpilot load`` does once its options are read."""
+"""Runs ``kvpilot load``: checks the options, sends the load and prints the figures."""
 
 from __future__ import annotations
 
@@ -6,31 +6,30 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvpilot_operator.load.chat import ChatShape, ChatWorkload
 from kvpilot_operator.load.client import Client, RequestError
-from kvpilot_operator.load.results import OK, lines_of
+from kvpilot_operator.load.results import OK, format_summary
 from kvpilot_operator.load.runner import LoadRun
 from kvpilot_operator.load.trace import TraceWorkload
-from kvpilot_operator.load.workload import LoadError, Phase, Workload
+from kvpilot_operator.load.workload import LoadError, LoadPhase, Workload
+from kvpilot_operator.options import TRACE_OPTIONS, OptionError, check_files, check_unused, write_file
 
 CHAT_SECONDS = 60.0
-"""How long a chat load sends unless told."""
+"""Duration of a chat load without ``--duration``, s."""
 
-TRACE_OPTIONS = ("speed", "shrink")
 CHAT_OPTIONS = (
     *("rate", "seed", "think", "turns"),
     *("system_prompts", "system_tokens", "user_tokens", "output_tokens"),
 )
-"""Fields that only a trace and only chats have a use for."""
+"""Options that only chats use, by their names in Python."""
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """The command line. ``given``: the fields that it gives itself."""
+    """Options of the command line; ``given`` names those that are not defaults."""
 
     url: str
     rate: float
@@ -52,18 +51,18 @@ class LoadOptions:
 
 
 def run_load(options: LoadOptions) -> int:
-    """Send the load and print its figures; returns the exit code (2 for bad input, 1 for no server)."""
+    """Send the load and print its figures; the exit code is 2 for invalid input, 1 if no server answers."""
     try:
         workload = workload_of(options)
         client = Client(options.url, stream=options.stream, timeout_s=options.timeout)
         check_files({"--trace": options.trace}, {"--json": options.json_out})
-    except LoadError as error:
+    except (LoadError, OptionError) as error:
         print(f"kvpilot load: {error}", file=sys.stderr)
         return 2
     summary = asyncio.run(_run(client, workload))
     if summary is None:
         return 1
-    print("\n".join(lines_of(summary)))
+    print("\n".join(format_summary(summary)))
     if options.json_out is not None:
         text = json.dumps(summary, indent=1) + "\n"
         if not write_file("kvpilot load", options.json_out, text):
@@ -72,63 +71,11 @@ def run_load(options: LoadOptions) -> int:
     return 0
 
 
-def check_files(read: Mapping[str, Path | None], written: Mapping[str, Path | None]) -> None:
-    """Refuse files, by their options, that could not be written in the end or would be written over another.
-
-    Raises:
-        LoadError: a directory does not exist, a file is a directory, cannot be written, or is read or written
-            by another option.
-    """
-    used = {path.resolve(): option for option, path in read.items() if path is not None}
-    for option, path in written.items():
-        if path is None:
-            continue
-        if path.is_dir() or not path.parent.is_dir():
-            raise LoadError(f"{option}: must be a file in a directory that exists, got {path}")
-        if (other := used.setdefault(path.resolve(), option)) != option:
-            raise LoadError(f"{option}: must be another file than that of {other}, got {path}")
-        try:
-            _try_to_write(path)
-        except OSError as error:
-            raise LoadError(f"{option}: cannot be written: {error.strerror}, got {path}") from error
-
-
-def _try_to_write(path: Path) -> None:
-    there = path.exists()
-    if there and not path.is_file():
-        return  # the reader of a pipe would see its end
-    with path.open("a"):
-        pass
-    if not there:
-        path.unlink()
-
-
-def write_file(program: str, path: Path, text: str) -> bool:
-    """Write an output file; where that fails at the end of a run, one line says so, and False is returned."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        print(f"{program}: {path}: cannot be written: {error.strerror}", file=sys.stderr)
-        return False
-    return True
-
-
-def check_unused(given: Collection[str], unused: Iterable[str], why: str) -> None:
-    """Refuse options, by their names in Python, that are given and would change nothing.
-
-    Raises:
-        LoadError: naming the first one and ``why``.
-    """
-    for name in unused:
-        if name in given:
-            raise LoadError(f"--{name.replace('_', '-')}: {why}")
-
-
 def workload_of(options: LoadOptions) -> Workload:
-    """The trace where one is given, chats otherwise.
+    """The trace if one is given, otherwise chats.
 
     Raises:
-        LoadError: for an option or a trace that cannot be used.
+        LoadError, OptionError: an option or the trace is invalid.
     """
     if options.trace is not None:
         check_unused(options.given, CHAT_OPTIONS, "cannot go with --trace")
@@ -145,7 +92,7 @@ def workload_of(options: LoadOptions) -> Workload:
         think_s=options.think,
     )
     seconds = CHAT_SECONDS if options.duration is None else options.duration
-    return ChatWorkload([Phase("chat", seconds, rate=options.rate)], shape, options.seed)
+    return ChatWorkload([LoadPhase("chat", seconds, rate=options.rate)], shape, options.seed)
 
 
 async def _run(client: Client, workload: Workload) -> dict[str, object] | None:
@@ -171,7 +118,7 @@ async def _run(client: Client, workload: Workload) -> dict[str, object] | None:
 
 
 async def _progress(run: LoadRun, seconds: float) -> None:
-    """One line that is rewritten in a terminal; a line each 10 s otherwise."""
+    """Print progress: in a terminal one line that is rewritten, otherwise a line every 10 s."""
     terminal = sys.stderr.isatty()
     while True:
         await asyncio.sleep(1 if terminal else 10)

@@ -1,4 +1,4 @@
-"""What came of the requests: one value per request, and the summary of them."""
+"""Results of the requests of a load, and their summary."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ ERROR_KINDS = {
     "timeout": "no answer in time",
     "connection": "connection refused or lost",
     "protocol": "the answer could not be read",
-    "cancelled": "cut off when the load was stopped",
+    "cancelled": "cancelled when the load was stopped",
 }
-"""Ways in which a request can fail, with their meaning."""
+"""Kinds of failed requests, with their meaning."""
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One request.
+class RequestResult:
+    """Result of one request.
 
     Attributes:
         at: when it was due, s from the start of the load.
-        late: how much later it was really sent, s: the generator's own delay.
-        seconds: from when it was due to the end of the answer, s, so that a delay never hides.
-        kind: ``ok`` or one of ``ERROR_KINDS``.
+        late: how much later it was sent, s: the delay of the generator itself.
+        seconds: from when it was due to the end of the answer, s; this includes ``late``.
+        kind: ``ok`` or a key of ``ERROR_KINDS``.
         first_token: from when it was due to the first token, s; None unless streamed.
-        prompt_tokens, cached_tokens, output_tokens: as the server counted them.
+        prompt_tokens, cached_tokens, output_tokens: as the server reports them.
     """
 
     phase: str
@@ -47,14 +47,14 @@ class Result:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """Nearest-rank percentile of sorted values; None of none."""
+    """Nearest-rank percentile of sorted values; None if there are none."""
     if not ordered:
         return None
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
 
 
 def quantiles(values: Iterable[float]) -> dict[str, float | None]:
-    """p50, p95, p99, mean and max, s."""
+    """p50, p95, p99, mean and max of latencies, s."""
     ordered = sorted(values)
     mean = sum(ordered) / len(ordered) if ordered else None
     return {
@@ -68,36 +68,36 @@ def quantiles(values: Iterable[float]) -> dict[str, float | None]:
 
 @dataclass
 class Tally:
-    """Everything sent so far. ``probed``: latencies of the probes, s, which are no part of the figures."""
+    """Results so far; ``probed`` are the latencies of the probes, s, which no figure includes."""
 
     offered: int = 0
-    results: list[Result] = field(default_factory=list)
+    results: list[RequestResult] = field(default_factory=list)
     probed: list[float] = field(default_factory=list)
 
     @property
     def in_flight(self) -> int:
-        """Requests without an end yet."""
+        """Requests that have not ended."""
         return self.offered - len(self.results)
 
     def latency(self) -> float | None:
-        """Median latency of the answers so far, s; None before the first one."""
+        """Median latency of the answers so far, s; None before the first."""
         return percentile(sorted(r.seconds for r in self.results if r.kind == OK), 0.5)
 
-    def calm(self) -> float:
-        """Median latency of the answers so far, s; of the probes before the first one, 1 without any."""
+    def expected_latency(self) -> float:
+        """Median latency of the answers so far, s; before the first, of the probes; 1 without either."""
         found = self.latency() or percentile(sorted(self.probed), 0.5)
         return max(0.01, found or 1.0)
 
     def summary(self, offered_s: float) -> dict[str, Any]:
-        """Everything about a load that was offered over ``offered_s`` s, as a whole and by phase.
+        """Figures of a load that was offered for ``offered_s`` s, as a whole and by phase.
 
-        Times are in s, and each rate has the span in which its events could happen: ``offered_per_s`` is over
-        ``offered_seconds``, in which requests were due; ``completed_per_s`` and ``output_tokens_per_s`` are
-        over ``seconds``, from the same beginning to the last answer, and never shorter. A phase begins with
-        its first request (the first one with the load) and is offered until the next one begins.
+        Times are in s. ``offered_per_s`` is over ``offered_seconds``, in which requests were due;
+        ``completed_per_s`` and ``output_tokens_per_s`` are over ``seconds``, which ends with the last answer
+        and is at least as long. A phase begins with its first request (the first phase, with the load) and is
+        offered until the next phase begins.
         """
         whole = _summary(self.results, self.offered, 0.0, offered_s)
-        by_phase: dict[str, list[Result]] = {}
+        by_phase: dict[str, list[RequestResult]] = {}
         for result in sorted(self.results, key=lambda result: result.at):
             by_phase.setdefault(result.phase, []).append(result)
         if len(by_phase) > 1:
@@ -109,8 +109,8 @@ class Tally:
         return whole
 
 
-def _summary(results: Sequence[Result], offered: int, begin: float, end: float) -> dict[str, Any]:
-    """Figures of requests that were offered from ``begin`` to ``end``, s from the start of the load."""
+def _summary(results: Sequence[RequestResult], offered: int, begin: float, end: float) -> dict[str, Any]:
+    """Figures of the requests offered from ``begin`` to ``end``, s from the start of the load."""
     good = [r for r in results if r.kind == OK]
     prompt = sum(r.prompt_tokens for r in good)
     errors = Counter(r.kind for r in results if r.kind != OK)
@@ -145,12 +145,12 @@ def _summary(results: Sequence[Result], offered: int, begin: float, end: float) 
 
 
 def _rate(count: int, seconds: float) -> float:
-    """Per s; 0 where no time has passed."""
+    """Events per s; 0 if no time has passed."""
     return count / seconds if seconds > 0 else 0.0
 
 
-def lines_of(summary: dict[str, Any]) -> list[str]:
-    """The summary for people, one fact a line."""
+def format_summary(summary: dict[str, Any]) -> list[str]:
+    """The summary as text, one line for each figure."""
     latency, first, tokens = summary["latency_s"], summary["first_token_s"], summary["tokens"]
     lines = [
         f"requests    {summary['offered']} offered in {summary['offered_seconds']:.0f} s "
@@ -175,8 +175,8 @@ def lines_of(summary: dict[str, Any]) -> list[str]:
         lines.append("errors      none")
     if summary["latest_send_s"] > 0.1:
         lines.append(
-            f"note        the generator itself was up to {summary['latest_send_s']:.2f} s late; "
-            "latencies count from when a request was due"
+            f"note        the generator sent requests up to {summary['latest_send_s']:.2f} s late; "
+            "latencies include this delay"
         )
     return lines
 

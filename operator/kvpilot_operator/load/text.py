@@ -1,7 +1,7 @@
-"""Text of an exact number of tokens, the same for the same key.
+"""Deterministic text of a given length, by key.
 
-The built-in models' tokenizer makes one token of one ASCII character, so a text of n printable characters is
-n tokens; for other models it is roughly that.
+The tokenizer of the built-in models makes one token of each ASCII character, so n characters are n tokens;
+other models make fewer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ _TABLE = bytes(_WORDS[i % len(_WORDS)] for i in range(256))
 
 
 def text_of(key: str, length: int) -> str:
-    """``length`` printable ASCII characters; a shorter text of a key is the beginning of a longer one."""
+    """``length`` printable ASCII characters; shorter texts of the same key are prefixes of longer ones."""
     digest = hashlib.shake_128(key.encode()).digest(length)
     return digest.translate(_TABLE).decode("ascii")

@@ -1,8 +1,8 @@
-"""Recorded traffic: Mooncake's JSON lines and Azure's CSV, replayed with their own arrival times.
+"""Recorded traffic, replayed at its arrival times: Mooncake (JSON lines) and Azure (CSV).
 
 Mooncake (https://github.com/kvcache-ai/Mooncake): ``timestamp`` (ms), ``input_length``, ``output_length``
-and ``hash_ids``, one per block of 512 tokens; equal ids at the same place mean equal text up to there.
-Azure LLM inference trace 2023: ``TIMESTAMP,ContextTokens,GeneratedTokens``; prompts share nothing.
+and ``hash_ids``, one per block of 512 tokens; equal id prefixes mean equal prompt prefixes.
+Azure LLM inference trace 2023: ``TIMESTAMP,ContextTokens,GeneratedTokens``; prompts share no prefix.
 """
 
 from __future__ import annotations
@@ -12,24 +12,25 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kvpilot_operator.load.text import text_of
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
+from kvpilot_operator.load.workload import Arrival, LoadError, LoadFeedback, LoadRequest
 
 TRACE_BLOCK_TOKENS = 512
-"""Tokens behind one hash id of a Mooncake trace."""
+"""Tokens per hash id of a Mooncake trace."""
 
-LATEST_MS, MOST_TOKENS = 1e15, 10_000_000
-"""Beyond them a time stamp has another unit, and a length is no request's."""
+MAX_TIMESTAMP_MS, MAX_TOKENS = 1e15, 10_000_000
+"""Larger values are errors: a timestamp in another unit, or a length that no request has."""
 
 _AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """One line: ``at`` in s from the first line, lengths in tokens; ``blocks`` are hash ids or empty."""
+    """One request: ``at`` in s from the first one, lengths in tokens, ``blocks`` the hash ids if any."""
 
     at: float
     input_tokens: int
@@ -37,14 +38,17 @@ class TraceRequest:
     blocks: tuple[int, ...] = ()
 
 
-def read_trace(path: Path) -> list[TraceRequest]:
-    """All requests of a trace in order of time; its format is recognised by its first line.
+def read_trace(path: Path, *, ordered: bool = False) -> list[TraceRequest]:
+    """All requests of a trace in order of arrival; the first line decides the format.
+
+    Args:
+        ordered: refuse a trace whose lines are not in order of arrival, instead of sorting them.
 
     Raises:
-        LoadError: naming file, line and field.
+        LoadError: the file or a line is invalid; names file, line and field.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte-order mark before CSV
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark before CSV
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(
             f"trace {path}: cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -55,18 +59,31 @@ def read_trace(path: Path) -> list[TraceRequest]:
     number, first = lines[0]
     if first.lstrip().startswith("{"):
         requests = [_mooncake(f"trace {path}:{number}", line) for number, line in lines]
+        numbers = [number for number, _ in lines]
     elif _columns(f"trace {path}:{number}", first) == _AZURE_HEADER:
         requests = [_azure(f"trace {path}:{number}", line) for number, line in lines[1:]]
+        numbers = [number for number, _ in lines[1:]]
     else:
         raise LoadError(
             f"trace {path}:{number}: must be a JSON object (Mooncake) or the header "
             f"{','.join(_AZURE_HEADER)} (Azure), got {first[:60]!r}"
         )
     if not requests:
-        raise LoadError(f"trace {path}: holds no request")
+        raise LoadError(f"trace {path}: contains no request")
+    if ordered:
+        _check_order(path, requests, numbers)
     requests.sort(key=lambda request: request.at)
     start = requests[0].at
     return [TraceRequest(r.at - start, r.input_tokens, r.output_tokens, r.blocks) for r in requests]
+
+
+def _check_order(path: Path, requests: list[TraceRequest], numbers: list[int]) -> None:
+    for (before, after), number in zip(pairwise(requests), numbers[1:], strict=True):
+        if after.at < before.at:
+            raise LoadError(
+                f"trace {path}:{number}: arrives {before.at - after.at:g} s before the request of the line "
+                f"above; a trace must be in order of arrival"
+            )
 
 
 def _mooncake(where: str, line: str) -> TraceRequest:
@@ -74,13 +91,13 @@ def _mooncake(where: str, line: str) -> TraceRequest:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise LoadError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise LoadError(f"{where}: not JSON that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # too many digits or nested brackets
+        raise LoadError(f"{where}: cannot be read as JSON: {error}") from None
     if not isinstance(row, dict):
         raise LoadError(f"{where}: must be a JSON object, got {line[:60]!r}")
-    at = _number(where, "timestamp", row.get("timestamp"), 0, LATEST_MS)
-    length = int(_number(where, "input_length", row.get("input_length"), 1, MOST_TOKENS, whole=True))
-    output = int(_number(where, "output_length", row.get("output_length"), 1, MOST_TOKENS, whole=True))
+    at = _number(where, "timestamp", row.get("timestamp"), 0, MAX_TIMESTAMP_MS)
+    length = int(_number(where, "input_length", row.get("input_length"), 1, MAX_TOKENS, whole=True))
+    output = int(_number(where, "output_length", row.get("output_length"), 1, MAX_TOKENS, whole=True))
     blocks = row.get("hash_ids")
     needed = -(-length // TRACE_BLOCK_TOKENS)
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
@@ -105,9 +122,9 @@ def _azure(where: str, line: str) -> TraceRequest:
         ) from None
     lengths = []
     for name, text in zip(_AZURE_HEADER[1:], row[1:], strict=True):
-        # Of more than 20 digits int() makes what is too much anyway, or a ValueError.
+        # More than 20 digits are above MAX_TOKENS in any case, and int() refuses thousands of them.
         value = int(text) if text.strip().isdecimal() and len(text) <= 20 else text
-        lengths.append(int(_number(where, name, value, 1, MOST_TOKENS, whole=True)))
+        lengths.append(int(_number(where, name, value, 1, MAX_TOKENS, whole=True)))
     return TraceRequest(at, lengths[0], lengths[1])
 
 
@@ -122,23 +139,23 @@ def _number(
     where: str, name: str, value: Any, at_least: float, at_most: float, *, whole: bool = False
 ) -> float:
     numeric = type(value) is int or (type(value) is float and not whole)
-    if numeric and at_least <= value <= at_most:  # exact for whole numbers of any length, false for NaN
+    if numeric and at_least <= value <= at_most:  # exact for large ints, False for NaN
         return float(value)
     kind = "a whole number" if whole else "a number"
     raise LoadError(f"{where}: {name}: must be {kind} from {at_least:g} to {at_most:g}, got {_short(value)}")
 
 
 def _short(value: Any) -> str:
-    """The value, or its beginning."""
-    told = "nothing" if value is None else repr(value)
-    return told if len(told) <= 60 else f"{told[:60]}..."
+    """The value for a message, at most 60 characters."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def prompt_of(request: TraceRequest, shrink: int, unique: str) -> str:
-    """A prompt whose equal trace blocks are equal text of ``512 / shrink`` tokens; the last may be shorter.
+    """The prompt of a request: equal hash ids become equal blocks of ``512 / shrink`` tokens.
 
     Args:
-        unique: names the text of a request without hash ids.
+        unique: key of the text, for a request without hash ids.
     """
     if not request.blocks:
         return text_of(f"request {unique}", max(1, -(-request.input_tokens // shrink)))
@@ -156,7 +173,7 @@ class TraceWorkload:
         seconds: stop sending after this long; None replays all of it.
 
     Raises:
-        LoadError: for a value out of bounds.
+        LoadError: a value is out of bounds, or the trace is invalid.
     """
 
     def __init__(
@@ -175,20 +192,20 @@ class TraceWorkload:
 
     @property
     def title(self) -> str:
-        """What it is, for people."""
+        """One line that describes the load."""
         return f"trace {self._name}: speed {self._speed:g}, lengths divided by {self._shrink}"
 
     @property
     def seconds(self) -> float:
-        """How long it sends."""
+        """How long requests are sent, s."""
         return self._seconds
 
     @property
-    def probes(self) -> tuple[Ask, ...]:
-        """None: a trace has its own times."""
+    def probes(self) -> tuple[LoadRequest, ...]:
+        """No probes: the trace fixes the arrival times."""
         return ()
 
-    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
+    def arrivals(self, feedback: LoadFeedback) -> Iterator[Arrival]:
         """The schedule of the trace."""
         for index, request in enumerate(self._requests):
             at = request.at / self._speed
@@ -196,17 +213,17 @@ class TraceWorkload:
                 return
             yield Arrival(at, "trace", self._writer(index, request), _ignore)
 
-    def _writer(self, index: int, request: TraceRequest) -> Callable[[], Ask]:
-        def ask() -> Ask:
+    def _writer(self, index: int, request: TraceRequest) -> Callable[[], LoadRequest]:
+        def write() -> LoadRequest:
             body = {
                 "prompt": prompt_of(request, self._shrink, str(index)),
                 "max_tokens": max(1, -(-request.output_tokens // self._shrink)),
                 "temperature": 0,
             }
-            return Ask("/v1/completions", body)
+            return LoadRequest("/v1/completions", body)
 
-        return ask
+        return write
 
 
 def _ignore(_: str) -> None:
-    """An answer is no part of what a trace asks next."""
+    """The next request of a trace does not contain the last answer."""

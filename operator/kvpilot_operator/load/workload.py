@@ -1,4 +1,4 @@
-"""What a load is made of: arrivals in time, each with a request that is written when it is due."""
+"""A load is a schedule of arrivals; each request is written when it is due."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Protocol
 
 
 class LoadError(ValueError):
-    """A load that cannot be sent: one line naming the option or line, its value and what is allowed."""
+    """An invalid load: one line with the parameter or trace line, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request as it is sent.
+class LoadRequest:
+    """One request of the OpenAI API.
 
     Attributes:
-        path: of the OpenAI API, e.g. ``/v1/chat/completions``.
+        path: e.g. ``/v1/chat/completions``.
         body: JSON body without ``model`` and ``stream``.
     """
 
@@ -31,27 +31,27 @@ class Arrival:
     """One request of the schedule.
 
     Attributes:
-        at: when it is sent, s from the start of the load; the server has no influence on it.
-        phase: name of the phase it belongs to.
-        ask: writes the request; called when it is due, since a chat's next turn contains the last answer.
-        answered: takes the text of the answer.
+        at: when it is sent, s from the start of the load, whatever the server does.
+        phase: name of its phase.
+        request: writes the request; called when it is due, because a chat turn contains the last answer.
+        answered: receives the text of the answer.
     """
 
     at: float
     phase: str
-    ask: Callable[[], Ask]
+    request: Callable[[], LoadRequest]
     answered: Callable[[str], None]
 
 
-class Seen(Protocol):
-    """What the load may know of the answers."""
+class LoadFeedback(Protocol):
+    """Measurements of the running load that may size its later phases."""
 
-    def calm(self) -> float:
-        """Median latency of the answers so far, s; of the probes before the first one, 1 without any."""
+    def expected_latency(self) -> float:
+        """Median latency of the answers so far, s; before the first, of the probes; 1 without either."""
 
     @property
     def in_flight(self) -> int:
-        """Requests without an end yet."""
+        """Requests that have not ended."""
 
 
 class Workload(Protocol):
@@ -59,31 +59,31 @@ class Workload(Protocol):
 
     @property
     def title(self) -> str:
-        """What it is, for people: one short line."""
+        """One short line that describes the load."""
 
     @property
     def seconds(self) -> float:
-        """How long it sends."""
+        """How long requests are sent, s."""
 
     @property
-    def probes(self) -> Sequence[Ask]:
-        """Requests to send one after another before it begins, to learn how long an answer takes."""
+    def probes(self) -> Sequence[LoadRequest]:
+        """Requests that are sent one by one before the load, to measure the latency of one answer."""
 
-    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
-        """The schedule; what was seen sizes phases when they begin, never a single request."""
+    def arrivals(self, feedback: LoadFeedback) -> Iterator[Arrival]:
+        """The schedule; the feedback may set the rate of a phase or step, never the time of one request."""
 
 
-LONGEST_STEP_S = 60.0
-"""How far ahead arrivals are computed, s."""
+MAX_STEP_S = 60.0
+"""Arrivals are computed at most this far ahead, s."""
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stretch of the load with one rate.
+class LoadPhase:
+    """A part of the load with a constant rate.
 
     Exactly one of ``rate`` (requests/s) and ``in_flight`` is given. ``in_flight`` sizes the rate to the
-    machine: by Little's law, rate = in_flight / median latency of the answers before the phase, so it is the
-    number of requests that would be in flight if answers went on taking as long as before.
+    machine by Little's law: rate = in_flight / median latency before the phase. It is the number of requests
+    in flight as long as the latency stays the same.
     """
 
     name: str
@@ -104,35 +104,31 @@ class Phase:
 
     @property
     def sized(self) -> bool:
-        """Whether the rate depends on the machine."""
+        """True if the rate depends on the latency of the machine."""
         return self.in_flight is not None
 
-    def steps(self, seen: Seen, before: float = 0.0) -> Iterator[tuple[float, float]]:
-        """Lengths (s) and rate (requests/s) of its steps: an endless phase is planned piece by piece.
-
-        The rate ``before`` makes no difference to it.
-        """
-        rate = self.rate if self.in_flight is None else self.in_flight / seen.calm()
+    def steps(self, feedback: LoadFeedback, before: float = 0.0) -> Iterator[tuple[float, float]]:
+        """Length (s) and rate (requests/s) of each step; ``before``, the previous rate, is not used."""
+        rate = self.rate if self.in_flight is None else self.in_flight / feedback.expected_latency()
         assert rate is not None
         left = self.seconds
         while left > 0:
-            yield min(left, LONGEST_STEP_S), rate
-            left -= LONGEST_STEP_S
+            yield min(left, MAX_STEP_S), rate
+            left -= MAX_STEP_S
 
 
-LASTING = 2
-"""Steps in which requests pile up before that counts as the limit."""
+SATURATED_STEPS = 2
+"""Steps with a backlog after which the machine counts as saturated; one may be a hiccup."""
 
 
 @dataclass(frozen=True)
 class Rise:
-    """A load that rises until requests pile up, and stays there.
+    """A load that rises until the machine is saturated, and then stays constant.
 
-    It begins as ``in_flight`` of a Phase, but never below the rate before it: on a machine that has slowed
-    down, answers that waited would size it to a fraction of that, and the limit would be out of reach. During
-    ``ramp_s`` the rate grows by ``factor`` every ``step_s`` in which fewer than ``hurts`` requests are in
-    flight; when it has hurt for two steps, which is no hiccup, it grows by ``beyond``, once. It thus finds
-    the limit of the machine as it is now, and goes on at a constant rate, whatever happens to answers.
+    The first rate is sized as by ``LoadPhase.in_flight``, but is at least the previous rate: a machine that
+    has slowed down would otherwise get a rate too low to reach saturation. During ``ramp_s`` the rate grows
+    by ``factor`` after each ``step_s`` with fewer than ``backlog`` requests in flight. After
+    `SATURATED_STEPS` steps with more it grows once more, by ``overload``.
     """
 
     name: str
@@ -141,31 +137,31 @@ class Rise:
     ramp_s: float = 60.0
     step_s: float = 4.0
     factor: float = 1.15
-    hurts: int = 8
-    beyond: float = 1.2
+    backlog: int = 8
+    overload: float = 1.2
     sized: bool = True
 
-    def steps(self, seen: Seen, before: float = 0.0) -> Iterator[tuple[float, float]]:
-        """Lengths (s) and rates (requests/s) of its steps, after a phase that ended with ``before``."""
+    def steps(self, feedback: LoadFeedback, before: float = 0.0) -> Iterator[tuple[float, float]]:
+        """Length (s) and rate (requests/s) of each step; ``before`` is the previous rate."""
         left = self.seconds
-        rate = max(before, self.in_flight / seen.calm())
-        hurt = 0
+        rate = max(before, self.in_flight / feedback.expected_latency())
+        saturated = 0
         while left > self.step_s and self.seconds - left < self.ramp_s:
             yield self.step_s, rate
             left -= self.step_s
-            if seen.in_flight < self.hurts:
+            if feedback.in_flight < self.backlog:
                 rate *= self.factor
                 continue
-            hurt += 1
-            if hurt == LASTING:
-                rate *= self.beyond
+            saturated += 1
+            if saturated == SATURATED_STEPS:
+                rate *= self.overload
         while left > 0:
-            yield min(left, LONGEST_STEP_S), rate
-            left -= LONGEST_STEP_S
+            yield min(left, MAX_STEP_S), rate
+            left -= MAX_STEP_S
 
 
 def poisson(rate: float, seconds: float, rng: random.Random) -> list[float]:
-    """Arrival times of a Poisson process of ``rate`` per s within ``seconds``, s from its start."""
+    """Arrival times of a Poisson process with ``rate`` events/s over ``seconds``, s from its start."""
     times: list[float] = []
     at = rng.expovariate(rate)
     while at < seconds:

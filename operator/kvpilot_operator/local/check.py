@@ -1,4 +1,4 @@
-"""Did a knob cure a breach? Pure, over what was recorded."""
+"""Checks whether a knob cured a breach of a latency objective. Pure: reads only what was recorded."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvpilot_operator.local.recorder import Point
+from kvpilot_operator.tuning.assess.objectives import backlog_gone, latency_met, met_again
+from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.decision import Record
-
-MET_TICKS = 3
-"""Looks in a row that must show every latency objective held on the short window."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One part of the proof: what was asked, when it was seen (s since the epoch), and how."""
+class CheckStep:
+    """One step of a cure; ``at`` is when it was seen, s since the epoch, None if it was not."""
 
     name: str
     at: float | None
@@ -22,44 +21,44 @@ class Step:
 
     @property
     def seen(self) -> bool:
-        """Whether it happened."""
+        """True if the step was seen."""
         return self.at is not None
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The steps of a cure in their order. ``cured`` only when all of them were seen."""
+class CheckResult:
+    """Result of ``--check``: the steps of a cure in their order."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[CheckStep, ...]
 
     @property
     def cured(self) -> bool:
-        """A breach happened, was diagnosed, and was cured by a knob, with the same replicas."""
+        """True if all steps were seen: breach, diagnosis, change of a knob, objective met, same replicas."""
         return all(step.seen for step in self.steps)
 
     @property
     def reason(self) -> str:
-        """One line: the first step that is missing, or what cured it."""
+        """One line: the first missing step, or the change that cured the breach."""
         missing = next((step for step in self.steps if not step.seen), None)
         return missing.message if missing is not None else f"cured: {self.steps[2].message}"
 
 
-def judge_run(
+def check_run(
     points: Sequence[Point], records: Sequence[Record], latency: Sequence[str], mode: str
-) -> Verdict:
-    """Judge a run.
+) -> CheckResult:
+    """Check a run.
 
     Args:
-        points, records: everything recorded, oldest first.
+        points, records: all that was recorded, oldest first.
         latency: names of the latency objectives.
-        mode: of tuning, to say why nothing was done.
+        mode: tuning mode, which may explain why no knob was changed.
     """
     breach = _breach(points, latency)
     starts = [r for r in records if _after(r.at, breach) and _diagnosed(r)]
-    # A first attempt may be taken back; the cure is the first one that was promoted.
+    # Earlier attempts may have been reverted: the first promoted change is the cure.
     start = next((r for r in starts if _promotion(r, records)), starts[0] if starts else None)
     promoted = _promotion(start, records)
-    again = _met_again(points, latency, promoted.at) if promoted is not None else None
+    again = _met_again(points, promoted.at) if promoted is not None else None
     steps = [
         breach,
         _diagnosis(start, mode),
@@ -68,21 +67,21 @@ def judge_run(
     ]
     if breach.seen:
         steps.append(_same_replicas(points, breach.at or 0.0, again))
-    return Verdict(tuple(steps))
+    return CheckResult(tuple(steps))
 
 
-def _after(at: float, step: Step) -> bool:
+def _after(at: float, step: CheckStep) -> bool:
     return step.at is not None and at >= step.at
 
 
-def _breach(points: Sequence[Point], latency: Sequence[str]) -> Step:
+def _breach(points: Sequence[Point], latency: Sequence[str]) -> CheckStep:
     for point in points:
         for objective in point.objectives:
             if objective.name in latency and objective.state == "Breached":
                 measured = "-" if objective.measured_short is None else f"{objective.measured_short:.0%}"
-                told = f"{objective.name} was breached: {measured} in time, {objective.target:.0%} wanted"
-                return Step("breach", point.at, told)
-    return Step("breach", None, "no latency objective was breached")
+                reported = f"{objective.name} was breached: {measured} in time, {objective.target:.0%} wanted"
+                return CheckStep("breach", point.at, reported)
+    return CheckStep("breach", None, "no latency objective was breached")
 
 
 def _diagnosed(record: Record) -> bool:
@@ -95,11 +94,11 @@ def _diagnosed(record: Record) -> bool:
     )
 
 
-def _diagnosis(start: Record | None, mode: str) -> Step:
+def _diagnosis(start: Record | None, mode: str) -> CheckStep:
     if start is None or start.diagnosis is None:
         why = "" if mode == "Auto" else f": tuning mode is {mode}"
-        return Step("diagnosis", None, f"no knob was changed for a breached latency objective{why}")
-    return Step("diagnosis", start.at, f"{start.diagnosis.stage} at fault: {start.diagnosis.message}")
+        return CheckStep("diagnosis", None, f"no knob was changed for a breached latency objective{why}")
+    return CheckStep("diagnosis", start.at, f"{start.diagnosis.stage} at fault: {start.diagnosis.message}")
 
 
 def _promotion(start: Record | None, records: Sequence[Record]) -> Record | None:
@@ -108,53 +107,53 @@ def _promotion(start: Record | None, records: Sequence[Record]) -> Record | None
     return next((r for r in records if r.id == start.id and r.outcome == "Promoted"), None)
 
 
-def _change(start: Record | None, promoted: Record | None, records: Sequence[Record]) -> Step:
+def _change(start: Record | None, promoted: Record | None, records: Sequence[Record]) -> CheckStep:
     if start is not None and promoted is not None:
-        told = ", ".join(f"{c.knob} {c.before} -> {c.after}" for c in start.changes)
-        return Step("change", promoted.at, f"{told} (generation {promoted.generation}, {promoted.rule})")
+        reported = ", ".join(f"{c.knob} {c.before} -> {c.after}" for c in start.changes)
+        return CheckStep(
+            "change", promoted.at, f"{reported} (generation {promoted.generation}, {promoted.rule})"
+        )
     ends = [r for r in records if start is not None and r.id == start.id and r is not start]
     if ends:
-        return Step("change", None, f"the change was {ends[-1].outcome.lower()}: {ends[-1].summary}")
-    return Step("change", None, "no change was promoted before the end")
+        return CheckStep("change", None, f"the change was {ends[-1].outcome.lower()}: {ends[-1].summary}")
+    return CheckStep("change", None, "no change was promoted before the end")
 
 
-def _met(point: Point, latency: Sequence[str]) -> bool:
-    """Every latency objective holds on the short window, and nobody waits that could have a slot."""
-    measured = [o for o in point.objectives if o.name in latency]
-    held = all(o.measured_short is not None and o.measured_short >= o.target for o in measured)
-    return bool(measured) and held and point.waiting <= max(1.0, 0.1 * point.running)
+def _met_again(points: Sequence[Point], since: float) -> float | None:
+    """When, after ``since``, the latency objectives were met and the backlog was drained."""
+    later = [point for point in points if point.at > since]
+    index = met_again(latency_met(point.objectives) and _calm(point) for point in later)
+    return None if index is None else later[index].at
 
 
-def _met_again(points: Sequence[Point], latency: Sequence[str], since: float) -> float | None:
-    in_row = 0
-    for point in points:
-        in_row = in_row + 1 if point.at > since and _met(point, latency) else 0
-        if in_row == MET_TICKS:
-            return point.at
-    return None
+def _calm(point: Point) -> bool:
+    ready = sum(replica.ready for replica in point.replicas)
+    return backlog_gone(point.waiting, ready, value(point.knobs, "numWorkers"))
 
 
 def _again(
     at: float | None, points: Sequence[Point], promoted: Record | None, latency: Sequence[str]
-) -> Step:
+) -> CheckStep:
     if at is not None and promoted is not None:
-        told = f"every latency objective met again {at - promoted.at:.0f} s after the promotion"
-        return Step("met again", at, told)
+        reported = f"every latency objective met again {at - promoted.at:.0f} s after the promotion"
+        return CheckStep("met again", at, reported)
     last = points[-1].objectives if points else ()
     short = [o for o in last if o.name in latency and (o.measured_short or 0.0) < o.target]
-    told = ", ".join(f"{o.name} {(o.measured_short or 0.0):.0%} of {o.target:.0%}" for o in short)
-    return Step(
-        "met again", None, f"the objectives were not met again before the end ({told or 'a backlog is left'})"
+    reported = ", ".join(f"{o.name} {(o.measured_short or 0.0):.0%} of {o.target:.0%}" for o in short)
+    return CheckStep(
+        "met again",
+        None,
+        f"the objectives were not met again before the end ({reported or 'a backlog remains'})",
     )
 
 
-def _same_replicas(points: Sequence[Point], since: float, until: float | None) -> Step:
-    """Between the breach and its cure no replica was added, replaced or restarted."""
+def _same_replicas(points: Sequence[Point], since: float, until: float | None) -> CheckStep:
+    """No replica was added, replaced or restarted between the breach and its cure."""
     end = float("inf") if until is None else until
     seen = [point for point in points if since <= point.at <= end]
-    first = {engine.uid: engine.restarts for engine in seen[0].engines}
+    first = {replica.uid: replica.restarts for replica in seen[0].replicas}
     for point in seen:
-        now = {engine.uid: engine.restarts for engine in point.engines}
+        now = {replica.uid: replica.restarts for replica in point.replicas}
         if now != first:
-            return Step("same replicas", None, "a replica was added, replaced or restarted meanwhile")
-    return Step("same replicas", seen[-1].at, f"the same {len(first)} replicas, none restarted")
+            return CheckStep("same replicas", None, "a replica was added, replaced or restarted meanwhile")
+    return CheckStep("same replicas", seen[-1].at, f"the same {len(first)} replicas, none restarted")

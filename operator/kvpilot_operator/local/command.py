@@ -1,4 +1,4 @@
-"""What ``kvpilot up`` does once its options are read: check all input, run, report, judge."""
+"""Runs ``kvpilot up``: checks all input, runs the session, writes the report, prints the check."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ import structlog
 from rich.console import Console
 
 from kvpilot_operator.load.chat import ChatShape, ChatWorkload
-from kvpilot_operator.load.command import TRACE_OPTIONS, check_files, check_unused, write_file
-from kvpilot_operator.load.results import lines_of
+from kvpilot_operator.load.results import format_summary
 from kvpilot_operator.load.trace import TraceWorkload
-from kvpilot_operator.load.workload import LoadError, Phase, Rise, Workload
+from kvpilot_operator.load.workload import LoadError, LoadPhase, Rise, Workload
 from kvpilot_operator.local.cluster import memory_limit
 from kvpilot_operator.local.display import display_for
 from kvpilot_operator.local.figures import figures_of
 from kvpilot_operator.local.report import report_html
-from kvpilot_operator.local.router import PortError, Router
-from kvpilot_operator.local.session import Outcome, RunOptions, Session, told_steps
+from kvpilot_operator.local.session import RunOptions, RunResult, Session, print_steps
 from kvpilot_operator.local.state import BusyError, StateDirectory
 from kvpilot_operator.local.watch import document_of
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import KVCacheDeployment
-from kvpilot_operator.spec.resolve import policy_of
+from kvpilot_operator.options import TRACE_OPTIONS, OptionError, check_files, check_unused, write_file
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.resource.resolve import policy_of
+from kvpilot_operator.router.proxy import PortError, Router
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
 CHAT = ChatShape(system_prompts=4, system_tokens=256, turns=4, user_tokens=32, output_tokens=48)
 CALM_S, CALM_IN_FLIGHT = 45.0, 0.5
 RISE_S, RISE_IN_FLIGHT = 245.0, 1.0
-"""The chat load without a rate: calm first, then a rise until it hurts. Both are sized to the machine: so
-many requests would be in flight, when they begin, if answers went on taking as long as before. Calm breaches
-nothing even if the machine becomes twice as slow after it was measured. The rise is long enough to work the
-backlog of the experiment off on a slow machine; a cured check ends before that."""
+"""The chat load without a rate: a calm phase, then a rise to saturation.
+
+Both rates are sized to the machine, as requests in flight (see `LoadPhase`). The calm phase breaches nothing
+even if the machine becomes half as fast after it was measured. The rise is long enough for a slow machine to
+drain the backlog of an experiment; a passed check ends earlier."""
 
 
-LONGEST_START_S = 600.0
-"""Least time that a load with a duration waits for its engines, s: its duration does not count
-that, and a large model takes minutes to load."""
+MIN_START_TIMEOUT_S = 600.0
+"""Minimum timeout for the start of the engines before a load with a duration, s: a large model takes
+minutes to load, and the duration does not include them."""
 
 
 @dataclass(frozen=True)
 class UpOptions:
-    """The command line. ``given``: the fields that it gives itself."""
+    """Options of the command line; ``given`` names those that are not defaults."""
 
     manifest: Path
     load: Literal["chat", "trace"] | None
@@ -69,19 +70,19 @@ class UpOptions:
 
 
 def workload_of(options: UpOptions) -> Workload | None:
-    """The load that was asked for.
+    """The load that the options ask for; None without one.
 
     Raises:
-        LoadError: for an option or a trace that cannot be used.
+        LoadError, OptionError: an option or the trace is invalid.
     """
     if options.duration is not None and not 0 < options.duration < math.inf:
-        raise LoadError(f"--duration: must be above 0 and finite, got {options.duration:g}")
+        raise OptionError(f"--duration: must be above 0 and finite, got {options.duration:g}")
     if options.load == "trace" and options.trace is None:
-        raise LoadError("--load trace: needs --trace FILE")
+        raise OptionError("--load trace: needs --trace FILE")
     if options.trace is not None:
         if options.load == "chat":
-            raise LoadError("--trace: cannot go with --load chat")
-        check_unused(options.given, ["rate"], "cannot go with --trace, whose requests have their own times")
+            raise OptionError("--trace: cannot go with --load chat")
+        check_unused(options.given, ["rate"], "cannot go with --trace, which has its own arrival times")
         return TraceWorkload(
             options.trace, speed=options.speed, shrink=options.shrink, seconds=options.duration
         )
@@ -89,15 +90,15 @@ def workload_of(options: UpOptions) -> Workload | None:
     if options.load is None:
         check_unused(options.given, ["rate"], "needs --load chat")
         if options.check:
-            raise LoadError("--check: needs --load or --trace")
+            raise OptionError("--check: needs --load or --trace")
         return None
     if options.rate is not None:
-        return ChatWorkload([Phase("chat", options.duration or math.inf, rate=options.rate)], CHAT)
+        return ChatWorkload([LoadPhase("chat", options.duration or math.inf, rate=options.rate)], CHAT)
     seconds = CALM_S + RISE_S if options.duration is None else options.duration
     calm = seconds * CALM_S / (CALM_S + RISE_S)
     return ChatWorkload(
         [
-            Phase("calm", calm, in_flight=CALM_IN_FLIGHT),
+            LoadPhase("calm", calm, in_flight=CALM_IN_FLIGHT),
             Rise("rise", seconds - calm, in_flight=RISE_IN_FLIGHT),
         ],
         CHAT,
@@ -105,7 +106,7 @@ def workload_of(options: UpOptions) -> Workload | None:
 
 
 def run_up(options: UpOptions) -> int:
-    """Run it; the exit code. Everything that can be wrong with the input is told before anything starts."""
+    """Check all input, then run; the exit code. Invalid input is reported before any engine starts."""
     try:
         manifest = document_of(options.manifest, options.mode)
         resource = KVCacheDeployment.parse(manifest, str(options.manifest))
@@ -116,7 +117,7 @@ def run_up(options: UpOptions) -> int:
             {"MANIFEST": options.manifest, "--trace": options.trace},
             {"--json": options.json_out, "--report": options.report},
         )
-    except (ManifestError, LoadError) as error:
+    except (ManifestError, LoadError, OptionError) as error:
         return _refuse(error)
     state = StateDirectory(resource.metadata.name)
     try:
@@ -124,14 +125,14 @@ def run_up(options: UpOptions) -> int:
     except BusyError as error:
         return _refuse(error)
     try:
-        outcome = asyncio.run(_run(options, manifest, workload, state))
+        result = asyncio.run(_run(options, manifest, workload, state))
     except PortError as error:
         return _refuse(error)
     finally:
         state.close()
-    if outcome.problem:
-        return _refuse(outcome.problem, EXIT_BAD_INPUT if outcome.bad_input else EXIT_FAILED)
-    return conclude(options, resource, outcome, state.path)
+    if result.problem:
+        return _refuse(result.problem, EXIT_BAD_INPUT if result.bad_input else EXIT_FAILED)
+    return conclude(options, resource, result, state.path)
 
 
 def _refuse(error: object, code: int = EXIT_BAD_INPUT) -> int:
@@ -142,15 +143,15 @@ def _refuse(error: object, code: int = EXIT_BAD_INPUT) -> int:
 
 async def _run(
     options: UpOptions, manifest: dict[str, Any], workload: Workload | None, state: StateDirectory
-) -> Outcome:
-    """Listen first, then begin.
+) -> RunResult:
+    """Listen on the port, then run the session.
 
     Raises:
-        PortError: the port cannot be listened on; the state is as it was.
+        PortError: the port cannot be listened on; the state directory is unchanged.
     """
     router = Router("127.0.0.1", options.port)
     await router.start()
-    # Only a run that can begin erases what an earlier one left.
+    # After listening, so that a run that cannot start does not delete the state of an earlier one.
     state.clear(fresh=options.fresh or options.check)
     _log_to(state.path / "kvpilot.log")
     console = Console()
@@ -162,22 +163,22 @@ async def _run(
         check=options.check,
         seconds=options.duration if workload is None else None,
         pace_scale=options.pace_scale,
-        start_s=None if options.duration is None else max(options.duration, LONGEST_START_S),
+        start_s=None if options.duration is None else max(options.duration, MIN_START_TIMEOUT_S),
     )
     return await Session(manifest, run, state, router, display).run()
 
 
-def conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, directory: Path) -> int:
-    """Tell figures, report and verdict; the exit code."""
-    if outcome.load is not None:
-        print("\n".join(lines_of(outcome.load)))
-    figures = figures_of(resource, outcome)
+def conclude(options: UpOptions, resource: KVCacheDeployment, result: RunResult, directory: Path) -> int:
+    """Print and write the figures, the report and the result of the check; the exit code."""
+    if result.load is not None:
+        print("\n".join(format_summary(result.load)))
+    figures = figures_of(resource, result)
     written = True
     if options.json_out is not None:
         written = write_file("kvpilot up", options.json_out, json.dumps(figures, indent=1) + "\n")
         if written:
             print(f"figures: {options.json_out}")
-    if outcome.points and (outcome.load is not None or options.report is not None):
+    if result.points and (result.load is not None or options.report is not None):
         report = options.report or directory / "report.html"
         if write_file("kvpilot up", report, report_html(figures, checked=options.check)):
             print(f"report: {report.resolve()}")
@@ -185,16 +186,16 @@ def conclude(options: UpOptions, resource: KVCacheDeployment, outcome: Outcome, 
             written = False
     if not options.check:
         return EXIT_OK if written else EXIT_FAILED
-    verdict = outcome.verdict
-    assert verdict is not None
+    check = result.check
+    assert check is not None
     print("check:")
-    told_steps(outcome, print)
-    print(f"check {'passed' if verdict.cured else 'failed'}: {verdict.reason}")
-    return EXIT_OK if verdict.cured and written else EXIT_FAILED
+    print_steps(result, print)
+    print(f"check {'passed' if check.cured else 'failed'}: {check.reason}")
+    return EXIT_OK if check.cured and written else EXIT_FAILED
 
 
 def _log_to(path: Path) -> None:
-    """JSON lines of the loop and of this process go to a file: the terminal shows what matters."""
+    """Write the log as JSON lines to a file, because the terminal shows the display."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -1,4 +1,4 @@
-"""A run as plain data: what ``--json`` writes and the report draws."""
+"""A run as plain data, for ``--json`` and the HTML report."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from kvpilot_operator.load.results import OK
 from kvpilot_operator.local.recorder import Point
-from kvpilot_operator.local.session import Outcome
-from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.local.session import RunResult
+from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.tuning.decision import Record
 
 
-def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
-    """Everything about a run; times are s from its start."""
-    start = outcome.started
-    verdict = outcome.verdict
-    policy = outcome.policy
+def figures_of(resource: KVCacheDeployment, result: RunResult) -> dict[str, Any]:
+    """All figures of a run; times are s from its start, except ``started``, which is s since the epoch."""
+    start = result.started
+    check = result.check
+    policy = result.policy
     assert policy is not None
     return {
         "name": resource.metadata.name,
         "namespace": resource.metadata.namespace,
         "started": start,
-        "seconds": round(outcome.ended - start, 3),
+        "seconds": round(result.ended - start, 3),
         "model": resource.spec.engine.model.source,
-        "profile": outcome.profile,
+        "profile": result.profile,
         "mode": policy.mode,
         "signal": policy.objectives.signal,
         "objectives": {
@@ -36,25 +36,25 @@ def figures_of(resource: KVCacheDeployment, outcome: Outcome) -> dict[str, Any]:
             "memory": policy.objectives.memory,
             "errors": policy.objectives.errors,
         },
-        "verdict": None
-        if verdict is None
+        "check": None
+        if check is None
         else {
-            "cured": verdict.cured,
-            "reason": verdict.reason,
+            "cured": check.cured,
+            "reason": check.reason,
             "steps": [
                 {"name": s.name, "at": None if s.at is None else round(s.at - start, 2), "message": s.message}
-                for s in verdict.steps
+                for s in check.steps
             ],
         },
-        "load": outcome.load,
+        "load": result.load,
         "requests": [
-            [round(r.at + outcome.load_started - start, 2), round(r.seconds, 4)]
-            for r in outcome.results
-            if outcome.load_started is not None and r.kind == OK
+            [round(r.at + result.load_started - start, 2), round(r.seconds, 4)]
+            for r in result.results
+            if result.load_started is not None and r.kind == OK
         ],
-        "records": [_record(record, start) for record in outcome.records],
-        "looks_per_point": outcome.looks_per_point,
-        "points": [_point(point, start) for point in outcome.points],
+        "records": [_record(record, start) for record in result.records],
+        "reconciles_per_point": result.reconciles_per_point,
+        "points": [_point(point, start) for point in result.points],
     }
 
 

@@ -1,4 +1,4 @@
-"""One engine as a child process: started, heard, asked whether it is ready, drained, ended."""
+"""An engine as a child process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LISTENING = re.compile(r"listening on port (\d+), admin port (\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-LATE_S = 5.0
-"""Beyond its drain time, how long an engine may take to end, s."""
+EXIT_GRACE_S = 5.0
+"""Time that an engine may take to exit after its drain time, s."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How an engine is started. ``environment`` is added to this process's own."""
+    """How to start an engine; ``environment`` is added to the environment of this process."""
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
@@ -34,18 +34,18 @@ class Launch:
 
 
 def _die_with(parent: int) -> Callable[[], None]:
-    """To run in the child before its program: the kernel kills it once its parent is gone, for any reason."""
+    """Preparation of the child: the kernel kills it when its parent ends for any reason."""
 
     def arm() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before the signal was armed
+        if os.getppid() != parent:  # the parent ended before the signal was armed
             os._exit(1)
 
     return arm
 
 
 class EngineProcess:
-    """A running engine. It chooses its own ports and says them on its first line."""
+    """A running engine; it chooses its ports and prints them on its first line."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self._process = process
@@ -56,7 +56,7 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, launch: Launch) -> EngineProcess:
-        """Start an engine. It has a session of its own, so that Ctrl-C reaches this process alone."""
+        """Start an engine in its own session, so that Ctrl-C signals only this process."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -73,22 +73,22 @@ class EngineProcess:
         return cls(process, launch.log)
 
     async def ports(self) -> tuple[int, int] | None:
-        """Main and admin port; None when the engine ended before it had any."""
+        """Main and admin port; None if the engine ended before it listened."""
         return await asyncio.shield(self._ports)
 
     async def wait(self) -> int:
-        """Its exit status, once it has ended and everything it said is in the log."""
+        """Exit status, after the engine ended and all its output is in the log."""
         status = await self._process.wait()
         await self._listening
         return status
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal, unless it has ended."""
+        """Send a signal; nothing happens if the engine has ended."""
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     async def end(self, seconds: float) -> None:
-        """Tell it to finish its requests, and kill it after so many seconds."""
+        """Let the engine finish its requests; kill it after ``seconds``."""
         self.signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self._process.wait(), seconds)
@@ -96,15 +96,15 @@ class EngineProcess:
             self.signal(signal.SIGKILL)
         await self.wait()
 
-    async def hurry(self) -> None:
-        """End it at once: an engine that is told twice does not wait for its requests."""
+    async def end_now(self) -> None:
+        """End the engine without its requests: a second SIGTERM makes it exit at once."""
         for _ in range(2):
             self.signal(signal.SIGTERM)
-            await asyncio.sleep(0.1)  # two signals that arrive together are one
-        await self.end(LATE_S)
+            await asyncio.sleep(0.1)  # signals that arrive together count once
+        await self.end(EXIT_GRACE_S)
 
     async def _listen(self) -> None:
-        """Copy what the engine says to its log, and catch its ports."""
+        """Copy the output of the engine to its log, and read its ports from it."""
         assert self._process.stderr is not None
         with self._log.open("ab") as log:
             async for line in self._process.stderr:
@@ -118,7 +118,7 @@ class EngineProcess:
 
 
 async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
-    """Whether ``/readyz`` says yes within 2 s."""
+    """True if ``/readyz`` answers 200 within 2 s."""
     try:
         async with session.get(f"{url}/readyz", timeout=aiohttp.ClientTimeout(total=2)) as answer:
             return answer.status == 200

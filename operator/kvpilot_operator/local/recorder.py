@@ -1,4 +1,4 @@
-"""What was seen, look by look: the material of the table, the report, the figures and the verdict."""
+"""Records each reconcile: the data of the display, the report, the figures and the check."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from kvpilot_engine.contract import CATALOGUE, KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.loop import Look
+from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.tuning.assess.objectives import ceiling, enough, hit_rate, rates
 from kvpilot_operator.tuning.decision import Objective, Record
-from kvpilot_operator.tuning.objectives import ceiling, enough, hit_rate, rates
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.policy import Objectives
 
-MOST_POINTS = 5000
-"""That are kept: almost three hours of every look at the fast pace, and several for each pixel of a chart."""
+MAX_POINTS = 5000
+"""Points kept: almost three hours of every reconcile at the fast pace, several for each pixel of a chart."""
 
 KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
 
 
 @dataclass(frozen=True)
-class EngineState:
-    """One replica at one look."""
+class ReplicaPoint:
+    """One replica at one reconcile."""
 
     uid: str
     name: str
@@ -34,14 +34,16 @@ class EngineState:
 
 @dataclass(frozen=True)
 class Point:
-    """One look.
+    """Figures of one reconcile.
 
     Attributes:
         at: s since the epoch.
-        quantiles: p50, p95, p99 of the judged latency over the short window, s, interpolated between edges:
-            for people to look at, nothing is decided on them. Absent where too little was judged.
-        stages: seconds by stage per judged request, short window.
-        knobs: the last known good configuration's knobs, defaults filled in.
+        quantiles: p50, p95, p99 of the judged latency over the short window, s, interpolated between edges;
+            for display only, no decision uses them. Absent if too few requests were judged.
+        stages: seconds by stage per judged request over the short window.
+        arrivals, completed: requests/s over the short window.
+        hit_rate, ceiling, memory: shares from 0 to 1; None if unknown.
+        knobs: knobs of the promoted configuration, with defaults.
     """
 
     at: float
@@ -60,16 +62,16 @@ class Point:
     running: float
     generation: int
     knobs: Mapping[str, Any]
-    engines: tuple[EngineState, ...]
+    replicas: tuple[ReplicaPoint, ...]
     holds: tuple[str, ...]
 
 
 class Recorder:
-    """Telemetry of the loop that remembers. ``on_point`` and ``on_record`` are told at once.
+    """Telemetry that keeps points and records in memory, and passes each new one to its listener.
 
     Attributes:
-        points: of every ``looks_per_point``-th look and of the newest one, oldest first. Where they would be
-            more than ``MOST_POINTS``, every second one is dropped, and so is every second look from then on.
+        points: of every ``reconciles_per_point``-th reconcile and of the newest, oldest first. Above
+            ``MAX_POINTS`` every second one is dropped, and ``reconciles_per_point`` doubles.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class Recorder:
         on_record: Callable[[Record], None],
     ) -> None:
         self.points: list[Point] = []
-        self.looks_per_point = 1
-        self._looks = 0
+        self.reconciles_per_point = 1
+        self._reconciles = 0
         self.records: list[Record] = []
         self.objectives: Objectives | None = None
         self._load_phase = load_phase
@@ -88,43 +90,43 @@ class Recorder:
         self._on_record = on_record
 
     def step(self, name: str, seconds: float) -> None:
-        """One step of a pass took that long; nothing is kept of it here."""
+        """Ignore the duration of a step."""
 
-    def looked(self, look: Look) -> None:
-        """A resource was looked at."""
-        self.objectives = look.policy.objectives
-        point = point_of(look, self._load_phase())
+    def reconciled(self, result: Reconciliation) -> None:
+        """Keep the point and the records of a reconcile."""
+        self.objectives = result.policy.objectives
+        point = point_of(result, self._load_phase())
         self._keep(point)
-        for record in look.decision.records:
+        for record in result.decision.records:
             self.records.append(record)
             self._on_record(record)
         self._on_point(point)
 
     def _keep(self, point: Point) -> None:
-        if (self._looks - 1) % self.looks_per_point:  # the look before was kept as the newest only
+        if (self._reconciles - 1) % self.reconciles_per_point:  # the last point was kept only as the newest
             self.points.pop()
         self.points.append(point)
-        self._looks += 1
-        if len(self.points) > MOST_POINTS:
+        self._reconciles += 1
+        if len(self.points) > MAX_POINTS:
             del self.points[1::2]
-            self.looks_per_point *= 2
+            self.reconciles_per_point *= 2
 
 
-def point_of(look: Look, load_phase: str) -> Point:
-    """What one look saw."""
-    observation = look.observation
+def point_of(result: Reconciliation, load_phase: str) -> Point:
+    """The figures of one reconcile."""
+    observation = result.observation
     counts = observation.counts("short")
-    arrivals, completed = rates(observation, "short") if counts.pod_seconds else (0.0, 0.0)
-    gauges = [pod.sample.gauges for pod in observation.ready if pod.sample is not None]
+    arrivals, completed = rates(observation, "short") if counts.replica_seconds else (0.0, 0.0)
+    gauges = [replica.sample.gauges for replica in observation.ready if replica.sample is not None]
     promoted = observation.promoted
-    state = look.decision.state
+    state = result.decision.state
     return Point(
         at=observation.at,
         tuning=state.phase.value,
         load_phase=load_phase,
-        objectives=look.decision.objectives,
-        diagnosis=look.decision.diagnosis.message if look.decision.diagnosis is not None else "",
-        quantiles=quantiles_of(counts, look.policy.objectives) if enough(counts) else {},
+        objectives=result.decision.objectives,
+        diagnosis=result.decision.diagnosis.message if result.decision.diagnosis is not None else "",
+        quantiles=quantiles_of(counts, result.policy.objectives) if enough(counts) else {},
         stages={stage: total / counts.judged for stage, total in counts.stage_seconds.items()}
         if counts.judged
         else {},
@@ -137,24 +139,24 @@ def point_of(look: Look, load_phase: str) -> Point:
         running=sum(g.running for g in gauges),
         generation=promoted.generation if promoted is not None else 0,
         knobs=knobs_of(promoted.config) if promoted is not None else {},
-        engines=tuple(
-            EngineState(
-                uid=pod.uid,
-                name=pod.name,
-                ready=pod.ready,
-                restarts=pod.restarts,
-                generation=pod.engine.generation if pod.engine is not None else None,
-                knobs=knobs_of(pod.engine.config) if pod.engine is not None else {},
+        replicas=tuple(
+            ReplicaPoint(
+                uid=replica.uid,
+                name=replica.name,
+                ready=replica.ready,
+                restarts=replica.restarts,
+                generation=replica.engine.generation if replica.engine is not None else None,
+                knobs=knobs_of(replica.engine.config) if replica.engine is not None else {},
             )
-            for pod in observation.pods
-            if not pod.terminating
+            for replica in observation.replicas
+            if not replica.terminating
         ),
         holds=tuple(hold.reason for hold in state.holds),
     )
 
 
 def knobs_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All knobs of a configuration, camelCase, defaults filled in."""
+    """All knobs of a configuration in camelCase, with defaults."""
     config = KVCacheConfig.model_validate(dict(given), context=QUIET)
     values = config.model_dump(by_alias=True, mode="json")
     return {name: values[name] for name in KNOBS}
@@ -163,7 +165,7 @@ def knobs_of(given: Mapping[str, Any]) -> dict[str, Any]:
 def quantiles_of(counts: Counts, objectives: Objectives) -> dict[str, float]:
     """p50, p95 and p99 by linear interpolation between the published edges, s.
 
-    Requests that failed, and those beyond the last edge, count as at that edge.
+    Failed requests, and those beyond the last edge, count at the last edge.
     """
     within = counts.request_within if objectives.signal == "request" else counts.first_token_within
     found = {}

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, light and dark."""
+"""The report of a run: one self-contained HTML file with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def report_html(figures: Mapping[str, Any], *, checked: bool) -> str:
-    """The page of a run.
+    """The HTML page of a run.
 
     Args:
-        figures: as ``figures.figures_of`` makes them.
-        checked: show the verdict as passed or failed.
+        figures: the result of ``figures.figures_of``.
+        checked: show whether the check passed.
     """
     template = files("kvpilot_operator.local").joinpath("report.html").read_text(encoding="utf-8")
     data = json.dumps({**figures, "checked": checked}, separators=(",", ":"))
-    # Inside a script element only "</" and "<!--" could end or change it.
+    # In a script element only "</" and "<!--" have a meaning in HTML.
     return template.replace("__DATA__", data.replace("<", "\\u003c"))

@@ -1,4 +1,4 @@
-"""The manifest's file, looked at for edits."""
+"""Watches the manifest file and the overrides of a run for edits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.load import load_document
+from kvpilot_operator.local.overrides import OverrideFolder
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.load import load_document
 
-LOOK_S = 0.5
-"""Between two looks at the file, s."""
+POLL_S = 0.5
+"""Poll interval of the file, s."""
 
 
 def document_of(path: Path, mode: str | None) -> dict[str, Any]:
-    """The manifest, with the tuning mode of the command line over its own.
+    """The manifest, with the tuning mode of the command line in place of its own.
 
     Raises:
-        ManifestError: it cannot be read.
+        ManifestError: the file cannot be read.
     """
     document = load_document(path)
     spec = document.get("spec")
@@ -33,38 +34,49 @@ async def watch(
     mode: str | None,
     apply: Callable[[Mapping[str, Any]], bool],
     applied: Callable[[], None],
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
-    """Apply each edit of the file; one that cannot be used is told in one line, and the old one stays.
+    """Apply each edit of the file; report an invalid one in one line and keep the last valid manifest.
 
-    So it does while there is no file, which is told once, as is its return.
+    While the file does not exist the last valid manifest stays in force; that and its return are reported.
 
     Args:
-        apply: takes the document; True when it changed something. Raises ManifestError.
-        applied: called after a change.
+        apply: applies a document; returns True if the spec changed; raises ManifestError if it is invalid.
+        applied: called after each change.
+        notify: called with one line for the display.
     """
     applied_stamp = last = _stamp(path)
     gone = False
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_S)
         before, last = last, _stamp(path)
-        # Only a file that stood still for one look: an editor may be half through, or about to replace it.
+        # Apply only a file that did not change for one interval: an editor may still be writing it.
         if last != before:
             continue
         if gone != (last is None):
             gone = not gone
-            tell(f"{path} is gone: the run goes on with the last manifest" if gone else f"{path} is back")
+            notify(f"{path} was removed; the last manifest stays in force" if gone else f"{path} is back")
         if last is None or last == applied_stamp:
             continue
         applied_stamp = last
         try:
             changed = apply(document_of(path, mode))
         except ManifestError as error:
-            tell(f"edit refused, the old manifest stays: {path}: {'; '.join(error.lines)}")
+            notify(f"edit refused, the last manifest stays in force: {path}: {'; '.join(error.lines)}")
             continue
         if changed:
-            tell(f"edit of {path} applied")
+            notify(f"edit of {path} applied")
             applied()
+
+
+async def watch_overrides(folder: OverrideFolder, changed: Callable[[], None]) -> None:
+    """Call ``changed`` whenever an override is written or deleted."""
+    last = folder.stamp()
+    while True:
+        await asyncio.sleep(POLL_S)
+        before, last = last, folder.stamp()
+        if last != before:
+            changed()
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -1,5 +1,11 @@
 """The objects made from a resource, pure: ServiceAccount, Secret, Service, budget, Deployment, ConfigMaps."""
 
-from kvpilot_operator.manifests.objects import config_map, decisions_map, owned_objects, promoted_of
+from kvpilot_operator.manifests.objects import (
+    accepted_of,
+    config_map,
+    decisions_map,
+    owned_objects,
+    promoted_of,
+)
 
-__all__ = ["config_map", "decisions_map", "owned_objects", "promoted_of"]
+__all__ = ["accepted_of", "config_map", "decisions_map", "owned_objects", "promoted_of"]

@@ -1,4 +1,4 @@
-"""A user's template over ours.
+"""Merges the user's pod template over kvpilot's.
 
 Mappings merge deep; null removes. Lists replace, but for those whose items have a name:
 
@@ -10,7 +10,7 @@ env, volumes                        name         is replaced, as its sources exc
 volumeMounts                        mountPath    is replaced
 ==================================  ===========  ==================================================
 
-A probe or hook has one handler: giving another one drops ours.
+A probe or hook has one handler: the user's replaces ours.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 NAME_LABEL = "kvpilot.io/name"
 COMPONENT_LABEL = "app.kubernetes.io/component"
 COLD_HASH = "kvpilot.io/cold-hash"
-"""Annotation of the pod template: digest of what an engine takes at its start only."""
+"""Annotation of the pod template: digest of the fields that need a restart."""
 PART_OF = {"app.kubernetes.io/part-of": "kvpilot"}
-"""What monitors and the operator's watch find engine pods by."""
+"""Labels by which monitors and the operator's watches find engine pods."""
 
 HTTP_PORT, ADMIN_PORT = 8000, 8001
-CONFIG_KEY, TOKEN_KEY = "config.yaml", "token"
+CONFIG_KEY, SPEC_KEY, TOKEN_KEY = "config.yaml", "spec.yaml", "token"
 DECISIONS_KEY = "decisions.jsonl"
 CONFIG_DIRECTORY, ADMIN_DIRECTORY, MODELS_DIRECTORY = "/etc/kvpilot", "/etc/kvpilot-admin", "/models"
 
@@ -33,7 +33,7 @@ def decisions_name(name: str) -> str:
 
 
 def selector_labels(name: str) -> dict[str, str]:
-    """What selects a resource's engine pods; never changes, as a Deployment's selector is immutable."""
+    """Selector of a resource's engine pods. It never changes, since a Deployment's selector is immutable."""
     return {NAME_LABEL: name, COMPONENT_LABEL: "engine"}
 
 

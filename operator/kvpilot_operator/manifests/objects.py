@@ -10,11 +10,12 @@ import yaml
 
 from kvpilot_operator.manifests import names
 from kvpilot_operator.manifests.workload import deployment
-from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.status.snapshot import AcceptedSpec
 from kvpilot_operator.tuning.observation import Promoted
 
-MOST_RECORDS = 50
-"""Whole decision records that are kept."""
+MAX_RECORDS = 50
+"""Number of whole decision records kept."""
 
 
 def owned_objects(
@@ -24,8 +25,8 @@ def owned_objects(
 
     Args:
         resource: the resource, with its UID.
-        admin_token: of its engines' admin API.
-        replicas: first number of a workload that does not exist yet; None, ever after, leaves it alone.
+        admin_token: bearer token of its engines' admin API.
+        replicas: number of a workload that does not exist yet; None leaves the number alone.
     """
     return (
         _object("v1", "ServiceAccount", resource, automountServiceAccountToken=False),
@@ -36,17 +37,23 @@ def owned_objects(
     )
 
 
-def config_map(resource: KVCacheDeployment, promoted: Promoted) -> dict[str, Any]:
-    """The last promoted configuration: what pods start from. Hot values live here and nowhere else."""
+def config_map(
+    resource: KVCacheDeployment, promoted: Promoted, accepted: AcceptedSpec | None = None
+) -> dict[str, Any]:
+    """The promoted configuration, from which pods start, and the last spec that was rolled out.
+
+    Hot values live here and nowhere else.
+    """
     content = {"generation": promoted.generation, "config": dict(promoted.config)}
-    text = yaml.safe_dump(content, sort_keys=True)
-    return _object(
-        "v1", "ConfigMap", resource, names.config_name(resource.metadata.name), data={names.CONFIG_KEY: text}
-    )
+    data = {names.CONFIG_KEY: yaml.safe_dump(content, sort_keys=True)}
+    if accepted is not None:
+        content = {"generation": accepted.generation, "spec": dict(accepted.spec)}
+        data[names.SPEC_KEY] = yaml.safe_dump(content, sort_keys=True)
+    return _object("v1", "ConfigMap", resource, names.config_name(resource.metadata.name), data=data)
 
 
 def promoted_of(data: dict[str, str] | None) -> Promoted | None:
-    """The content of :func:`config_map`; None where there is none or it cannot be read."""
+    """The promoted configuration in :func:`config_map`; None if it is absent or cannot be read."""
     try:
         content = yaml.safe_load((data or {})[names.CONFIG_KEY])
         return Promoted(int(content["generation"]), dict(content["config"]))
@@ -54,9 +61,18 @@ def promoted_of(data: dict[str, str] | None) -> Promoted | None:
         return None
 
 
+def accepted_of(data: dict[str, str] | None) -> AcceptedSpec | None:
+    """The accepted spec in :func:`config_map`; None if it is absent or cannot be read."""
+    try:
+        content = yaml.safe_load((data or {})[names.SPEC_KEY])
+        return AcceptedSpec(int(content["generation"]), dict(content["spec"]))
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        return None
+
+
 def decisions_map(resource: KVCacheDeployment, records: Iterable[str]) -> dict[str, Any]:
     """The last whole decision records, one JSON document a line, oldest first."""
-    lines = list(records)[-MOST_RECORDS:]
+    lines = list(records)[-MAX_RECORDS:]
     return _object(
         "v1",
         "ConfigMap",
@@ -73,7 +89,7 @@ def _object(
 
 
 def _metadata(resource: KVCacheDeployment, name: str = "") -> dict[str, Any]:
-    """Deleting the resource deletes its objects, also while no operator runs: hence no finalizer."""
+    """Owner references: deleting the resource deletes its objects without a finalizer."""
     owner = resource.metadata
     return {
         "name": name or owner.name,
@@ -114,7 +130,7 @@ def _service(resource: KVCacheDeployment) -> dict[str, Any]:
 
 
 def _disruption_budget(resource: KVCacheDeployment) -> dict[str, Any]:
-    """``maxUnavailable`` and not ``minAvailable``: with one pod the latter would block every drain."""
+    """Uses ``maxUnavailable``, since ``minAvailable`` blocks every drain of a single pod."""
     return _object(
         "policy/v1",
         "PodDisruptionBudget",

@@ -10,14 +10,14 @@ from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import COLD_FIELDS
 from kvpilot_operator.manifests import names
 from kvpilot_operator.manifests.merge import merged
-from kvpilot_operator.spec.models import DeploymentSpec, KVCacheDeployment, Model
-from kvpilot_operator.spec.resolve import base_config
+from kvpilot_operator.resource.model import DeploymentSpec, KVCacheDeployment, Model
+from kvpilot_operator.resource.resolve import base_config
 
 PRE_STOP_SECONDS = 5
-"""Time for endpoints and routers to forget a leaving pod before it is told to stop, s."""
+"""Time for endpoints and routers to drop a terminating pod before it gets its signal, s."""
 
 EXIT_SECONDS = 15
-"""Time for an engine to end after the last request is gone, s."""
+"""Time for an engine to exit after its last request, s."""
 
 STARTUP_SECONDS = 1800
 """Longest time an engine may load its model, s."""
@@ -28,8 +28,9 @@ _USER = 65532
 def deployment(resource: KVCacheDeployment, metadata: dict[str, Any], replicas: int | None) -> dict[str, Any]:
     """The Deployment, for server-side apply.
 
-    ``replicas`` is None once the workload exists: its number has a field manager of its own. Whoever creates
-    it with a number writes that number through /scale too, else dropping the field here resets it to one.
+    ``replicas`` is None once the workload exists: the number has its own field manager. A workload that is
+    created with a number needs that number written through /scale as well; else dropping the field resets it
+    to 1.
     """
     name, spec = resource.metadata.name, resource.spec
     workload: dict[str, Any] = {
@@ -51,7 +52,7 @@ def deployment(resource: KVCacheDeployment, metadata: dict[str, Any], replicas: 
 
 
 def pod_template(name: str, spec: DeploymentSpec) -> dict[str, Any]:
-    """The pod template: ours, the user's over it, and what nobody overrides (labels that find it, digest)."""
+    """The pod template: kvpilot's, the user's over it, then the selector labels and the digest."""
     ours = {"metadata": {"labels": dict(names.labels(name))}, "spec": _pod(name, spec)}
     template = merged(ours, {"metadata": spec.template.metadata, "spec": spec.template.spec})
     fixed = {
@@ -62,7 +63,7 @@ def pod_template(name: str, spec: DeploymentSpec) -> dict[str, Any]:
 
 
 def cold_hash(config: KVCacheConfig) -> str:
-    """Digest of the fields that an engine takes at its start only; a change of it rolls the pods."""
+    """Digest of the fields that need a restart; a new digest replaces the pods."""
     cold = config.model_dump(include=set(COLD_FIELDS), by_alias=True, mode="json")
     return hashlib.sha256(json.dumps(cold, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -97,7 +98,7 @@ def _engine(spec: DeploymentSpec) -> dict[str, Any]:
         "image": spec.engine.image,
         **({"imagePullPolicy": pull} if pull else {}),
         "args": _arguments(spec),
-        # An engine that cannot start says why in its last line; the condition of the resource repeats it.
+        # An engine that cannot start prints the cause as its last line; the condition Ready repeats it.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": [
             {"name": "HOME", "value": "/tmp"},

@@ -1,14 +1,14 @@
-"""The life of a decision: gather, decide, write the intent, record, act.
+"""The reconciler: read, gather, decide, write the status, record, act.
 
-``Loop.run_once`` is the table of contents. It is level-triggered: it may be called at any time, by a tick, an
-event or an alert, and goes on from what status, ConfigMap and engines say. Callers hold one lock per key.
+``Reconciler.run_once`` is level-triggered: a tick, an event or an alert may call it at any time, and it
+continues from what status, ConfigMap and engines show. Callers hold one lock per key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,63 +16,71 @@ from typing import Any, Protocol
 import structlog
 
 from kvpilot_engine.contract import ConfigPatch
-from kvpilot_operator import events
-from kvpilot_operator.manifests.objects import MOST_RECORDS
-from kvpilot_operator.ports import (
-    Cluster,
-    Conflict,
-    EngineError,
-    Engines,
-    Key,
-    Metrics,
-    MetricsError,
-    Replica,
-    Snapshot,
-)
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import KVCacheDeployment
-from kvpilot_operator.spec.resolve import base_config, policy_of
-from kvpilot_operator.spec.status import invalid_status, state_from_status, status_of
-from kvpilot_operator.spec.times import from_rfc3339
+from kvpilot_operator.manifests.objects import MAX_RECORDS
+from kvpilot_operator.ports import Cluster, Conflict, EngineCallError, Engines, Metrics, MetricsError
+from kvpilot_operator.reconcile.fleet import Fleet
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.resolve import base_config, policy_of
+from kvpilot_operator.status import events
+from kvpilot_operator.status.codec import state_of
+from kvpilot_operator.status.history import last_numbers
+from kvpilot_operator.status.model import Status
+from kvpilot_operator.status.render import invalid_status, status_of
+from kvpilot_operator.status.snapshot import AcceptedSpec, Key, Replica, Snapshot
 from kvpilot_operator.tuning.configuration import with_cold
 from kvpilot_operator.tuning.decide import decide
-from kvpilot_operator.tuning.decision import Action, Decision, Push, Record, Scale, WriteConfig
-from kvpilot_operator.tuning.observation import EngineView, Observation, Pod, Promoted, Sample
+from kvpilot_operator.tuning.decision import (
+    Action,
+    Decision,
+    Push,
+    Record,
+    Recycle,
+    Scale,
+    TakeOverReplicas,
+    WriteConfig,
+)
+from kvpilot_operator.tuning.observation import (
+    EngineProblem,
+    EngineView,
+    Observation,
+    ObservedReplica,
+    Promoted,
+    Sample,
+    SourceProblem,
+)
 from kvpilot_operator.tuning.policy import Policy
-from kvpilot_operator.tuning.state import Phase, TuningState
+from kvpilot_operator.tuning.state import TuningState
+from kvpilot_operator.tuning.windows import windows_of
 
 log = structlog.get_logger(__name__)
 
-RIVAL_S = 600.0
-"""A number of replicas that somebody else wrote is respected for this long, s."""
-
-MOST_LOOKS = 12
-"""Consecutive looks at one resource in one pass; a change needs four, so more is a loop that must yield."""
+MAX_PASSES = 12
+"""Consecutive reconciles of one resource in one call; a change needs four, and others must get their turn."""
 
 
 class Telemetry(Protocol):
-    """Where the loop tells how it works."""
+    """Receives measurements of the reconciler."""
 
     def step(self, name: str, seconds: float) -> None:
-        """One step of a pass took ``seconds``."""
+        """One step of a reconcile took ``seconds``."""
 
-    def looked(self, look: Look) -> None:
-        """A resource was looked at."""
+    def reconciled(self, result: Reconciliation) -> None:
+        """A resource was reconciled."""
 
 
-class Silent:
-    """Telemetry that nobody reads."""
+class NullTelemetry:
+    """Telemetry that drops everything."""
 
     def step(self, name: str, seconds: float) -> None:
         """Nothing."""
 
-    def looked(self, look: Look) -> None:
+    def reconciled(self, result: Reconciliation) -> None:
         """Nothing."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """One look at one resource: what was read, what was observed, what was decided."""
+class Reconciliation:
+    """One reconcile of one resource: what was read, observed and decided."""
 
     key: Key
     snapshot: Snapshot
@@ -81,12 +89,13 @@ class Look:
     decision: Decision
 
 
-class Loop:
-    """Looks at resources through three ports; holds no state that a restart would miss.
+class Reconciler:
+    """Reconciles resources through three ports. It holds no state that a restart would miss.
 
     Args:
         clock: seconds since the epoch.
         pace_scale: factor on every duration of the pace table, for tests.
+        fleet: limits over all resources; by default those that this reconciler sees.
     """
 
     def __init__(
@@ -98,90 +107,120 @@ class Loop:
         clock: Callable[[], float] = time.time,
         pace_scale: float = 1.0,
         telemetry: Telemetry | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         self._cluster = cluster
         self._metrics = metrics
         self._engines = engines
         self._clock = clock
         self._pace_scale = pace_scale
-        self._telemetry = telemetry or Silent()
+        self._telemetry = telemetry or NullTelemetry()
+        self._fleet = fleet or Fleet(clock, pace_scale=pace_scale)
         self._rolled_out: dict[Key, Any] = {}
+        self._scrape_s: dict[Key, float] = {}  # as it was seen
         self._unrecorded: dict[Key, tuple[Record, ...]] = {}
-        self.refused: set[Key] = set()  # what stands in their way may go without an event of theirs
+        self._cache_lost: dict[Key, float] = {}  # bytes that no status counts yet
+        self.refused: set[Key] = set()  # their spec is refused; no event comes when the cause goes
 
-    async def run_once(self, key: Key) -> Look | None:
-        """Look, act, and look again while the decision asks for it. None when the resource is gone or bad.
+    async def run_once(self, key: Key) -> Reconciliation | None:
+        """Reconcile until the decision asks for no further reconcile.
+
+        Returns None if the resource does not exist, or never had a valid spec.
 
         Raises:
-            Conflict: the resource changed during every look.
-            Exception: whatever the cluster raises; nothing is lost, the next call goes on.
+            Conflict: the resource changed during every attempt.
+            Exception: whatever the cluster raises; the next call continues and nothing is lost.
         """
-        look = None
-        for _ in range(MOST_LOOKS):
+        result = None
+        for _ in range(MAX_PASSES):
             try:
-                look = await self._look(key)
+                result = await self._reconcile(key)
             except Conflict:
                 continue
-            if look is None or not look.decision.again:
-                return look
-        if look is None:  # which would say that there is no such resource
-            raise Conflict(f"{key} changed during each of {MOST_LOOKS} looks")
-        return look
+            if result is None or not result.decision.again:
+                return result
+        if result is None:  # None would mean that the resource does not exist
+            raise Conflict(f"{key} changed during each of {MAX_PASSES} reconciles")
+        return result
 
     def forget(self, key: Key) -> None:
-        """Roll the owned objects out again at the next look: a full resync, or one of them is gone."""
+        """Apply the owned objects again at the next reconcile: at a full resync, or after one was deleted."""
         self._rolled_out.pop(key, None)
 
-    async def _look(self, key: Key) -> Look | None:
+    async def _reconcile(self, key: Key) -> Reconciliation | None:
         with self._timed("read"):
             snapshot = await self._cluster.read(key)
         if snapshot is None:
             self.forget(key)
             self.refused.discard(key)
             self._unrecorded.pop(key, None)
+            self._fleet.forget(key)
+            self._cache_lost.pop(key, None)
             return None
         self.refused.discard(key)
         try:
-            resource = KVCacheDeployment.parse(snapshot.manifest)
-            policy = policy_of(resource.spec, self._pace_scale)
-            base = base_config(resource.spec).model_dump(**DUMP)
-            with self._timed("roll_out"):
-                snapshot = await self._roll_out(snapshot, resource, base)
+            policy, base = self._resolve(snapshot)
+            snapshot = await self._roll_out(snapshot, base)
         except ManifestError as error:
             self.refused.add(key)
-            await self._refuse(snapshot, error)
-            return None
-        state = state_from_status(snapshot.manifest.get("status") or {})
+            if snapshot.accepted is None:
+                await self._refuse(snapshot, error)
+                return None
+            snapshot = replace(snapshot, spec_error="; ".join(error.lines))
+            policy, base = self._resolve(snapshot)
+        policy = self._paced(key, policy)
+        state = state_of(snapshot.status)
         with self._timed("gather"):
             observation = await self._gather(snapshot, base, policy, state)
         with self._timed("decide"):
+            # No await from here to ``note``: two resources must not see the same free slot.
+            observation = replace(observation, fleet=self._fleet.limits(key, state))
             decision = decide(observation, state, policy, observation.at)
+            blocked = self._fleet.note(key, decision)
         with self._timed("write_status"):
-            snapshot = await self._write_status(snapshot, resource, policy, observation, decision)
-        look = Look(key, snapshot, policy, observation, decision)
-        self._telemetry.looked(look)
+            snapshot = await self._write_status(snapshot, policy, observation, decision)
+        self._cache_lost.pop(key, None)  # the status counts it now
+        for rule in blocked:
+            event = events.rule_barred(rule)
+            await self._cluster.event(snapshot, event.kind, event.reason, event.message)
+        result = Reconciliation(key, snapshot, policy, observation, decision)
+        self._telemetry.reconciled(result)
         with self._timed("record"):
             await self._record(snapshot, decision)
         with self._timed("act"):
-            await self._act(snapshot, decision.actions)
-        return look
+            await self._act(snapshot, observation, decision.actions)
+        return result
+
+    def _paced(self, key: Key, policy: Policy) -> Policy:
+        """The policy with a pace that fits how often the source really scrapes."""
+        # The source refuses windows that are too short for its configured interval.
+        scrape_s = max(self._scrape_s.get(key, 0.0), self._metrics.scrape_s(key))
+        fitted = policy.pace.fitted(scrape_s)
+        if fitted is policy.pace:
+            return policy
+        return replace(policy, pace=fitted, stretched=fitted.short / policy.pace.short)
 
     async def _refuse(self, snapshot: Snapshot, error: ManifestError) -> None:
-        """Tell on the resource what is wrong with it, and leave what runs as it is."""
-        before = snapshot.manifest.get("status") or {}
-        after = invalid_status(snapshot, error, self._clock())
-        if after != before:
-            await self._cluster.write_status(snapshot, after)
-            for event in events.transitions(before, after, ()):
-                await self._cluster.event(snapshot, event.kind, event.reason, event.message)
+        """Write why the spec is invalid. No earlier spec is known, so nothing else happens."""
+        await self._write(snapshot, invalid_status(snapshot, error, self._clock()))
 
-    async def _roll_out(
-        self, snapshot: Snapshot, resource: KVCacheDeployment, base: Mapping[str, Any]
-    ) -> Snapshot:
-        """Apply the owned objects once per generation of the spec, and when one of them is gone or not ours
-        any more; replicas follow ``spec.replicas``."""
-        seen = (snapshot.manifest["metadata"].get("uid"), snapshot.manifest["metadata"].get("generation"))
-        lost = snapshot.promoted is None or snapshot.replicas is None or snapshot.token_lost
+    def _resolve(self, snapshot: Snapshot) -> tuple[Policy, dict[str, Any]]:
+        """Policy and base configuration of the spec in force.
+
+        Raises:
+            ManifestError: the spec is invalid.
+        """
+        spec = snapshot.resource.spec
+        return policy_of(spec, self._pace_scale), base_config(spec).model_dump(**DUMP)
+
+    async def _roll_out(self, snapshot: Snapshot, base: Mapping[str, Any]) -> Snapshot:
+        """Apply the owned objects once per spec generation, and again if one was deleted or edited.
+
+        Raises:
+            ManifestError: the API server refuses an object that follows from the spec.
+        """
+        seen = snapshot.resource.metadata.uid, snapshot.resource.metadata.generation
+        lost = snapshot.promoted is None or snapshot.desired_replicas is None or snapshot.token_lost
         if self._rolled_out.get(snapshot.key) != seen or lost:
             config = Promoted(1, base)
             if (promoted := snapshot.promoted) is not None:
@@ -189,132 +228,168 @@ class Loop:
                 config = replace(promoted, config=with_cold(promoted.config, base))
                 if config != promoted:
                     await self._cluster.write_config(snapshot, config)
-            self._rolled_out[snapshot.key] = seen  # before: what is deleted meanwhile is applied once more
+            self._rolled_out[snapshot.key] = seen  # before: an object deleted meanwhile is applied again
             try:
-                await self._cluster.roll_out(snapshot, config)
+                with self._timed("roll_out"):
+                    await self._cluster.roll_out(snapshot, config)
             except BaseException:
                 self.forget(snapshot.key)
                 raise
             snapshot = await self._cluster.read(snapshot.key) or snapshot
-        wanted = resource.spec.replicas
-        if wanted is not None and snapshot.replicas not in (None, wanted) and not snapshot.autoscaler:
-            await self._cluster.scale(snapshot, wanted)
-            snapshot = replace(snapshot, replicas=wanted)
-        if snapshot.replicas_managed_by and not snapshot.autoscaler and self._rival_is_done(snapshot):
-            await self._cluster.own_replicas(snapshot)
-            snapshot = replace(snapshot, replicas_managed_by="")
+        accepted = AcceptedSpec(snapshot.spec_generation, snapshot.manifest["spec"])
+        if snapshot.accepted != accepted and (promoted := snapshot.promoted) is not None:
+            # Only now: a spec that cannot be rolled out must not become the one to go on from.
+            snapshot = replace(snapshot, accepted=accepted)
+            await self._cluster.write_config(snapshot, promoted)
         return snapshot
-
-    def _rival_is_done(self, snapshot: Snapshot) -> bool:
-        """Whether the present conflict began ``RIVAL_S`` ago. Who insists writes again, and begins one."""
-        for condition in (snapshot.manifest.get("status") or {}).get("conditions") or ():
-            if (condition["type"], condition["status"]) == ("ActuatorConflict", "True"):
-                since = from_rfc3339(condition["lastTransitionTime"])
-                return self._clock() - since >= RIVAL_S * self._pace_scale
-        return False
 
     async def _gather(
         self, snapshot: Snapshot, base: Mapping[str, Any], policy: Policy, state: TuningState
     ) -> Observation:
         now = self._clock()
-        windows = {"short": policy.pace.short, "long": policy.pace.long}
-        if state.change is not None and state.change.phase_since and state.phase is Phase.VERIFY:
-            windows["verify"] = max(now - state.change.phase_since, policy.pace.short)
+        windows = windows_of(state, policy.pace, now)
         engines, (samples, problem) = await asyncio.gather(
-            self._describe(snapshot.pods), self._measure(snapshot.key, windows)
+            self._describe(snapshot.replicas), self._measure(snapshot.key, windows)
         )
+        self._see_scrapes(snapshot.key, samples)
+        # A status that was lost, or that there never was: old records must keep their numbers.
+        lost = snapshot.status.tuning is None
+        decision, generation = last_numbers(await self._cluster.recorded(snapshot)) if lost else (0, 0)
         return Observation(
+            name=snapshot.key.name,
+            cache_lost_bytes=self._cache_lost.get(snapshot.key, 0.0),
             at=now,
-            pods=tuple(_pod(pod, engines.get(pod.uid), samples.get(pod.uid)) for pod in snapshot.pods),
+            replicas=tuple(
+                _observed(replica, engines.get(replica.uid), samples.get(replica.uid))
+                for replica in snapshot.replicas
+            ),
             base=base,
             promoted=snapshot.promoted,
-            replicas=snapshot.replicas or 0,
+            desired_replicas=snapshot.desired_replicas or 0,
+            spec_replicas=None if snapshot.desired_replicas is None else snapshot.resource.spec.replicas,
             replicas_managed_by=snapshot.replicas_managed_by,
+            autoscaler=snapshot.autoscaler,
+            conflict_since=_conflict_since(snapshot),
             metrics_problem=problem,
             paused_by=snapshot.paused_by,
+            scaling_paused=snapshot.scaling_paused,
             boosts=snapshot.boosts,
+            pins=snapshot.pins,
+            approvals=snapshot.approvals,
+            rollback=snapshot.rollback,
             rolling_out=snapshot.rolling_out,
+            spec_error=snapshot.spec_error,
+            start_s=_start_s(snapshot.replicas),
+            recorded_decision=decision,
+            recorded_generation=generation,
         )
 
-    async def _describe(self, pods: tuple[Replica, ...]) -> dict[str, EngineView]:
-        async def ask(pod: Replica) -> EngineView | None:
+    def _see_scrapes(self, key: Key, samples: Mapping[str, Sample]) -> None:
+        """Remember the usual interval of the scrapes, in coarse steps, so that windows do not wander."""
+        seen = sorted(sample.scrape_s for sample in samples.values() if sample.scrape_s > 0)
+        if not seen:
+            return
+        usual, known = seen[len(seen) // 2], self._scrape_s.get(key, 0.0)
+        if not known or not 1 / SAME_INTERVAL <= usual / known <= SAME_INTERVAL:
+            self._scrape_s[key] = usual
+
+    async def _describe(self, replicas: tuple[Replica, ...]) -> dict[str, EngineView | EngineProblem]:
+        async def ask(replica: Replica) -> EngineView | EngineProblem:
             try:
-                told = await self._engines.describe(pod)
-            except EngineError as error:
-                log.warning("engine_not_described", pod=pod.name, error=str(error))
-                return None
+                config = await self._engines.describe(replica)
+            except EngineCallError as error:
+                log.warning("engine_not_described", replica=replica.name, error=str(error), code=error.code)
+                return error.code
             return EngineView(
-                instance=told.instance,
-                generation=told.generation,
-                epoch=told.epoch,
-                config=told.config.model_dump(**DUMP),
-                converging=told.converging,
-                ceilings=told.ceilings,
+                instance=config.instance,
+                generation=config.generation,
+                epoch=config.epoch,
+                config=config.config.model_dump(**DUMP),
+                converging=config.converging,
+                ceilings=config.ceilings,
             )
 
-        asked = [pod for pod in pods if pod.ready and not pod.terminating]
-        views = await asyncio.gather(*(ask(pod) for pod in asked))
-        return {pod.uid: view for pod, view in zip(asked, views, strict=True) if view is not None}
+        asked = [replica for replica in replicas if replica.ready and not replica.terminating]
+        views = await asyncio.gather(*(ask(replica) for replica in asked))
+        return {replica.uid: view for replica, view in zip(asked, views, strict=True)}
 
-    async def _measure(self, key: Key, windows: Mapping[str, float]) -> tuple[dict[str, Sample], str]:
+    async def _measure(
+        self, key: Key, windows: Mapping[str, float]
+    ) -> tuple[dict[str, Sample], SourceProblem | None]:
         try:
-            return (await self._metrics.samples({key: windows})).get(key, {}), ""
+            return (await self._metrics.samples({key: windows})).get(key, {}), None
         except MetricsError as error:
-            return {}, str(error)
+            return {}, error.problem
 
     async def _write_status(
-        self,
-        snapshot: Snapshot,
-        resource: KVCacheDeployment,
-        policy: Policy,
-        observation: Observation,
-        decision: Decision,
+        self, snapshot: Snapshot, policy: Policy, observation: Observation, decision: Decision
     ) -> Snapshot:
-        """Write the intent before anything is done, and only when something changed."""
-        before = snapshot.manifest.get("status") or {}
-        after = status_of(snapshot, resource, policy, observation, decision, before)
+        """Write the intent before any action is taken."""
+        return await self._write(
+            snapshot, status_of(snapshot, policy, observation, decision), decision.records
+        )
+
+    async def _write(self, snapshot: Snapshot, after: Status, records: Sequence[Record] = ()) -> Snapshot:
+        """Write a status if it differs from the present one, and report what changed as Events."""
+        before = snapshot.status
         if after == before:
             return snapshot
         written = await self._cluster.write_status(snapshot, after)
-        for event in events.transitions(before, after, decision.records):
+        for event in events.transitions(before, after, records):
             await self._cluster.event(written, event.kind, event.reason, event.message)
         return written
 
-    async def _act(self, snapshot: Snapshot, actions: tuple[Action, ...]) -> None:
-        """Take the actions. One that fails is logged; the next look decides on what is true then."""
-        pods = {pod.uid: pod for pod in snapshot.pods}
-        pushes = [action for action in actions if isinstance(action, Push) and action.uid in pods]
-        await asyncio.gather(*(self._push(pods[action.uid], action) for action in pushes))
+    async def _act(self, snapshot: Snapshot, observation: Observation, actions: tuple[Action, ...]) -> None:
+        """Take the actions. A failed push is logged; the next reconcile decides on what it observes."""
+        by_uid = {replica.uid: replica for replica in snapshot.replicas}
+        pushes = [action for action in actions if isinstance(action, Push) and action.uid in by_uid]
+        lost = await asyncio.gather(*(self._push(by_uid[action.uid], action) for action in pushes))
+        held = {replica.uid: replica.sample for replica in observation.replicas}
+        for push, share in zip(pushes, lost, strict=True):
+            if share and (sample := held.get(push.uid)) is not None:
+                more = share * sample.gauges.cached_bytes
+                self._cache_lost[snapshot.key] = self._cache_lost.get(snapshot.key, 0.0) + more
         for action in actions:
             match action:
                 case WriteConfig(generation, values):
                     await self._cluster.write_config(snapshot, Promoted(generation, values))
-                case Scale(replicas, reason):
+                case Scale(replicas, reason, first):
                     log.info("scale", resource=str(snapshot.key), replicas=replicas, reason=reason)
+                    if first:
+                        await self._cluster.prefer_removal(snapshot, first)
                     await self._cluster.scale(snapshot, replicas)
+                case Recycle(uid):
+                    log.info("recycle", resource=str(snapshot.key), replica=uid)
+                    await self._cluster.recycle(snapshot, uid)
+                case TakeOverReplicas(replicas):
+                    log.info("take_over_replicas", resource=str(snapshot.key), replicas=replicas)
+                    await self._cluster.take_over_replicas(snapshot, replicas)
                 case Push():
                     pass
 
-    async def _push(self, pod: Replica, push: Push) -> None:
+    async def _push(self, replica: Replica, push: Push) -> float:
+        """Push a configuration; returns the share of the cached blocks that it dropped."""
         patch = ConfigPatch(epoch=push.epoch, generation=push.generation, values=dict(push.values))
         try:
-            report = await self._engines.apply(pod, patch)
-        except EngineError as error:
-            log.warning("push_failed", pod=pod.name, generation=push.generation, error=str(error))
-            return
+            report = await self._engines.apply(replica, patch)
+        except EngineCallError as error:
+            log.warning("push_failed", replica=replica.name, generation=push.generation, error=str(error))
+            return 0.0
         log.info(
             "pushed",
-            pod=pod.name,
+            replica=replica.name,
             generation=report.generation,
             changed=report.changed,
             blocks_kept=report.blocks_kept,
             blocks_lost=report.blocks_lost,
         )
+        blocks = report.blocks_kept + report.blocks_lost
+        return report.blocks_lost / blocks if blocks else 0.0
 
     async def _record(self, snapshot: Snapshot, decision: Decision) -> None:
-        """Before the actions, as one that fails ends the look: what was decided is told all the same.
+        """Keep the records, before the actions: an action that fails ends the reconcile.
 
-        A record that cannot be kept now holds no action up, and is kept at a later look.
+        A record that cannot be kept delays no action; a later reconcile keeps it.
         """
         for record in decision.records:
             log.info(
@@ -332,7 +407,7 @@ class Loop:
                 del waiting[0]
         except Exception as error:
             log.warning("decision_not_recorded", resource=str(snapshot.key), error=str(error))
-            self._unrecorded[snapshot.key] = tuple(waiting[-MOST_RECORDS:])
+            self._unrecorded[snapshot.key] = tuple(waiting[-MAX_RECORDS:])
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -344,11 +419,32 @@ class Loop:
 
 
 DUMP: dict[str, Any] = {"by_alias": True, "exclude_unset": True, "mode": "json"}
-"""How a configuration is written everywhere: camelCase, and only what was given."""
+"""How a configuration is written: camelCase, explicitly set fields only."""
 
 
-def _pod(replica: Replica, engine: EngineView | None, sample: Sample | None) -> Pod:
-    return Pod(
+SAME_INTERVAL = 1.34
+"""Intervals of scrapes that differ by no more than this factor are the same."""
+
+START_S = 60.0
+"""Time until a new replica serves while none was seen to start, s."""
+
+
+def _start_s(replicas: Iterable[Replica]) -> float:
+    """How long a new replica takes until it serves, s: the slowest start of those that serve."""
+    return max((r.start_s for r in replicas if r.ready and r.start_s > 0), default=START_S)
+
+
+def _conflict_since(snapshot: Snapshot) -> float | None:
+    """When the field-manager conflict began, s since the epoch; None without one."""
+    conflict = snapshot.status.condition("FieldManagerConflict")
+    return conflict.last_transition_time if conflict is not None and conflict.status == "True" else None
+
+
+def _observed(
+    replica: Replica, engine: EngineView | EngineProblem | None, sample: Sample | None
+) -> ObservedReplica:
+    described = engine if isinstance(engine, EngineView) else None
+    return ObservedReplica(
         uid=replica.uid,
         name=replica.name,
         ready=replica.ready,
@@ -356,6 +452,7 @@ def _pod(replica: Replica, engine: EngineView | None, sample: Sample | None) -> 
         pending_reason=replica.pending_reason,
         created_at=replica.created_at,
         restarts=replica.restarts,
-        engine=engine,
+        engine=described,
+        engine_problem=None if isinstance(engine, EngineView) else engine,
         sample=sample,
     )

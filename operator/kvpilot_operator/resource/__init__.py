@@ -1,15 +1,15 @@
-"""The resource's model, pure: what a user writes, what it resolves to, and what its status says."""
+"""The resource as users write it: its model, its faults, and what it resolves to. Pure."""
 
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.load import load_document, load_manifest
-from kvpilot_operator.spec.models import (
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.load import load_document, load_manifest
+from kvpilot_operator.resource.model import (
     API_VERSION,
     GROUP,
     VERSION,
     DeploymentSpec,
     KVCacheDeployment,
-    KVCacheOverride,
 )
+from kvpilot_operator.resource.override import KVCacheOverride
 
 __all__ = [
     "API_VERSION",

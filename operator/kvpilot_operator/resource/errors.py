@@ -1,4 +1,4 @@
-"""What is wrong with a manifest, one line per fault: field, value, what is allowed."""
+"""Faults of a manifest, one line each: field, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvpilot_engine.contract import config_errors
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used. ``lines`` holds one sentence per fault."""
+    """An invalid manifest. ``lines`` holds one sentence per fault."""
 
     def __init__(self, lines: Iterable[str], source: str = "") -> None:
         self.lines = tuple(lines)
@@ -22,7 +22,7 @@ class ManifestError(ValueError):
 
 
 def manifest_errors(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line per error; an unknown field also says which ones there are."""
+    """One line per error; the line of an unknown field lists the known ones."""
     pairs = zip(config_errors(error), error.errors(), strict=True)
     return [_sentence(line, item, model) for line, item in pairs]
 

@@ -1,4 +1,4 @@
-"""Kinds of values that several models of the resource share."""
+"""Field types that several models of the resource share."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract import CATALOGUE
 from kvpilot_engine.contract.metrics import EDGES_S
-from kvpilot_operator.tuning.rules import BESIDE_RULES, RULES
+from kvpilot_operator.resource.quantity import parse_bytes
+from kvpilot_operator.tuning.rules.order import REMEDIES
 
 EDGES_MS: tuple[int, ...] = tuple(round(edge * 1000) for edge in EDGES_S)
-"""Edges of the latency histograms, ms: what a latency objective may be."""
+"""Edges of the latency histograms, ms: the possible latency objectives."""
 
 KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
 
-RULE_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *(name for name, _ in BESIDE_RULES))
-"""What ``disabledRules`` may name."""
+RULE_NAMES: tuple[str, ...] = tuple(remedy.name for remedy in REMEDIES)
+"""Possible values of ``disabledRules``."""
 
 PERCENT_PATTERN = r"^(100(\.0{1,2})?|[0-9]{1,2}(\.[0-9]{1,2})?)%$"
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_LIMIT = 63
 DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-"""What the API server takes for a namespace, and for the name of any resource here."""
+"""A namespace, and a name of any resource here, by the rules of the API server."""
 
 
 class Part(BaseModel):
@@ -34,9 +35,14 @@ class Part(BaseModel):
 
 
 def rules(*pairs: tuple[str, str]) -> ConfigDict:
-    """CEL rules (rule, message) of the generated definition; each says again what a validator here says."""
+    """CEL rules (rule, message) of the generated definition; each repeats a validator of the model."""
     validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in pairs]
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
+
+
+def _bytes(value: str) -> str:
+    parse_bytes(value)
+    return value
 
 
 def _edge(value: int) -> int:
@@ -66,7 +72,9 @@ def _rule(value: str) -> str:
 
 def _no_yaml_boolean(value: Any) -> Any:
     if value is False:
-        raise ValueError('must be "Off", "Recommend" or "Auto"; YAML reads a bare Off as false, so quote it')
+        raise ValueError(
+            'must be "Off", "Recommend", "Approve" or "Auto"; YAML reads a bare Off as false, so quote it'
+        )
     return value
 
 
@@ -74,6 +82,7 @@ EdgeMs = Annotated[int, AfterValidator(_edge), Field(json_schema_extra={"enum": 
 Percent = Annotated[str, AfterValidator(_percent), Field(json_schema_extra={"pattern": PERCENT_PATTERN})]
 KnobName = Annotated[str, AfterValidator(_knob), Field(json_schema_extra={"enum": list(KNOBS)})]
 RuleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$"), AfterValidator(_rule)]
+Bytes = Annotated[str, AfterValidator(_bytes), Field(max_length=32)]
 Quoted = BeforeValidator(_no_yaml_boolean)
 
 

@@ -1,4 +1,4 @@
-"""From YAML or a plain object to the models, with errors that a user can act on."""
+"""Reads YAML or a plain object into the models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.model import KVCacheDeployment
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice: YAML would silently keep the last one."""
+    """Refuses a duplicate key, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -40,7 +40,7 @@ def load_manifest(source: str | Path) -> KVCacheDeployment:
 
 
 def load_document(source: str | Path) -> dict[str, Any]:
-    """The one YAML document in text or in a file, as it stands.
+    """The one YAML document in text or in a file, not validated.
 
     Raises:
         ManifestError: no such file, not YAML, or not exactly one document.
@@ -53,7 +53,7 @@ def load_document(source: str | Path) -> dict[str, Any]:
         raise ManifestError([_syntax(error)], name) from None
     if len(documents) != 1:
         count = "no document" if not documents else f"{len(documents)} documents"
-        raise ManifestError([f"{count}; exactly one KVCacheDeployment is expected"], name)
+        raise ManifestError([f"{count}; exactly one object is expected"], name)
     if not isinstance(documents[0], dict):
         raise ManifestError([f"a mapping is expected, got {type(documents[0]).__name__}"], name)
     return documents[0]

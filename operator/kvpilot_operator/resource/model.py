@@ -1,4 +1,4 @@
-"""The resource as a user writes it: KVCacheDeployment and KVCacheOverride.
+"""The resource as a user writes it: KVCacheDeployment.
 
 The definitions in ``crds/`` and the reference pages are generated from these models; local mode validates
 with them directly. Fields whose work comes later are absent until they work.
@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,10 +21,11 @@ from pydantic import (
 
 from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.spec.errors import ManifestError, manifest_errors
-from kvpilot_operator.spec.fields import (
+from kvpilot_operator.resource.errors import ManifestError, manifest_errors
+from kvpilot_operator.resource.fields import (
     NAME_LIMIT,
     NAME_PATTERN,
+    Bytes,
     EdgeMs,
     KnobName,
     Part,
@@ -34,6 +34,7 @@ from kvpilot_operator.spec.fields import (
     RuleName,
     rules,
 )
+from kvpilot_operator.resource.windows import RecurringWindow, ScalingSchedule
 
 GROUP = "kvpilot.io"
 VERSION = "v1alpha1"
@@ -151,12 +152,17 @@ class KnobRange(Part):
     minimum: float | None = Field(None, alias="min", description="Least value the tuner may choose.")
     maximum: float | None = Field(None, alias="max", description="Largest value the tuner may choose.")
     tune: bool = Field(True, description="False keeps the tuner's hands off it.")
+    direction: Literal["Both", "UpOnly", "DownOnly"] = Field(
+        "Both", description="Which way the tuner may change it."
+    )
 
     @model_validator(mode="after")
     def _within(self) -> Self:
         bounds = (self.minimum, self.maximum)
         if knob(self.name).kind in {"flag", "choice"} and bounds != (None, None):
             raise ValueError(f"{self.name} has no order, so min and max are not allowed")
+        if knob(self.name).kind in {"flag", "choice"} and self.direction != "Both":
+            raise ValueError(f"{self.name} has no order, so direction {self.direction} is not allowed")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
             raise ValueError(f"min <= max is required, got min={self.minimum:g}, max={self.maximum:g}")
         low, high = self.within
@@ -195,15 +201,35 @@ class Budgets(Part):
         alias="reversalsPerKnob6h",
         ge=0,
         le=16,
-        description="Changes of one knob that may be taken back within six hours before it is left alone.",
+        description="Reverted changes of one knob within six hours after which kvpilot no longer changes it.",
+    )
+    restarts_per_day: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="Restarts of replicas during a change, within a day, after which no experiment begins.",
+    )
+    cache_lost_per_day: Bytes | None = Field(
+        None,
+        description="Cache that pushes may drop within a day, such as 20Gi; then no knob of the cache "
+        "changes, except to relieve memory.",
+    )
+    max_gpus: int | None = Field(
+        None,
+        alias="maxGPUs",
+        ge=1,
+        le=100_000,
+        description="GPUs of all replicas together at most, by the template's limits of nvidia.com/gpu.",
     )
 
 
 class Tuning(Part):
     """What kvpilot may do by itself."""
 
-    mode: Annotated[Literal["Off", "Recommend", "Auto"], Quoted] = Field(
-        "Auto", description='"Off" measures only, Recommend says what it would do, Auto does it. Quote "Off".'
+    mode: Annotated[Literal["Off", "Recommend", "Approve", "Auto"], Quoted] = Field(
+        "Auto",
+        description='"Off" measures only, Recommend says what it would do, Approve asks before it does it, '
+        'Auto does it. Quote "Off".',
     )
     pace: Literal["Fast", "Standard"] = Field(
         "Standard", description="Fast shortens every window, for demos and tests."
@@ -224,7 +250,16 @@ class Tuning(Part):
         "Recommend",
         description="With one replica there is no control: recommend, or judge before and after (unproven).",
     )
+    recycle_outliers: bool = Field(
+        False, description="Replace a replica that is slower or fails more than the others by itself."
+    )
     budgets: Budgets = Field(default_factory=Budgets, description="Limits on what tuning may cost.")
+    maintenance_windows: tuple[RecurringWindow, ...] = Field(
+        (),
+        max_length=16,
+        description="Experiments begin only while one of these is open; none: at any time. More capacity, "
+        "relief of memory, overrides and bounds wait for no window.",
+    )
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -244,11 +279,20 @@ class Scaling(Part):
     direction: Literal["Both", "OutOnly", "InOnly"] = Field(
         "Both", description="Which way kvpilot may scale by itself."
     )
+    schedules: tuple[ScalingSchedule, ...] = Field(
+        (), max_length=16, description="Windows with other bounds; of several open ones the highest count."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.minimum > self.maximum:
             raise ValueError(f"min <= max is required, got min={self.minimum}, max={self.maximum}")
+        for index, item in enumerate(self.schedules):
+            if item.maximum is None and item.minimum > self.maximum:
+                raise ValueError(
+                    f"schedules.{index}.min must be at most scaling.max {self.maximum}, unless it has its "
+                    f"own max, got {item.minimum}"
+                )
         return self
 
 
@@ -389,61 +433,3 @@ class KVCacheDeployment(Resource):
     metadata: Metadata
     spec: DeploymentSpec
     status: dict[str, Any] = Field(default_factory=dict)
-
-
-class Pause(Part):
-    """No tuning and no scaling by kvpilot while it is in force."""
-
-
-class Boost(Part):
-    """At least this many replicas while it is in force, within spec.scaling.max."""
-
-    min_replicas: int = Field(ge=1, le=1000, description="Least number of replicas.")
-
-
-class OverrideSpec(Part):
-    """What a person or an alert asks for now."""
-
-    model_config = rules(("has(self.pause) != has(self.boost)", "exactly one of pause and boost is required"))
-
-    target: str = Field(
-        pattern=NAME_PATTERN, max_length=NAME_LIMIT, description="Name of the KVCacheDeployment."
-    )
-    pause: Pause | None = Field(None, description="No tuning and no scaling while it is in force.")
-    boost: Boost | None = Field(None, description="Raise the least number of replicas.")
-    expires_at: AwareDatetime = Field(description="When it stops being in force.")
-    by: str = Field("", max_length=253, description="Who asks.")
-    reason: str = Field("", max_length=1024, description="Why.")
-
-    @model_validator(mode="after")
-    def _one_request(self) -> Self:
-        if (self.pause is None) == (self.boost is None):
-            raise ValueError("exactly one of pause and boost is required")
-        return self
-
-
-class OverrideMetadata(BaseModel):
-    """Name or generateName of an override."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="allow", alias_generator=Part.model_config["alias_generator"]
-    )
-
-    name: str = ""
-    generate_name: str = ""
-    namespace: str = "default"
-
-    @model_validator(mode="after")
-    def _named(self) -> Self:
-        if not (self.name or self.generate_name):
-            raise ValueError("name or generateName is required")
-        return self
-
-
-class KVCacheOverride(Resource):
-    """An expiring request to a KVCacheDeployment. The RBAC on this kind is the authorisation."""
-
-    api_version: Literal["kvpilot.io/v1alpha1"]
-    kind: Literal["KVCacheOverride"]
-    metadata: OverrideMetadata
-    spec: OverrideSpec

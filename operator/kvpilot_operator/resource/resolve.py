@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from kvpilot_engine.contract import CATALOGUE, KVCacheConfig, Notice
+from kvpilot_engine.contract import CATALOGUE, KnobClass, KVCacheConfig, Notice, knob
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.spec import models
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.fields import ratio_of
+from kvpilot_operator.resource import model as models
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.fields import ratio_of
+from kvpilot_operator.resource.quantity import parse_bytes, parse_quantity
 from kvpilot_operator.tuning.pace import PACES
-from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling
+from kvpilot_operator.tuning.policy import KnobBounds, Objectives, Policy, Scaling, ScheduledBounds
+
+GPU = "nvidia.com/gpu"
+"""The resource name of a GPU in a template's limits."""
 
 ATTAINMENT: Mapping[str, float] = MappingProxyType({"p50": 0.5, "p95": 0.95, "p99": 0.99})
 """Share of the judged requests that must be within the edge of each latency objective."""
@@ -43,7 +47,8 @@ def policy_of(spec: models.DeploymentSpec, pace_scale: float = 1.0) -> Policy:
     """Everything that ``decide`` must obey. ``pace_scale`` multiplies every duration but the scrape interval.
 
     Raises:
-        ManifestError: the objectives contradict each other once the profile's are filled in.
+        ManifestError: the objectives contradict each other once the profile's are filled in, or the least
+            number of replicas needs more GPUs than the budget allows.
     """
     tuning = spec.tuning
     return Policy(
@@ -51,11 +56,14 @@ def policy_of(spec: models.DeploymentSpec, pace_scale: float = 1.0) -> Policy:
         mode=tuning.mode,
         pace=PACES[tuning.pace].scaled(pace_scale),
         bounds=_bounds(tuning.knobs),
-        scaling=_scaling(spec.scaling),
+        scaling=_scaling(spec),
         disabled_rules=frozenset(tuning.disabled_rules),
         single_replica=tuning.single_replica,
+        recycle_outliers=tuning.recycle_outliers,
         reversals_per_knob_6h=tuning.budgets.reversals_per_knob_6h,
-        defaults=KVCacheConfig().model_dump(by_alias=True, mode="json"),
+        restarts_per_day=tuning.budgets.restarts_per_day,
+        cache_lost_per_day=_bytes(tuning.budgets.cache_lost_per_day),
+        maintenance=tuple(item.window for item in tuning.maintenance_windows),
     )
 
 
@@ -86,10 +94,10 @@ def objectives_of(spec: models.DeploymentSpec) -> Objectives:
     }
     limits = {name: value for name, value in edges.items() if value is not None}
     if list(limits.values()) != sorted(limits.values()):
-        told = ", ".join(f"{name}Ms={value}" for name, value in limits.items())
+        reported = ", ".join(f"{name}Ms={value}" for name, value in limits.items())
         raise ManifestError(
             [
-                f"spec.objectives.latency: p50Ms <= p95Ms <= p99Ms is required, got {told} "
+                f"spec.objectives.latency: p50Ms <= p95Ms <= p99Ms is required, got {reported} "
                 f"(what is not given comes from profile {spec.profile})"
             ]
         )
@@ -116,11 +124,62 @@ def _throughput(profile: Profile, given: models.Throughput | None) -> tuple[floa
 
 
 def _bounds(given: tuple[models.KnobRange, ...]) -> dict[str, KnobBounds]:
-    """The catalogue's bounds, a user's own over them: those may be wider, within the field's."""
+    """The catalogue's bounds, a user's own over them: those may be wider, within the field's.
+
+    A knob that bears on quality is tuned only where the resource lists it.
+    """
+    opted_in = {item.name for item in given}
     ranges = {entry.resource_name: models.KnobRange(name=entry.resource_name) for entry in CATALOGUE}
     ranges.update({item.name: item for item in given})
-    return {name: KnobBounds(name, *item.within, item.tune) for name, item in ranges.items()}
+    return {
+        name: KnobBounds(
+            name,
+            *item.within,
+            item.tune and (name in opted_in or knob(name).cls is not KnobClass.QUALITY),
+            item.direction,
+        )
+        for name, item in ranges.items()
+    }
 
 
-def _scaling(given: models.Scaling | None) -> Scaling | None:
-    return None if given is None else Scaling(given.minimum, given.maximum, given.direction)
+def _bytes(quantity: str | None) -> int | None:
+    return None if quantity is None else parse_bytes(quantity)
+
+
+def _scaling(spec: models.DeploymentSpec) -> Scaling | None:
+    limit = _gpu_limit(spec)
+    least = spec.scaling.minimum if spec.scaling is not None else spec.replicas or 0
+    if limit is not None and least > limit:
+        budget = spec.tuning.budgets.max_gpus
+        raise ManifestError(
+            [
+                f"spec.tuning.budgets.maxGPUs: {least} replicas with {gpus_of(spec)} GPUs each need "
+                f"{least * gpus_of(spec)}, got {budget}"
+            ]
+        )
+    if (given := spec.scaling) is None:
+        return None
+    schedules = tuple(ScheduledBounds(item.window, item.minimum, item.maximum) for item in given.schedules)
+    return Scaling(given.minimum, given.maximum, given.direction, schedules, limit)
+
+
+def gpus_of(spec: models.DeploymentSpec) -> int:
+    """GPUs that one replica asks for: the limits of nvidia.com/gpu of all its containers.
+
+    Raises:
+        ManifestError: such a limit is no quantity.
+    """
+    total = 0
+    for item in spec.template.spec.get("containers") or ():
+        try:
+            total += int(parse_quantity(str(((item.get("resources") or {}).get("limits") or {}).get(GPU, 0))))
+        except (AttributeError, ValueError) as error:
+            where = f"spec.template.spec.containers[{item['name']}].resources.limits"
+            raise ManifestError([f"{where}: {GPU} must be a number of GPUs ({error})"]) from None
+    return total
+
+
+def _gpu_limit(spec: models.DeploymentSpec) -> int | None:
+    """Replicas that the budget of GPUs allows; None without a budget or without GPUs."""
+    budget, each = spec.tuning.budgets.max_gpus, gpus_of(spec)
+    return budget // each if budget is not None and each else None

@@ -1,4 +1,4 @@
-"""One port in front of the replicas, as a Service would be: round-robin per request over the ready ones."""
+"""HTTP proxy that distributes requests round-robin to the ready replicas, like a Kubernetes Service."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from yarl import URL
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length"}
 )
-"""Headers that belong to one connection (RFC 9110, 7.6.1), and those that are written anew."""
+"""Headers that are not forwarded: hop-by-hop (RFC 9110, 7.6.1), and those that aiohttp writes itself."""
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
 
 class PortError(Exception):
-    """The port cannot be listened on: one line naming it."""
+    """The router cannot listen on its port; the message names the option, the address and the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Backend:
 
 
 class Router:
-    """Passes requests on. A replica that was taken out gets nothing new and finishes what it has."""
+    """Forwards requests. A removed replica gets no new requests and finishes those that it has."""
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
@@ -43,19 +43,19 @@ class Router:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """``http://host:port``; the actual port after `start`."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
     def use(self, backends: Sequence[Backend]) -> None:
-        """Spread new requests over these replicas from now on."""
+        """Distribute new requests to these replicas from now on."""
         self._backends = tuple(backends)
 
     async def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            PortError: the port is taken or not allowed.
+            PortError: the port is in use or not permitted.
         """
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
@@ -63,8 +63,8 @@ class Router:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
         )
-        # Cancelling the handler when the client leaves closes the connection to the engine, which then
-        # frees what the request held.
+        # If the client disconnects, cancelling the handler closes the connection to the engine, which then
+        # frees the request's worker slot and pages.
         server = web.Server(
             self._handle,
             request_factory=_request,
@@ -84,7 +84,7 @@ class Router:
         self._port = self._runner.addresses[0][1]
 
     async def close(self) -> None:
-        """Stop listening; what is in flight is cut off."""
+        """Stop listening; requests in flight are aborted."""
         if self._runner is not None:
             await self._runner.cleanup()
         if self._session is not None:
@@ -99,9 +99,9 @@ class Router:
             (name, value) for name, value in request.headers.items() if name.lower() not in _HOP_BY_HOP
         ]
         tried: set[str] = set()
-        # From its own turn on, whoever else takes turns meanwhile; twice round, since a first try may meet a
-        # stale connection.
+        # The range is fixed now, because concurrent requests advance the turn.
         self._turn += 1
+        # Two rounds, because the first attempt may use a stale connection.
         for turn in range(self._turn, self._turn + 2 * len(self._backends)):
             if not self._backends:
                 break
@@ -110,7 +110,7 @@ class Router:
             try:
                 return await self._pass(request, backend, body, headers)
             except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError, ConnectionResetError):
-                # Nothing of an answer has come: generating is free of side effects, so another may do it.
+                # No answer has arrived and requests have no side effects: try another replica.
                 continue
             except (aiohttp.ClientError, TimeoutError) as error:
                 return _failure(502, f"replica {backend.name} failed: {error or type(error).__name__}")
@@ -145,14 +145,14 @@ class Router:
 
 
 def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-    """A request whose body may be as long as a long prompt; aiohttp's own limit is 1 MiB."""
+    """A request with a body of up to `MAX_BODY_BYTES`; long prompts exceed aiohttp's default of 1 MiB."""
     return web.BaseRequest(
         message, payload, protocol, writer, task, asyncio.get_running_loop(), client_max_size=MAX_BODY_BYTES
     )
 
 
 async def _copy(answer: aiohttp.ClientResponse, stream: web.StreamResponse) -> None:
-    """Pass on what arrives as it arrives; one that fails midway cuts the client off too: no false end."""
+    """Forward chunks as they arrive; abort the client's connection too if the replica's stream breaks."""
     try:
         async for part in answer.content.iter_any():
             await stream.write(part)
@@ -169,6 +169,6 @@ def _set_headers(response: web.StreamResponse, headers: Sequence[tuple[str, str]
 
 
 def _failure(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    """An error as the OpenAI API writes it."""
+    """An error in the format of the OpenAI API."""
     body = {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
     return web.json_response(body, status=status, headers=headers)

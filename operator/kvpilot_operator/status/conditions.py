@@ -1,40 +1,46 @@
-"""The conditions of a resource. Their reasons are documented constants; messages name the fix.
+"""The conditions of a resource. A message names the remedy.
 
-A message whose figures alone changed is left as it is, so that a steady state writes nothing.
+A message is not replaced if only its figures changed, so that a steady state writes nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from kvpilot_operator.ports import Snapshot
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import DeploymentSpec
-from kvpilot_operator.spec.resolve import not_yet_effective
-from kvpilot_operator.spec.times import to_rfc3339
+from kvpilot_operator.resource.model import DeploymentSpec
+from kvpilot_operator.resource.resolve import not_yet_effective
+from kvpilot_operator.status.model import ConditionStatus
+from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.context import at_text
 from kvpilot_operator.tuning.decision import Decision
 from kvpilot_operator.tuning.observation import Observation
-from kvpilot_operator.tuning.policy import Policy
+from kvpilot_operator.tuning.policy import Mode, Policy
 
 State = Literal["True", "False", "Unknown"]
 
 CONDITION_TYPES: Mapping[str, str] = {
-    "Ready": "As many engines serve as the spec asks for at least.",
-    "Progressing": "Pods are being replaced, added, or waited for.",
-    "MetricsTrusted": "Measurements are fresh and complete; without them nothing is decided.",
+    "Ready": "At least the minimum of replicas is ready.",
+    "Progressing": "Replicas are being replaced or started.",
+    "MetricsTrusted": "Measurements are fresh and complete; without them no change is decided.",
+    "ReplicaOutlier": "A replica is slower or fails more than the others; no knob cures that.",
     "SLOMet": "Every objective is met.",
-    "TuningActive": "kvpilot may change something now.",
-    "Paused": "A KVCacheOverride forbids every change.",
-    "ActuatorConflict": "Somebody else writes the number of replicas.",
+    "TuningActive": "kvpilot may make a change now.",
+    "ApprovalPending": "A change waits for an approval; `kvpilot approve` gives it.",
+    "Paused": "A KVCacheOverride pauses the resource.",
+    "OverridesObeyed": "Every KVCacheOverride of the resource is in force as a whole.",
+    "FieldManagerConflict": "Another field manager writes the number of replicas.",
     "Infeasible": "An objective cannot be reached within the bounds given.",
-    "RolledBack": "The last change that was judged was taken back.",
-    "EngineStalled": "Requests arrive and none is completed.",
+    "RolledBack": "The last change with a verdict was reverted, or an override went back behind it.",
+    "EngineStalled": "Requests arrive and none completes.",
     "ConfigEffective": "Every given value of engine.config has an effect in this version.",
 }
+
+STARTING, BELOW_FLOOR = "ReplicasStarting", "ThroughputBelowFloor"
+"""Reasons of ``Ready`` while a new resource starts, and of ``SLOMet`` while a breach is critical."""
 
 MESSAGE_LIMIT = 1024
 _FIGURE = re.compile(r"\d+(\.\d+)?")
@@ -42,67 +48,69 @@ _FIGURE = re.compile(r"\d+(\.\d+)?")
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition before it is dated."""
+    """One condition without its times."""
 
     type: str
     status: State
     reason: str
     message: str
+    spec_generation: int | None = None
+    """The spec that it speaks of; None for the one in force."""
 
 
 def same_but_for_figures(one: str, other: str) -> bool:
-    """True when two sentences differ in their numbers at most."""
+    """True if two sentences differ at most in their numbers."""
     return _FIGURE.sub("#", one) == _FIGURE.sub("#", other)
 
 
 def dated(
-    conditions: Iterable[Condition],
-    before: Sequence[Mapping[str, Any]],
-    generation: int,
-    now: float,
-) -> list[dict[str, Any]]:
-    """Conditions as the status holds them; ``lastTransitionTime`` moves only when the status of one flips."""
-    known = {item["type"]: item for item in before}
-    result = {item["type"]: dict(item) for item in before}
+    conditions: Iterable[Condition], before: Iterable[ConditionStatus], generation: int, now: float
+) -> tuple[ConditionStatus, ...]:
+    """The conditions of the status; ``lastTransitionTime`` changes only with a condition's status."""
+    result = {item.type: item for item in before}
     for new in conditions:
-        old = known.get(new.type, {})
-        message = new.message[:MESSAGE_LIMIT]
-        # Figures of the same spec are kept, so that a look alone writes nothing; a new spec has its own.
-        same_spec = old.get("observedGeneration") == generation and old.get("reason") == new.reason
-        if same_spec and same_but_for_figures(old.get("message", ""), message):
-            message = old.get("message", message)
-        flipped = old.get("status") != new.status
-        result[new.type] = {
-            "type": new.type,
-            "status": new.status,
-            "reason": new.reason,
-            "message": message,
-            "lastTransitionTime": to_rfc3339(int(now)) if flipped else old["lastTransitionTime"],
-            "observedGeneration": generation,
-        }
+        old, message = result.get(new.type), new.message[:MESSAGE_LIMIT]
+        observed = generation if new.spec_generation is None else new.spec_generation
+        if old is not None and (old.observed_generation, old.reason) == (observed, new.reason):
+            # New figures alone write nothing; a new spec gets its own.
+            message = old.message if same_but_for_figures(old.message, message) else message
+        result[new.type] = ConditionStatus(
+            type=new.type,
+            status=new.status,
+            reason=new.reason,
+            message=message,
+            last_transition_time=old.last_transition_time
+            if old is not None and old.status == new.status
+            else int(now),
+            observed_generation=observed,
+        )
     order = list(CONDITION_TYPES)
-    return sorted(
-        result.values(), key=lambda item: order.index(item["type"]) if item["type"] in order else 99
+    return tuple(
+        sorted(result.values(), key=lambda item: order.index(item.type) if item.type in order else len(order))
     )
 
 
-def refused(error: ManifestError) -> Condition:
-    """A spec that cannot be used; what runs goes on as it is."""
-    return Condition("Ready", "False", "InvalidSpec", "; ".join(error.lines))
+def invalid_spec(message: str, spec_generation: int) -> Condition:
+    """The present spec is invalid."""
+    return Condition("Ready", "False", "InvalidSpec", message, spec_generation)
 
 
 def conditions_of(
-    snapshot: Snapshot, spec: DeploymentSpec, policy: Policy, observation: Observation, decision: Decision
+    snapshot: Snapshot, policy: Policy, observation: Observation, decision: Decision
 ) -> list[Condition]:
-    """All conditions; RolledBack only with a new verdict, else it goes on as it is."""
+    """All conditions; RolledBack only with a new verdict, else it stays."""
+    spec = snapshot.resource.spec
     found = [
-        _ready(snapshot, spec),
+        _invalid(snapshot) if snapshot.spec_error else _ready(snapshot, spec),
         _progressing(snapshot, observation),
-        _metrics_trusted(observation, decision),
+        _metrics_trusted(policy, observation, decision),
+        _outlier(decision),
         _slo_met(decision),
         _tuning_active(policy, observation, decision),
+        _approval_pending(snapshot, decision),
         _paused(observation),
-        _actuator_conflict(snapshot, observation),
+        _overrides_obeyed(snapshot),
+        _field_manager_conflict(snapshot, observation),
         _infeasible(decision),
         _engine_stalled(decision),
         _config_effective(spec),
@@ -110,53 +118,83 @@ def conditions_of(
     return [*found, *_rolled_back(decision)]
 
 
+def _invalid(snapshot: Snapshot) -> Condition:
+    message = f"{snapshot.spec_error}; generation {snapshot.resource.metadata.generation} stays in force"
+    return invalid_spec(message, snapshot.spec_generation)
+
+
 def _ready(snapshot: Snapshot, spec: DeploymentSpec) -> Condition:
     wanted = spec.scaling.minimum if spec.scaling is not None else spec.replicas or 0
-    serving = sum(pod.ready and not pod.terminating for pod in snapshot.pods)
+    serving = sum(replica.ready and not replica.terminating for replica in snapshot.replicas)
     if wanted == 0:
-        return Condition("Ready", "True", "ScaledToZero", "No replicas are asked for.")
+        return Condition("Ready", "True", "ScaledToZero", "The spec asks for no replicas.")
     if serving >= wanted:
-        return Condition("Ready", "True", "Serving", "At least as many engines serve as asked for.")
-    message = f"{serving} of at least {wanted} engines serve."
+        return Condition("Ready", "True", "Serving", "At least the minimum of replicas is ready.")
+    message = f"{serving} of at least {wanted} replicas are ready"
     if stuck := _stuck(snapshot):
-        message = f"{message[:-1]}: {'; '.join(stuck)}"
-    return Condition("Ready", "False", "EnginesNotReady" if serving else "NoEngineReady", message)
+        message = f"{message}: {'; '.join(stuck)}"
+    return Condition("Ready", "False", _not_ready(snapshot, serving), f"{message}.")
+
+
+def _not_ready(snapshot: Snapshot, serving: int) -> str:
+    """The reason: a new resource starts until a replica is stuck or it was ready once."""
+    before = snapshot.status.condition("Ready")
+    if not _stuck(snapshot) and (before is None or before.reason == STARTING):
+        return STARTING
+    return "ReplicasNotReady" if serving else "NoReplicaReady"
 
 
 def _stuck(snapshot: Snapshot) -> list[str]:
-    """What keeps pods from serving, pod by pod, and what keeps more of them from being made."""
-    waiting = [f"{pod.name}: {pod.pending_reason}" for pod in snapshot.pods if pod.pending_reason]
-    return [snapshot.refused_pods, *waiting] if snapshot.refused_pods else waiting
+    """What keeps replicas from becoming ready, and the workload from creating more of them."""
+    waiting = [
+        f"{replica.name}: {replica.pending_reason}" for replica in snapshot.replicas if replica.pending_reason
+    ]
+    return [snapshot.replica_failure, *waiting] if snapshot.replica_failure else waiting
 
 
 def _progressing(snapshot: Snapshot, observation: Observation) -> Condition:
     if stuck := _stuck(snapshot):
-        return Condition("Progressing", "True", "PodsPending", "Waiting for " + "; ".join(stuck))
+        return Condition("Progressing", "True", "ReplicasPending", "Waiting for " + "; ".join(stuck))
     if observation.rolling_out:
-        return Condition("Progressing", "True", "RollingOut", "Pods are being replaced one after the other.")
+        return Condition("Progressing", "True", "RollingOut", "Pods are replaced one after the other.")
     serving = len(observation.ready)
-    if serving < observation.replicas:
-        return Condition("Progressing", "True", "PodsStarting", "Pods are starting.")
-    return Condition("Progressing", "False", "Complete", "All pods that are asked for serve.")
+    if serving < observation.desired_replicas:
+        return Condition("Progressing", "True", "ReplicasStarting", "Replicas are starting.")
+    return Condition("Progressing", "False", "Complete", "All replicas are ready.")
 
 
-def _metrics_trusted(observation: Observation, decision: Decision) -> Condition:
-    if observation.metrics_problem:
-        return Condition("MetricsTrusted", "False", reasons.METRICS_UNAVAILABLE, observation.metrics_problem)
+def _metrics_trusted(policy: Policy, observation: Observation, decision: Decision) -> Condition:
+    if (problem := observation.metrics_problem) is not None:
+        return Condition("MetricsTrusted", "False", problem.reason, problem.message)
     for hold in decision.state.holds:
         if hold.reason in METRIC_HOLDS:
             return Condition("MetricsTrusted", "False", hold.reason, hold.message)
     if not observation.ready:
-        return Condition(
-            "MetricsTrusted", "Unknown", "NoEngineReady", "No engine serves that could be measured."
-        )
-    return Condition("MetricsTrusted", "True", "Fresh", "Measurements of every ready engine are fresh.")
+        return Condition("MetricsTrusted", "Unknown", "NoReplicaReady", "No replica is ready to be measured.")
+    if decision.partly_trusted:
+        message = f"Fresh but for a few replicas, which are not judged. {decision.partly_trusted}."
+        return Condition("MetricsTrusted", "True", "NearlyAll", message)
+    if policy.stretched > 1:
+        message = f"The source scrapes seldom, so all durations are {policy.stretched:.1f} times as long."
+        return Condition("MetricsTrusted", "True", "SlowScrapes", message)
+    return Condition("MetricsTrusted", "True", "Fresh", "Measurements of every ready replica are fresh.")
+
+
+def _outlier(decision: Decision) -> Condition:
+    if not decision.outliers:
+        return Condition("ReplicaOutlier", "False", "Alike", "The replicas are alike.")
+    message = f"{'; '.join(decision.outliers)}. Knobs of all replicas do not cure it; look at its node."
+    return Condition("ReplicaOutlier", "True", "Differs", message)
 
 
 def _slo_met(decision: Decision) -> Condition:
-    breached = [item.name for item in decision.objectives if item.state == "Breached"]
+    breached = [item for item in decision.objectives if item.state == "Breached"]
+    names = ", ".join(item.name for item in breached)
+    if any(item.severity == "critical" for item in breached):
+        message = f"Critical: completions are below the throughput floor. Breached: {names}."
+        return Condition("SLOMet", "False", BELOW_FLOOR, message)
     if breached:
-        return Condition("SLOMet", "False", "Breached", f"Breached: {', '.join(breached)}.")
+        return Condition("SLOMet", "False", "Breached", f"Breached: {names}.")
     beyond = [item.name for item in decision.objectives if item.state == "Infeasible"]
     if beyond:
         return Condition("SLOMet", "False", "Infeasible", f"Out of reach: {', '.join(beyond)}.")
@@ -166,8 +204,10 @@ def _slo_met(decision: Decision) -> Condition:
 
 
 def _tuning_active(policy: Policy, observation: Observation, decision: Decision) -> Condition:
+    if observation.fleet.off:
+        return Condition("TuningActive", "False", reasons.KILL_SWITCH, observation.fleet.off)
     if policy.mode == "Off":
-        return Condition("TuningActive", "False", "ModeOff", "spec.tuning.mode is Off: only measured.")
+        return Condition("TuningActive", *_BY_MODE["Off"])
     if observation.paused_by:
         return Condition(
             "TuningActive", "False", "Paused", f"KVCacheOverride {observation.paused_by} is in force."
@@ -175,41 +215,65 @@ def _tuning_active(policy: Policy, observation: Observation, decision: Decision)
     if decision.state.holds:
         hold = decision.state.holds[0]
         return Condition("TuningActive", "False", hold.reason, hold.message)
-    if policy.mode == "Recommend":
-        return Condition("TuningActive", "False", "RecommendOnly", "spec.tuning.mode is Recommend.")
-    return Condition("TuningActive", "True", "Active", "kvpilot may act.")
+    return Condition("TuningActive", *_BY_MODE[policy.mode])
+
+
+_BY_MODE: Mapping[Mode, tuple[State, str, str]] = {
+    "Off": ("False", "ModeOff", "spec.tuning.mode is Off: kvpilot only measures."),
+    "Recommend": ("False", "RecommendOnly", "spec.tuning.mode is Recommend."),
+    "Approve": ("True", "WithApproval", "kvpilot makes changes that are approved."),
+    "Auto": ("True", "Active", "kvpilot may make changes."),
+}
+"""Status, reason and message of TuningActive where nothing else stands in the way."""
+
+
+def _approval_pending(snapshot: Snapshot, decision: Decision) -> Condition:
+    waiting = [item for item in decision.state.pending if not item.approved_by]
+    if not waiting:
+        return Condition("ApprovalPending", "False", "NothingPending", "No change waits for an approval.")
+    name = snapshot.key.name
+    commands = "; ".join(
+        f"{item.rule}: kvpilot approve {name} {item.id}, before {at_text(item.expires)}" for item in waiting
+    )
+    return Condition("ApprovalPending", "True", "Proposed", commands)
 
 
 def _paused(observation: Observation) -> Condition:
     if observation.paused_by:
-        return Condition(
-            "Paused",
-            "True",
-            "Override",
-            f"KVCacheOverride {observation.paused_by} is in force; delete it or let it expire.",
-        )
+        what = "tuning and scaling" if observation.scaling_paused else "tuning; bounds and boosts go on"
+        message = f"KVCacheOverride {observation.paused_by} pauses {what}; delete it or let it expire."
+        return Condition("Paused", "True", "Override", message)
     return Condition("Paused", "False", "NotPaused", "No override pauses this resource.")
 
 
-def _actuator_conflict(snapshot: Snapshot, observation: Observation) -> Condition:
+def _overrides_obeyed(snapshot: Snapshot) -> Condition:
+    if snapshot.refused:
+        reported = "; ".join(f"{item.name}: {item.message}" for item in snapshot.refused)
+        return Condition("OverridesObeyed", "False", snapshot.refused[0].reason, reported)
+    return Condition("OverridesObeyed", "True", "AllObeyed", "No override is refused or limited.")
+
+
+def _field_manager_conflict(snapshot: Snapshot, observation: Observation) -> Condition:
     if snapshot.autoscaler:
         return Condition(
-            "ActuatorConflict",
+            "FieldManagerConflict",
             "True",
             "OtherManager",
-            f"{snapshot.autoscaler} also writes the number of replicas; kvpilot does not while it is there. "
-            "Delete it, or give it this resource with spec.replicas as its target.",
+            f"{snapshot.autoscaler} also writes the number of replicas; kvpilot does not while it exists. "
+            "Delete it, or let it scale this resource with spec.replicas.",
         )
     if observation.replicas_managed_by:
         return Condition(
-            "ActuatorConflict",
+            "FieldManagerConflict",
             "True",
             "OtherManager",
-            f"{observation.replicas_managed_by} also wrote the number of replicas; kvpilot stops scaling, "
-            "and goes on from that number ten minutes after this began. To write it for good, use "
-            "spec.replicas in place of spec.scaling.",
+            f"{observation.replicas_managed_by} also wrote the number of replicas; kvpilot stops scaling and "
+            "continues from that number ten minutes after this began. To set the number permanently, use "
+            "spec.replicas instead of spec.scaling.",
         )
-    return Condition("ActuatorConflict", "False", "NoConflict", "Nobody else writes the number of replicas.")
+    return Condition(
+        "FieldManagerConflict", "False", "NoConflict", "No other field manager writes the number of replicas."
+    )
 
 
 def _infeasible(decision: Decision) -> Condition:
@@ -221,18 +285,20 @@ def _infeasible(decision: Decision) -> Condition:
 def _engine_stalled(decision: Decision) -> Condition:
     if decision.stalled:
         return Condition("EngineStalled", "True", "NoCompletions", decision.stalled)
-    return Condition("EngineStalled", "False", "Completing", "Engines complete what arrives.")
+    return Condition("EngineStalled", "False", "Completing", "Requests complete.")
 
 
 NOTHING_JUDGED = Condition("RolledBack", "False", "NothingJudged", "No change has been judged yet.")
-"""Where RolledBack starts."""
+"""The first RolledBack condition of a resource."""
 
 
 def _rolled_back(decision: Decision) -> list[Condition]:
-    """Tells of the last verdict; without a new one the condition stays as it is."""
+    """The condition after a new verdict; [] without one."""
     for record in reversed(decision.records):
         if record.outcome == "Reverted":
             return [Condition("RolledBack", "True", "Reverted", record.summary)]
+        if record.outcome == "RolledBack":
+            return [Condition("RolledBack", "True", "ByOverride", record.summary)]
         if record.outcome == "Promoted":
             return [Condition("RolledBack", "False", "Promoted", record.summary)]
     return []
@@ -241,8 +307,8 @@ def _rolled_back(decision: Decision) -> list[Condition]:
 def _config_effective(spec: DeploymentSpec) -> Condition:
     idle = not_yet_effective(spec)
     if idle:
-        told = "; ".join(f"{notice.field} {notice.message}" for notice in idle)
-        return Condition("ConfigEffective", "False", "NotYetEffective", told)
+        reported = "; ".join(f"{notice.field} {notice.message}" for notice in idle)
+        return Condition("ConfigEffective", "False", "NotYetEffective", reported)
     return Condition("ConfigEffective", "True", "AllEffective", "Every given value has an effect.")
 
 
@@ -255,4 +321,4 @@ METRIC_HOLDS = frozenset(
         reasons.SCRAPE_TOO_SLOW,
     }
 )
-"""Holds that mean: measurements cannot be trusted."""
+"""Holds that mean that measurements cannot be trusted."""

@@ -1,4 +1,4 @@
-"""What was done to a resource, why, and why nothing is done now, in sentences.
+"""``kvpilot explain``: what was done to a resource, why, and why no change is made now, in sentences.
 
 Pure, and the same in a cluster and in local mode.
 """
@@ -9,22 +9,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvpilot_operator.spec.status_model import Status
-from kvpilot_operator.spec.times import from_rfc3339, to_rfc3339
-from kvpilot_operator.tuning.reasons import REASONS
+from kvpilot_operator.resource.times import to_rfc3339
+from kvpilot_operator.status.history import Entry, history_of
+from kvpilot_operator.status.model import Status
+from kvpilot_operator.tuning.reasons import REASONS, SPEC_INVALID
 
 Json = Mapping[str, Any]
 
 _MEANING = {reason.name: reason.meaning for reason in REASONS}
-_TAKEN = "(without a reason)"
 
-_DIAGNOSED = frozenset({"Started", "Recommended", "ScaledOut"})
-"""Outcomes that the diagnosis of their look led to, as in ``local/report.html``; the others have one too."""
+_DIAGNOSED = frozenset({"Started", "Recommended", "Proposed", "ScaledOut"})
+"""Outcomes that follow from the diagnosis in their record, as in ``local/report.html``."""
+
+_VERBS = {
+    "Started": "Tries",
+    "Promoted": "Changed",
+    "Reverted": "Tried and reverted",
+    "Aborted": "Tried and aborted",
+    "Recommended": "Recommends",
+    "Proposed": "Would change",
+    "Withdrawn": "No longer proposes",
+    "Reset": "Changed",
+    "Harmful": "Found harmful",
+    "Recycled": "Replaced",
+}
+"""What an outcome did with the knobs of its record."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """One decision that was acted on, told or taken back; ``details`` only where the whole record is kept."""
+    """One decision; ``details`` only if its whole record is kept."""
 
     id: str
     at: str
@@ -36,13 +50,13 @@ class Action:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything that ``kvpilot explain`` tells.
+    """The content of ``kvpilot explain``.
 
     Attributes:
         actions: the last ones, oldest first.
-        present: what is the case now: objectives, a change in flight, knobs that differ from the base.
-        why_not: why nothing is done now, one sentence each; empty while something is being done.
-        ended: nobody looks after the resource any more: all of this is how it was when that ended.
+        present: objectives, a change in flight, knobs that differ from the base.
+        why_not: why no change is made now, one sentence each.
+        ended: the run that reconciled the resource has ended; everything describes that moment.
     """
 
     name: str
@@ -62,18 +76,19 @@ class Explanation:
     def lines(self) -> list[str]:
         """For people."""
         who = f"{self.name} in {self.namespace}"
-        who = f"The run of {who} has ended. When it ended" if self.ended else who
-        told = [f"{who}: mode {self.mode}, state {self.state}."]
-        told += [f"  {sentence}" for sentence in self.present]
-        told += ["", "Last actions:" if self.actions else "No action so far."]
+        lines = [f"The run of {who} has ended. Its last state:"] if self.ended else []
+        lines += [f"{who}: mode {self.mode}, state {self.state}."]
+        lines += [f"  {sentence}" for sentence in self.present]
+        lines += ["", "Last actions:" if self.actions else "No action so far."]
         for action in self.actions:
-            told.append(f"  {action.at}  {action.id}  {action.outcome} by {action.rule or _TAKEN}")
-            told.append(f"      {action.summary}")
-            told += [f"      {detail}" for detail in action.details]
+            by = f" by {action.rule}" if action.rule else ""
+            lines.append(f"  {action.at}  {action.id}  {action.outcome}{by}")
+            lines.append(f"      {action.summary}")
+            lines += [f"      {detail}" for detail in action.details]
         if self.why_not:
-            told += ["", f"Why nothing {'was done when it ended' if self.ended else 'is done now'}:"]
-            told += [f"  {sentence}" for sentence in self.why_not]
-        return told
+            lines += ["", "Why no change is made:"]
+            lines += [f"  {sentence}" for sentence in self.why_not]
+        return lines
 
 
 def explain(
@@ -84,9 +99,9 @@ def explain(
     Args:
         manifest: the whole object, status included.
         records: whole decision records, oldest first, as JSON holds them.
-        last: how many actions are told.
-        now: s since the epoch; what has ended by then is not told as an obstacle.
-        ended: nobody looks after the resource any more, so that its status is told as the past.
+        last: number of actions.
+        now: s since the epoch; an obstacle that has expired by then is left out.
+        ended: the run that reconciled the resource has ended.
     """
     spec, metadata = manifest.get("spec") or {}, manifest.get("metadata") or {}
     status = Status.model_validate(manifest.get("status") or {})
@@ -95,35 +110,23 @@ def explain(
         name=str(metadata.get("name", "")),
         namespace=str(metadata.get("namespace", "default")),
         mode=mode,
-        state=status.tuning.state.value if status.tuning else "not looked at yet",
-        actions=_actions(status, records)[-last:] if last > 0 else (),
-        present=tuple(_present(status, ended)),
+        state=status.tuning.phase.value if status.tuning else "not reconciled yet",
+        actions=tuple(_action(entry) for entry in history_of(status, records)[-last:]) if last > 0 else (),
+        present=tuple(_present(status, str(metadata.get("name", "")))),
         why_not=tuple(_why_not(status, mode, now, ended)),
         ended=ended,
     )
 
 
-def _actions(status: Status, records: Sequence[Json]) -> tuple[Action, ...]:
-    """Whole records where they are kept, summaries of the status for the rest, by time."""
-    found = {
-        (item.id, item.outcome): (
-            from_rfc3339(item.at),
-            Action(item.id, item.at, item.rule, item.outcome, item.summary),
-        )
-        for item in status.decisions
-    }
-    for record in records:
-        moment = float(record["at"])
-        action = Action(
-            id=str(record["id"]),
-            at=to_rfc3339(int(moment)),
-            rule=str(record.get("rule", "")),
-            outcome=str(record["outcome"]),
-            summary=str(record.get("summary", "")),
-            details=tuple(_details(record)),
-        )
-        found[action.id, action.outcome] = (moment, action)
-    return tuple(action for _, action in sorted(found.values(), key=lambda pair: pair[0]))
+def _action(entry: Entry) -> Action:
+    return Action(
+        id=entry.id,
+        at=to_rfc3339(entry.at if entry.record is None else int(entry.at)),
+        rule=entry.rule,
+        outcome=entry.outcome,
+        summary=entry.summary,
+        details=() if entry.record is None else tuple(_details(entry.record)),
+    )
 
 
 def _details(record: Json) -> Iterable[str]:
@@ -131,7 +134,8 @@ def _details(record: Json) -> Iterable[str]:
         f"{c['knob']} {_value(c['before'])} -> {_value(c['after'])}" for c in record.get("changes") or ()
     ]
     if changes:
-        yield f"Changed: {', '.join(changes)}{_generation(record)}."
+        verb = _VERBS.get(str(record["outcome"]), "Changed")
+        yield f"{verb}: {', '.join(changes)}{_generation(record)}."
     if replicas := record.get("replicas"):
         yield f"Replicas: {replicas[0]} -> {replicas[1]}."
     diagnosis = record.get("diagnosis")
@@ -139,15 +143,18 @@ def _details(record: Json) -> Iterable[str]:
         yield f"Because: {_sentence(diagnosis.get('message') or diagnosis['reason'])}"
         if shares := _shares(diagnosis.get("stages") or ()):
             yield f"Stages: {shares}."
-    if record.get("canary_uid"):
-        controls = len(record.get("control_uids") or ())
-        yield f"Canary {record['canary_uid']}, compared with {controls} other {_plural(controls, 'engine')}."
+    if record.get("canary"):
+        controls = ", ".join(record.get("controls") or ()) or "its own past"
+        yield f"Canary {record['canary']}, compared with {controls}."
     for rejected in record.get("rejected") or ():
-        yield f"Not taken: {rejected['rule']}: {_sentence(rejected.get('message') or rejected['reason'])}"
+        yield f"Rejected: {rejected['rule']}: {_sentence(rejected.get('message') or rejected['reason'])}"
 
 
 def _generation(record: Json) -> str:
-    return f" (generation {record['generation']})" if record.get("generation") is not None else ""
+    if (generation := record.get("generation")) is None:
+        return ""
+    kept = record["outcome"] not in {"Reverted", "Aborted"}
+    return f" (generation {generation})" if kept else f" (back to generation {generation})"
 
 
 def _shares(stages: Iterable[Json]) -> str:
@@ -157,79 +164,76 @@ def _shares(stages: Iterable[Json]) -> str:
     )
 
 
-def _present(status: Status, ended: bool) -> Iterable[str]:
-    for state, told in (("Breached", "breached"), ("Infeasible", "out of reach")):
+def _present(status: Status, name: str) -> Iterable[str]:
+    for state, phrase in (("Breached", "breached"), ("Infeasible", "out of reach")):
         for item in status.objectives:
             if item.state == state:
-                yield f"{item.name} {'was' if ended else 'is'} {told} since {item.since}."
+                yield f"{item.name} is {phrase} since {to_rfc3339(item.since)}."
     if met := [item.name for item in status.objectives if item.state == "Met"]:
         yield f"Met: {', '.join(met)}."
     change = status.tuning.change if status.tuning else None
     if change is not None:
-        knobs = ", ".join(f"{c.knob} {c.before} -> {c.after}" for c in (*change.leading, *change.also))
-        where = f" on canary {change.canary_uid}" if change.canary_uid else ""
-        since = f"since {change.started_at}"
-        tries = "tried" if ended else "tries"
-        yield f"In flight: {change.id} {tries} {knobs}{where} for {change.objective}, {since}."
+        knobs = ", ".join(f"{c.knob} {_value(c.before)} -> {_value(c.after)}" for c in change.values)
+        where = f" on canary {change.canary.name}" if change.canary else ""
+        since = f"since {to_rfc3339(change.started_at)}"
+        yield f"In flight: {change.id} tries {knobs}{where} for {change.objective}, {since}."
+    for held in status.tuning.pending if status.tuning else ():
+        until, command = to_rfc3339(held.expires), f"kvpilot approve {name} {held.id}"
+        yield f"{held.id} ({held.rule}) waits for an approval until {until}: {command}."
     if status.config and status.config.overlay:
         knobs = ", ".join(
-            f"{o.knob} {o.value} (base {'default' if o.based_on == 'null' else o.based_on}, by {o.decision})"
+            f"{o.knob} {_value(o.value)} (base {_value(o.based_on)}, by {o.decision})"
             for o in status.config.overlay
         )
-        yield f"{'Differed' if ended else 'Differs'} from the base: {knobs}."
+        yield f"Differs from the base: {knobs}."
     if status.overrides:
         yield f"Overrides in force: {', '.join(status.overrides)}."
 
 
 def _why_not(status: Status, mode: str, now: float, ended: bool) -> Iterable[str]:
-    conditions = {item.type: item for item in status.conditions}
-    if status.tuning is None and not conditions:
-        if ended:
-            yield "kvpilot had not looked at this resource yet."
-        else:
-            yield "kvpilot has not looked at this resource yet: is the operator running?"
+    if status.tuning is None and not status.conditions:
+        yield "The resource is not reconciled yet" + ("." if ended else ": is the operator running?")
         return
-    ready = conditions.get("Ready")
+    ready = status.condition("Ready")
     if ready and ready.reason == "InvalidSpec":
-        yield f"The spec {'could not' if ended else 'cannot'} be used: {_sentence(ready.message)}"
-        return
+        yield f"The spec is invalid: {_sentence(ready.message)}"
+    elif ready and ready.status == "False":
+        since = to_rfc3339(ready.last_transition_time)
+        yield f"Replicas are not ready since {since}: {_sentence(ready.message)}"
     if mode == "Off":
-        did = "was Off: kvpilot measured and tuned" if ended else "is Off: kvpilot measures and tunes"
-        yield f"spec.tuning.mode {did} nothing."
+        yield "spec.tuning.mode is Off: kvpilot measures and changes nothing."
     elif mode == "Recommend":
-        did = "was Recommend: kvpilot said" if ended else "is Recommend: kvpilot says"
-        yield f"spec.tuning.mode {did} what it would do and {'tuned' if ended else 'tunes'} nothing."
-    yield from _obstacles(status, conditions, now, ended)
+        yield "spec.tuning.mode is Recommend: kvpilot recommends changes and makes none."
+    elif mode == "Approve":
+        yield "spec.tuning.mode is Approve: kvpilot makes the changes that somebody approves."
+    yield from _obstacles(status, now)
 
 
-def _obstacles(status: Status, conditions: Mapping[str, Any], now: float, ended: bool) -> Iterable[str]:
+def _obstacles(status: Status, now: float) -> Iterable[str]:
     tuning = status.tuning
-    holds = tuning.holds if tuning else ()
+    holds = [hold for hold in tuning.holds if hold.reason != SPEC_INVALID] if tuning else []
     for hold in holds:
         meaning = hold.message or _MEANING.get(hold.reason, "")
-        yield f"{hold.reason} since {hold.since}: {_sentence(meaning)}"
-    paused = conditions.get("Paused")
+        yield f"{hold.reason} since {to_rfc3339(hold.since)}: {_sentence(meaning)}"
+    paused = status.condition("Paused")
     if paused and paused.status == "True" and not any(hold.reason == "Paused" for hold in holds):
         yield _sentence(paused.message)
-    for kind in ("ActuatorConflict", "Infeasible", "EngineStalled"):
-        item = conditions.get(kind)
+    for kind in ("FieldManagerConflict", "Infeasible", "EngineStalled"):
+        item = status.condition(kind)
         if item and item.status == "True":
             yield f"{kind}: {_sentence(item.message)}"
-    if tuning and tuning.change is None and not holds:
-        slo = conditions.get("SLOMet")
-        if slo and slo.status == "True":
-            if ended:
-                yield "Every objective that could be judged was met: there was nothing to cure."
-            else:
-                yield "Every objective that can be judged is met: there is nothing to cure."
-        elif slo and slo.status == "Unknown":
+    slo = status.condition("SLOMet")
+    if slo and tuning and tuning.change is None and not holds:
+        if slo.status == "True":
+            yield "Every objective that can be judged is met: there is nothing to cure."
+        elif slo.status == "Unknown":
             yield _sentence(slo.message)
-    if tuning and tuning.cooldown_until and tuning.state.value == "Cooldown":
-        yield f"The last change {'was' if ended else 'is'} cooling down until {tuning.cooldown_until}."
-    for barred in tuning.barred if tuning else ():
-        if from_rfc3339(barred.until) <= now:
-            continue
-        yield f"{barred.knob} {barred.value} did harm or no good: not tried again before {barred.until}."
+    if tuning and tuning.cooldown_until and tuning.phase.value == "Cooldown":
+        yield f"The last change is cooling down until {to_rfc3339(tuning.cooldown_until)}."
+    for blocked in tuning.blocked_values if tuning else ():
+        if blocked.until > now:
+            what = f"{blocked.knob} {_value(blocked.value)}"
+            yield f"{what} harmed or did not help: blocked until {to_rfc3339(blocked.until)}."
 
 
 def _value(value: Any) -> str:
@@ -240,7 +244,3 @@ def _value(value: Any) -> str:
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
-
-
-def _plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"

@@ -1,4 +1,4 @@
-"""Arithmetic of configurations: base + overlay, candidates, and what an engine still has to be told."""
+"""Arithmetic of configurations: base, overlay, candidates, and what to push to an engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvpilot_operator.tuning.state import KnobChange, OverlayEntry
 DEFAULTS: Mapping[str, Any] = KVCacheConfig.model_validate({}, context=QUIET).model_dump(
     by_alias=True, mode="json"
 )
-"""What a field means that nobody gave (camelCase)."""
+"""Default of every field (camelCase)."""
 
 HOT_KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE if knob.hot)
 """Fields that an engine changes between two steps (camelCase)."""
@@ -26,7 +26,7 @@ HOT_FIELDS: frozenset[str] = frozenset(
 
 
 def value(config: Mapping[str, Any], name: str) -> Any:
-    """The value of a field (camelCase), its default when it was not given."""
+    """The value of a field (camelCase), or its default."""
     return config.get(name, DEFAULTS[name])
 
 
@@ -36,7 +36,7 @@ def effective(base: Mapping[str, Any], overlay: Iterable[OverlayEntry]) -> dict[
 
 
 def with_cold(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the fields that need a restart as the user has them: what the next pod starts with."""
+    """``config`` with the user's values of fields that need a restart: what the next pod starts with."""
     hot = {name: item for name, item in config.items() if name in HOT_FIELDS}
     return {**hot, **{name: item for name, item in base.items() if name not in HOT_FIELDS}}
 
@@ -49,18 +49,22 @@ def candidate(config: Mapping[str, Any], changes: Iterable[KnobChange]) -> dict[
 def kept_overlay(
     base: Mapping[str, Any], overlay: Iterable[OverlayEntry], bounds: Mapping[str, KnobBounds]
 ) -> tuple[tuple[OverlayEntry, ...], tuple[OverlayEntry, ...]]:
-    """Entries that still stand, and those that the user overtook: by another base value, or by bounds."""
+    """Entries that stay, and those that the user's edit drops: another base value, or other bounds.
+
+    A pin stays: it holds whatever the base is.
+    """
     entries = tuple(overlay)
     kept = tuple(
         entry
         for entry in entries
-        if base.get(entry.knob) == entry.based_on and within(bounds.get(entry.knob), entry.value)
+        if entry.pinned
+        or (base.get(entry.knob) == entry.based_on and within(bounds.get(entry.knob), entry.value))
     )
     return kept, tuple(entry for entry in entries if entry not in kept)
 
 
 def within(bounds: KnobBounds | None, item: Any) -> bool:
-    """True when a value is one that the resource allows; flags and choices have no order."""
+    """True if the bounds allow a value; flags and choices have no order."""
     if bounds is None or isinstance(item, bool) or not isinstance(item, int | float):
         return True
     low = bounds.minimum if bounds.minimum is not None else item
@@ -71,17 +75,17 @@ def within(bounds: KnobBounds | None, item: Any) -> bool:
 def overlay_with(
     base: Mapping[str, Any], overlay: Iterable[OverlayEntry], changes: Iterable[KnobChange], decision: str
 ) -> tuple[OverlayEntry, ...]:
-    """The overlay after a promotion. A knob that is back at the user's value leaves it."""
-    entries = {entry.knob: entry for entry in overlay}
+    """The overlay after a promotion. A knob that has the user's value again leaves it."""
+    given = tuple(overlay)
+    entries = {entry.knob: entry for entry in given if not entry.pinned}
     for change in changes:
         entries[change.knob] = OverlayEntry(change.knob, base.get(change.knob), change.after, decision)
-    return tuple(
-        entry for entry in entries.values() if entry.knob not in base or base[entry.knob] != entry.value
-    )
+    tuned = (e for e in entries.values() if e.knob not in base or base[e.knob] != e.value)
+    return (*tuned, *(entry for entry in given if entry.pinned))
 
 
 def overlay_between(base: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[OverlayEntry, ...]:
-    """The overlay that a lost status must have held, for knobs only: what else differs is the user's edit."""
+    """The overlay that a lost status held, for knobs only: other differences are the user's edit."""
     return tuple(
         OverlayEntry(name, base.get(name), config[name], "")
         for name in HOT_KNOBS
@@ -89,18 +93,27 @@ def overlay_between(base: Mapping[str, Any], config: Mapping[str, Any]) -> tuple
     )
 
 
+def is_valid(config: Mapping[str, Any]) -> bool:
+    """True if an engine would accept the configuration."""
+    try:
+        KVCacheConfig.model_validate(dict(config), context=QUIET)
+    except ValueError:
+        return False
+    return True
+
+
 def runs(engine: EngineView, generation: int, config: Mapping[str, Any]) -> bool:
-    """True when an engine runs that configuration, as far as it can without a restart."""
+    """True if an engine runs that configuration, as far as it can without a restart."""
     return engine.generation == generation and all(
         value(engine.config, name) == config[name] for name in HOT_KNOBS if name in config
     )
 
 
 def to_push(engine: EngineView, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine is told: the whole configuration, and the default of hot fields it no longer contains.
+    """What to push: the whole configuration, and the default of hot fields that it no longer contains.
 
-    Fields that need a restart are told as the engine has them: they come with the next start of the pod, and
-    must not make it refuse the rest.
+    Fields that need a restart are pushed as the engine has them: they take effect at the next start of the
+    pod, and must not make the engine refuse the others.
     """
     gone = {
         name: DEFAULTS[name]

@@ -1,58 +1,113 @@
-"""One look: what was observed and what was made of it; and the draft of the decision that follows."""
+"""Context of one decision, and the draft that its steps complete."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
-from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected
-from kvpilot_operator.tuning.objectives import judged_window
-from kvpilot_operator.tuning.observation import Counts, Observation, Pod
+from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.objectives import judged_window, rates
+from kvpilot_operator.tuning.assess.outliers import Outlier
+from kvpilot_operator.tuning.assess.trust import Trust
+from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected, WriteConfig
+from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation, ObservedReplica
 from kvpilot_operator.tuning.policy import Policy
-from kvpilot_operator.tuning.state import Hold, KnobChange, Phase, Told, TuningState
+from kvpilot_operator.tuning.state import (
+    MAX_REPORTED,
+    Change,
+    Hold,
+    KnobChange,
+    Phase,
+    Reported,
+    TuningState,
+)
 
 Traffic = Literal["Busy", "NoTraffic", "Stalled"]
 
+OVERLOAD = 1.05
+"""Arrivals over completions from which on queues grow for more than chance."""
+
+Scope = Literal["everywhere", "canary", "replicas"]
+"""Where a remedy acts: on all replicas at once, on a canary first, or on the number of replicas."""
+
 
 @dataclass(frozen=True)
-class Look:
-    """Everything that the steps of a decision share. ``untrusted`` is set while the data cannot be used."""
+class Context:
+    """Everything that the steps of a decision share.
+
+    Attributes:
+        measured: the observation with the replicas that can be compared: trusted ones without outliers.
+        now: s since the epoch.
+        trust: which replicas can be trusted, and what that permits.
+        outliers: replicas that differ from the others by themselves.
+        objectives: of all trusted replicas; ``curable`` are those of the comparable ones.
+        stalled: replicas at which requests arrive and none ends, as a clause; "" without one.
+        infeasible: which target is out of reach and why; "" without one.
+    """
 
     observation: Observation
+    measured: Observation
     policy: Policy
     now: float
-    untrusted: Hold | None
+    trust: Trust
+    outliers: tuple[Outlier, ...]
     traffic: Traffic
     objectives: tuple[Objective, ...]
+    curable: tuple[Objective, ...]
     diagnosis: Diagnosis
     stalled: str = ""
     infeasible: str = ""
 
     @property
-    def ready(self) -> tuple[Pod, ...]:
-        """Pods that serve."""
+    def everyone(self) -> tuple[ObservedReplica, ...]:
+        """Replicas that serve, whether they can be measured or not."""
         return self.observation.ready
 
     @property
+    def ready(self) -> tuple[ObservedReplica, ...]:
+        """Replicas that serve and can be compared."""
+        return self.measured.ready
+
+    @property
+    def behind(self) -> tuple[ObservedReplica, ...]:
+        """Replicas that run an older configuration than the promoted one, though they answer."""
+        known = 0 if self.observation.promoted is None else self.observation.promoted.generation
+        return tuple(r for r in self.everyone if r.engine is not None and r.engine.generation < known)
+
+    @property
+    def current(self) -> tuple[ObservedReplica, ...]:
+        """Trusted replicas that are not behind: on them shows what the configuration does."""
+        behind = {replica.uid for replica in self.behind}
+        return tuple(replica for replica in self.trust.trusted if replica.uid not in behind)
+
+    @property
+    def overloaded(self) -> bool:
+        """True if more requests arrive than are completed in the short window, so that queues grow."""
+        arrivals, completed = rates(self.measured, "short")
+        return arrivals > OVERLOAD * completed
+
+    @property
     def short(self) -> Counts:
-        """The short window over all ready pods."""
-        return self.observation.counts("short")
+        """The short window over all ready replicas."""
+        return self.measured.counts("short")
 
     @property
     def long(self) -> Counts:
-        """The long window over all ready pods."""
-        return self.observation.counts("long")
+        """The long window over all ready replicas."""
+        return self.measured.counts("long")
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The last known good configuration."""
+        """The promoted configuration."""
         return self.observation.promoted.config if self.observation.promoted is not None else {}
 
     @property
     def memory(self) -> float:
-        """The highest memory ratio of any ready pod."""
-        return max((p.sample.gauges.memory_ratio for p in self.ready if p.sample is not None), default=0.0)
+        """The highest memory ratio of the current replicas, of all trusted ones if none is."""
+        samples = (replica.sample for replica in self.current or self.trust.trusted)
+        return max((sample.gauges.memory_ratio for sample in samples if sample is not None), default=0.0)
 
     @property
     def waiting(self) -> float:
@@ -61,99 +116,158 @@ class Look:
 
     @property
     def draining(self) -> bool:
-        """True when the engines work off their queues, and at this rate will be done within a long window.
+        """True if the queues shrink and at this rate are empty within a long window.
 
-        Requests that end then have waited as long as the backlog was: they tell how it was, not how it is.
+        Requests that end meanwhile waited in the backlog: their latency shows how it was, not how it is.
         """
-        window = judged_window(self.observation)
-        counts = [pod.sample.windows.get(window, Counts()) for pod in self.ready if pod.sample is not None]
-        drained = sum((c.judged - c.arrivals) / c.pod_seconds for c in counts if c.pod_seconds > 0)
+        window = judged_window(self.measured)
+        counts = [
+            replica.sample.windows.get(window, NO_COUNTS)
+            for replica in self.ready
+            if replica.sample is not None
+        ]
+        drained = sum((c.judged - c.arrivals) / c.replica_seconds for c in counts if c.replica_seconds > 0)
         return 0 < self.waiting <= drained * self.policy.pace.long
 
     def breached(self, name: str) -> bool:
-        """True when both windows show a breach of that objective."""
-        return any(item.name == name and item.state == "Breached" for item in self.objectives)
+        """True if the comparable replicas breach that objective."""
+        return any(item.name == name and item.state == "Breached" for item in self.curable)
 
     @property
     def serving_badly(self) -> bool:
-        """True when an objective is breached that requests feel."""
-        return any(
-            item.state == "Breached" and item.name not in {"memory", "hitRate"} for item in self.objectives
+        """True if an objective is breached that requests feel."""
+        return any(item.state == "Breached" and item.kind.felt for item in self.curable)
+
+    @property
+    def blocks(self) -> tuple[tuple[str, str], ...]:
+        """Why no change may begin now: reasons and messages, the most important one first."""
+        seen = self.observation
+        found = (
+            (reasons.KILL_SWITCH, seen.fleet.off) if seen.fleet.off else None,
+            self.trust.too_few,
+            (reasons.ROLLING_OUT, "the workload replaces its pods") if seen.rolling_out else None,
+            (reasons.PAUSED, f"override {seen.paused_by} is in force") if seen.paused_by else None,
+            (reasons.SPEC_INVALID, seen.spec_error) if seen.spec_error else None,
         )
+        return tuple(item for item in found if item is not None)
+
+    @property
+    def relief_blocks(self) -> tuple[tuple[str, str], ...]:
+        """Why not even more capacity or relief of memory may be asked for."""
+        lifted = {reasons.ROLLING_OUT}
+        if self.trust.nothing is None and self.trust.too_few is not None:
+            lifted.add(self.trust.too_few[0])
+        return tuple(item for item in self.blocks if item[0] not in lifted)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A decision in the making. Every step returns the next one."""
+    """The decision as far as it is made. Every step returns the next draft."""
 
     state: TuningState
     actions: tuple[Action, ...] = ()
     records: tuple[Record, ...] = ()
     holds: tuple[Hold, ...] = ()
-    again: bool = False
+    deciding: str = ""
+    """The earlier decision that the next record continues; "" without one."""
 
     def with_state(self, **changes: Any) -> Draft:
         """The draft with fields of the state replaced."""
         return replace(self, state=replace(self.state, **changes))
 
     def acting(self, *actions: Action) -> Draft:
-        """The draft with more to do."""
+        """The draft with more actions."""
         return replace(self, actions=(*self.actions, *actions))
 
-    def held(self, look: Look, reason: str, message: str) -> Draft:
-        """The draft with one more reason why nothing is done; a reason that goes on keeps its beginning."""
+    def held(self, context: Context, reason: str, message: str) -> Draft:
+        """The draft with one more reason why no change is made; a reason that continues keeps its start."""
         if any(hold.reason == reason for hold in self.holds):
             return self
-        since = next((hold.since for hold in self.state.holds if hold.reason == reason), look.now)
+        since = next((hold.since for hold in self.state.holds if hold.reason == reason), context.now)
         return replace(self, holds=(*self.holds, Hold(reason, message, since)))
 
     @property
     def acted(self) -> bool:
-        """True when this look already decided something: one action per look."""
-        return bool(self.records)
+        """True if this decision has a record or writes a configuration: one change per decision."""
+        return bool(self.records) or any(isinstance(action, WriteConfig) for action in self.actions)
 
     @property
     def next_id(self) -> str:
         """The identity that the next record gets."""
-        return f"d-{self.state.next_decision:04d}"
+        return self.deciding or f"d-{self.state.next_decision:04d}"
 
-    def recorded(self, look: Look, **fields: Any) -> Draft:
-        """The draft with one more record. An ``id`` that is given continues an earlier decision."""
-        given = "id" in fields
+    def continuing(self, decision: str) -> Draft:
+        """The draft whose next record continues an earlier decision."""
+        return replace(self, deciding=decision)
+
+    def new_change(self, context: Context, proposal: Proposal, **fields: Any) -> Change:
+        """The change that a proposal becomes: the next decision, epoch and generation, from now on."""
+        return Change(
+            id=self.next_id,
+            rule=proposal.rule,
+            values=proposal.values,
+            epoch=self.state.epoch + 1,
+            generation=self.state.last_generation + 1,
+            started_at=context.now,
+            phase_since=context.now,
+            objective=proposal.objective,
+            predicted_gain=proposal.predicted_gain,
+            ratio=proposal.ratio,
+            **fields,
+        )
+
+    def beginning(self, phase: Phase, change: Change) -> Draft:
+        """The draft with a new change in flight."""
+        return self.with_state(
+            phase=phase, change=change, epoch=change.epoch, last_generation=change.generation
+        )
+
+    def recorded(self, context: Context, **fields: Any) -> Draft:
+        """The draft with one more record. A given ``id`` continues an earlier decision."""
+        given = "id" in fields or self.deciding
         record = Record(
             **{
                 "id": self.next_id,
-                "at": look.now,
-                "diagnosis": look.diagnosis,
-                "objectives": look.objectives,
+                "at": context.now,
+                "diagnosis": context.diagnosis,
+                "objectives": context.objectives,
                 **fields,
             }
         )
         number = self.state.next_decision + (0 if given else 1)
-        return replace(self, records=(*self.records, record)).with_state(next_decision=number)
+        deciding = self.deciding if "id" in fields else ""
+        draft = replace(self, records=(*self.records, record), deciding=deciding)
+        return draft.with_state(next_decision=number)
 
-    def told_once(self, look: Look, key: str, **fields: Any) -> Draft:
-        """The draft with a record of something that is only advised, once per ten cooldowns."""
-        if any(item.key == key for item in self.state.told):
+    def reporting(self, context: Context, key: str) -> Draft:
+        """The draft that remembers that ``key`` was reported now."""
+        others = (item for item in self.state.reported if item.key != key)
+        return self.with_state(reported=(*others, Reported(key, context.now))[-MAX_REPORTED:])
+
+    def report_once(self, context: Context, key: str, **fields: Any) -> Draft:
+        """The draft with a record without an action, unless ``key`` was reported (see ``decide.forget``)."""
+        if any(item.key == key for item in self.state.reported):
             return self
-        told = (*self.state.told, Told(key, look.now))[-MOST_TOLD:]
-        return self.recorded(look, **fields).with_state(told=told)
+        return self.recorded(context, **fields).reporting(context, key)
 
 
-MOST_TOLD = 16
-TOLD_COOLDOWNS = 10
+REPORT_COOLDOWNS = 10
 """A recommendation that still stands is repeated after so many cooldowns."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One candidate change.
+    """One candidate change, of knobs or of the number of replicas.
 
     Attributes:
-        values: the leading knob first.
-        objective: what it shall cure; its measure is what the verdict compares.
+        values: the leading knob first; () for replicas.
+        objective: what it should cure; the verdict compares its measure. "" for replicas.
         predicted_gain: relative fall of that measure, 0 to 1.
         message: one clause with figures, for the record.
+        replicas: their number before and after; None for knobs.
+        ratio: predicted step rate over the present one, above 1 for what adds capacity; below 1 the least
+            that is left by what gives some up; 0 for what should leave it as it is.
+        measure: what the arms are compared by, if that is not capacity or the objective's own measure.
     """
 
     rule: str
@@ -161,40 +275,83 @@ class Proposal:
     objective: str
     predicted_gain: float
     message: str
+    replicas: tuple[int, int] | None = None
+    ratio: float = 0.0
+    measure: str = ""
 
     @property
-    def told(self) -> str:
-        """The change in words: ``numWorkers 2 -> 8, batchSize 2 -> 8``."""
-        return told_changes(self.values)
+    def summary(self) -> str:
+        """The change in words: ``numWorkers 2 -> 8, batchSize 2 -> 8`` or ``replicas 3 -> 4``."""
+        if self.replicas is not None:
+            return f"replicas {self.replicas[0]} -> {self.replicas[1]}"
+        return format_changes(self.values)
+
+    @property
+    def promise(self) -> str:
+        """The predicted gain as a clause; "" without one."""
+        return f", predicted gain {self.predicted_gain:.0%}" if self.predicted_gain else ""
+
+    @property
+    def sentence(self) -> str:
+        """The message as the beginning of a sentence."""
+        return sentence(self.message)
+
+
+Found = Proposal | tuple[str, str]
+"""What a remedy finds: a proposal, or the reason and the message of its rejection."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the rules say: the cheapest proposal that promises relief, and why the others do not."""
+    """What the remedies propose: the first proposal of each scope that stands, and why the others do not.
 
-    proposal: Proposal | None = None
+    Attributes:
+        everywhere: made on all replicas at once.
+        canary: proven on a canary first.
+        replicas: another number of replicas.
+    """
+
+    everywhere: Proposal | None = None
+    canary: Proposal | None = None
+    replicas: Proposal | None = None
     rejected: tuple[Rejected, ...] = ()
 
+    def with_proposal(self, scope: Scope, proposal: Proposal) -> Plan:
+        """The plan with the proposal of one scope."""
+        match scope:
+            case "everywhere":
+                return replace(self, everywhere=proposal)
+            case "canary":
+                return replace(self, canary=proposal)
+            case "replicas":
+                return replace(self, replicas=proposal)
 
-def told_changes(values: tuple[KnobChange, ...]) -> str:
+
+def sentence(text: str) -> str:
+    """A clause as the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def format_changes(values: tuple[KnobChange, ...]) -> str:
     """A change in words."""
-    return ", ".join(f"{v.knob} {told_value(v.before)} -> {told_value(v.after)}" for v in values)
+    return ", ".join(f"{v.knob} {format_value(v.before)} -> {format_value(v.after)}" for v in values)
 
 
-def told_value(value: Any) -> str:
-    """A value as people write it."""
+def format_value(value: Any) -> str:
+    """A knob's value as users write it."""
     if value is None:
         return "unset"
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def at_text(seconds: float) -> str:
+    """A time (s since the epoch) as people read it: to the minute, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 IN_FLIGHT = frozenset(
     {Phase.CANARY, Phase.SETTLE, Phase.VERIFY, Phase.PROMOTE, Phase.REVERT, Phase.EMERGENCY}
 )
-"""Phases that only a change in flight has."""
+"""Phases of a change in flight."""

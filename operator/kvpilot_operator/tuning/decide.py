@@ -1,6 +1,6 @@
-"""``decide``: the whole of a decision, as a list of verbs. Pure, and the same everywhere.
+"""``decide``: the steps of a decision. Pure.
 
-The operator, local mode, the simulations and the property tests call this one function.
+The operator, local mode, the backtest and the property tests call this one function.
 """
 
 from __future__ import annotations
@@ -8,256 +8,322 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.adoption import adopt_edit, remember
-from kvpilot_operator.tuning.canary import advance, enough_exposure, start
+from kvpilot_operator.tuning.assess.capacity import measured as capacity_of
+from kvpilot_operator.tuning.assess.diagnosis import diagnose
+from kvpilot_operator.tuning.assess.guards import SIX_HOURS
+from kvpilot_operator.tuning.assess.objectives import ceiling, judge, judged_window
+from kvpilot_operator.tuning.assess.outliers import outliers
+from kvpilot_operator.tuning.assess.reachable import Unreachable, unreachable
+from kvpilot_operator.tuning.assess.trust import is_stalled, no_traffic, trust
+from kvpilot_operator.tuning.base_change import adopt_edit, remember
 from kvpilot_operator.tuning.configuration import (
     candidate,
     runs,
     to_push,
-    value,
 )
-from kvpilot_operator.tuning.decision import Decision, Objective, Push
-from kvpilot_operator.tuning.diagnosis import diagnose
-from kvpilot_operator.tuning.emergency import relieve
-from kvpilot_operator.tuning.guards import SIX_HOURS, distrust, no_traffic, stalled_pods
-from kvpilot_operator.tuning.look import (
+from kvpilot_operator.tuning.context import (
     IN_FLIGHT,
-    TOLD_COOLDOWNS,
+    REPORT_COOLDOWNS,
+    Context,
     Draft,
-    Look,
     Plan,
     Proposal,
-    told_value,
 )
-from kvpilot_operator.tuning.objectives import backlog_gone, ceiling, judge
-from kvpilot_operator.tuning.observation import Observation, Pod
+from kvpilot_operator.tuning.decision import Decision, Objective, Push, Rejected
+from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, advance, enough_exposure, start
+from kvpilot_operator.tuning.experiment.emergency import begin_emergency
+from kvpilot_operator.tuning.experiment.watch import watch
+from kvpilot_operator.tuning.observation import Observation, ObservedReplica
+from kvpilot_operator.tuning.permission.approval import review
+from kvpilot_operator.tuning.permission.budgets import charge, overspent
+from kvpilot_operator.tuning.permission.generations import note_generation, roll_back
+from kvpilot_operator.tuning.permission.modes import carry_out, recommend, revoke
+from kvpilot_operator.tuning.permission.overrides import forget_ended
+from kvpilot_operator.tuning.permission.pins import keep_pins
+from kvpilot_operator.tuning.permission.windows import closed, in_force
 from kvpilot_operator.tuning.policy import Policy
-from kvpilot_operator.tuning.rules import consider
-from kvpilot_operator.tuning.scaling import size, why_not_more
-from kvpilot_operator.tuning.state import Change, Hold, Phase, Told, TuningState
-
-MET_AGAIN = 3
-"""Looks in a row with every latency objective met and no backlog that mean "met again"."""
+from kvpilot_operator.tuning.replicas import BOOST_DECAY, keep_bounds, recycle_outlier, scale
+from kvpilot_operator.tuning.rules.order import consider
+from kvpilot_operator.tuning.state import MAX_HOLDS, Change, Phase, Reported, TuningState
 
 INFEASIBLE = "infeasible"
-"""Key under which it is remembered that the infeasible target was told."""
+"""Key under which the state remembers that the infeasible target was reported."""
+
+UNRELATED = frozenset({reasons.NOT_AT_FAULT, reasons.NOT_EFFECTIVE})
+"""Rejections that do not explain why a breach stands."""
 
 
 def decide(observation: Observation, state: TuningState, policy: Policy, now: float) -> Decision:
-    """What to do now, given what was observed and what is remembered.
+    """Decide what to do now.
 
-    Level-triggered and idempotent: an observation that shows the effect of the last actions leads on, one
-    that does not asks for them again, and one with nothing to do changes nothing.
+    Level-triggered and idempotent: an observation that shows the effect of the last actions moves the state
+    on, one that does not repeats the actions, and one with nothing to do changes nothing.
     """
-    look = examine(observation, policy, now)
-    draft = remember(look, Draft(state))
-    draft = forget(look, draft)
-    draft = hold(look, draft)
-    draft = advance(look, draft)
-    draft = adopt_edit(look, draft)
-    draft = relieve(look, draft)
-    plan = consider(look, draft.state) if look.untrusted is None else Plan()
-    draft = size(look, draft, plan)
-    draft = propose(look, draft, plan)
-    draft = converge(look, draft)
-    return conclude(look, draft, state)
+    context = assess(observation, policy, now)
+    draft = remember(context, Draft(state))
+    draft = forget(context, draft)
+    draft = hold(context, draft)
+    draft = note_generation(context, draft)
+    draft = revoke(context, draft)
+    draft = advance(context, draft)
+    draft = watch(context, draft)
+    draft = keep_pins(context, draft)
+    draft = roll_back(context, draft)
+    draft = adopt_edit(context, draft)
+    draft = keep_bounds(context, draft)
+    draft = propose(context, draft, consider(context, draft.state))
+    draft = recycle_outlier(context, draft)
+    draft = charge(context, draft)
+    draft = converge(context, draft)
+    return conclude(context, draft, state)
 
 
-def examine(observation: Observation, policy: Policy, now: float) -> Look:
-    """Judge what was observed: can it be trusted, what is breached, and why."""
-    found = distrust(observation, policy)
-    untrusted = None if found is None else Hold(*found, since=now)
-    objectives = judge(observation, policy.objectives, trusted=untrusted is None)
-    idle = untrusted is None and no_traffic(observation)
-    stalled = stalled_pods(observation) if untrusted is None else ()
-    trusted = observation if untrusted is None else replace(observation, pods=())
-    return Look(
+def assess(observation: Observation, policy: Policy, now: float) -> Context:
+    """Assess the observation: which data can be trusted, what is breached, and why."""
+    policy = in_force(policy, now)
+    found = trust(observation, policy)
+    trusted = _with_replicas(observation, {replica.uid for replica in found.trusted})
+    # A replica that runs a candidate differs because of it.
+    promoted = observation.promoted.generation if observation.promoted is not None else 0
+    alike = [r for r in found.trusted if r.engine is not None and r.engine.generation == promoted]
+    apart = outliers(alike)
+    measured = _with_replicas(trusted, {r.uid for r in found.trusted} - {item.uid for item in apart})
+    counts = measured.counts(judged_window(measured))
+    beyond = unreachable(counts, capacity_of(measured), policy.objectives) if found.nothing is None else ()
+    objectives, curable = (
+        _with_unreachable(judge(seen, policy.objectives, trusted=found.nothing is None), beyond)
+        for seen in (trusted, measured)
+    )
+    stalled = sorted(r.name for r in observation.ready if is_stalled(r)) if found.nothing is None else []
+    idle = found.nothing is None and not stalled and no_traffic(trusted)
+    return Context(
         observation=observation,
+        measured=measured,
         policy=policy,
         now=now,
-        untrusted=untrusted,
+        trust=found,
+        outliers=apart,
         traffic="NoTraffic" if idle else "Stalled" if stalled else "Busy",
         objectives=objectives,
-        diagnosis=diagnose(trusted, objectives, policy.objectives.signal, idle=idle),
+        curable=curable,
+        diagnosis=diagnose(measured, curable, policy.objectives.signal, idle=idle),
         stalled=f"requests arrive at {', '.join(stalled)} and none ends" if stalled else "",
-        infeasible=_infeasible(observation, policy, objectives),
+        infeasible=_infeasible(measured, policy, curable, beyond),
     )
 
 
-def _infeasible(observation: Observation, policy: Policy, objectives: tuple[Objective, ...]) -> str:
-    if not any(item.state == "Infeasible" for item in objectives):
-        return ""
-    top = ceiling(observation.counts("long")) or 0.0
-    # Rounded to 5 points, so that the sentence stands still.
-    return (
-        f"hitRate: {policy.objectives.hit_rate:.0%} is asked for, and an infinite cache would reach about "
-        f"{round(top * 20) / 20:.0%} with this traffic; lower the target"
+def _with_replicas(observation: Observation, uids: set[str]) -> Observation:
+    """The observation with these of its ready replicas; itself if they are all."""
+    if len(uids) == len(observation.ready):
+        return observation
+    kept = (r for r in observation.replicas if not r.ready or r.terminating or r.uid in uids)
+    return replace(observation, replicas=tuple(kept))
+
+
+def _infeasible(
+    observation: Observation,
+    policy: Policy,
+    objectives: tuple[Objective, ...],
+    beyond: tuple[Unreachable, ...],
+) -> str:
+    """Which targets are out of reach, and what could be reached; rounded, so that it seldom changes."""
+    parts = []
+    states = {item.name: item.state for item in objectives}
+    for item in beyond:
+        if states.get(item.name) != "Infeasible":
+            continue
+        least = item.reachable_s
+        reach = "" if least is None else f"; about {least * 1000:g} ms could be reached"
+        parts.append(
+            f"{item.name}: {item.edge_s * 1000:g} ms is asked for, and an engine with no other request takes "
+            f"longer for these{reach}"
+        )
+    if states.get("hitRate") == "Infeasible":
+        top = ceiling(observation.counts("long")) or 0.0
+        parts.append(
+            f"hitRate: {policy.objectives.hit_rate:.0%} is asked for, and an infinite cache would reach "
+            f"about {round(top * 20) / 20:.0%} with this traffic"
+        )
+    return f"{'; '.join(parts)}; relax the target" if parts else ""
+
+
+def _with_unreachable(
+    objectives: tuple[Objective, ...], beyond: tuple[Unreachable, ...]
+) -> tuple[Objective, ...]:
+    """Breached latency objectives that no change could cure are infeasible."""
+    names = {item.name for item in beyond}
+    return tuple(
+        replace(item, state="Infeasible", severity="")
+        if item.name in names and item.state == "Breached"
+        else item
+        for item in objectives
     )
 
 
-def forget(look: Look, draft: Draft) -> Draft:
-    """Drop what has expired."""
-    state, now = draft.state, look.now
+def forget(context: Context, draft: Draft) -> Draft:
+    """Drop expired entries of the state."""
+    draft = forget_ended(context, draft)
+    state, now = draft.state, context.now
     return draft.with_state(
-        barred=tuple(item for item in state.barred if item.until > now),
+        blocked_values=tuple(item for item in state.blocked_values if item.until > now),
         reversals=tuple(item for item in state.reversals if item.at > now - SIX_HOURS),
-        told=tuple(item for item in state.told if _still_told(item, look)),
+        reported=tuple(item for item in state.reported if _still_reported(item, context)),
     )
 
 
-def _still_told(item: Told, look: Look) -> bool:
-    """What cannot be cured is told once for as long as it stands; advice is repeated now and then."""
+def _still_reported(item: Reported, context: Context) -> bool:
+    """An infeasible target is reported once while it stands; a recommendation is repeated after a time."""
     if item.key == INFEASIBLE:
-        hit_rate = next((one.state for one in look.objectives if one.name == "hitRate"), "Unknown")
-        return hit_rate in {"Infeasible", "Unknown"}
-    return item.at > look.now - TOLD_COOLDOWNS * look.policy.pace.cooldown
+        return (
+            not context.objectives
+            or any(one.state == "Infeasible" for one in context.objectives)
+            or all(one.state == "Unknown" for one in context.objectives)
+        )
+    return item.at > context.now - REPORT_COOLDOWNS * context.policy.pace.cooldown
 
 
-def hold(look: Look, draft: Draft) -> Draft:
-    """Say why nothing new may begin."""
-    observation = look.observation
-    if look.untrusted is not None:
-        draft = draft.held(look, look.untrusted.reason, look.untrusted.message)
-    if look.stalled:
-        draft = draft.held(look, reasons.STALLED, look.stalled)
-    if observation.rolling_out:
-        draft = draft.held(look, reasons.ROLLING_OUT, "the workload replaces its pods")
-    if observation.paused_by:
-        draft = draft.held(look, reasons.PAUSED, f"override {observation.paused_by} is in force")
+def hold(context: Context, draft: Draft) -> Draft:
+    """Say why no change may begin."""
+    for reason, message in context.blocks:
+        draft = draft.held(context, reason, message)
+    promoted = context.observation.promoted
+    number = 0 if promoted is None else promoted.generation
+    since = next((item.at for item in draft.state.generations if item.number == number), context.now)
+    late = context.now - since > PUSH_LIMIT * context.policy.pace.settle
+    if late and context.behind and draft.state.change is None:
+        draft = _held_by_those_behind(context, draft)
     return draft
 
 
-def propose(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
-    """Begin the cheapest experiment that promises relief, or say why none is begun."""
-    policy, state = look.policy, draft.state
-    blocking = [item for item in draft.holds if item.reason != reasons.ACTUATOR_CONFLICT]
-    if policy.mode == "Off" or state.change is not None or blocking:
+def _held_by_those_behind(context: Context, draft: Draft) -> Draft:
+    """Arms must not differ by a push that one did not take, and no promotion would reach it."""
+    names = ", ".join(sorted(replica.name for replica in context.behind))
+    message = f"{names}: runs an older generation; the promoted one is pushed at every reconcile"
+    return draft.held(context, reasons.REPLICA_BEHIND, message)
+
+
+def propose(context: Context, draft: Draft, plan: Plan) -> Draft:
+    """Carry out what the remedies propose: relief everywhere, then capacity, then an experiment."""
+    draft = review(context, draft, plan)
+    if plan.everywhere is not None and not draft.acted:
+        draft = carry_out(context, draft, plan.everywhere, plan.rejected, begin_emergency, urgent=True)
+    if plan.replicas is not None:
+        decay = plan.replicas.rule == BOOST_DECAY
+        draft = carry_out(context, draft, plan.replicas, plan.rejected, scale, urgent=decay)
+    return _experiment(context, draft, plan)
+
+
+def _experiment(context: Context, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
+    """Begin the cheapest experiment that promises relief, or say why none begins."""
+    policy, state, proposal = context.policy, draft.state, plan.canary
+    if policy.mode == "Off" or state.change is not None or context.blocks:
         return draft
-    if look.now < state.cooldown_until:
-        return draft.held(look, reasons.COOLDOWN, "the last change ended a short while ago")
+    if state.watch is not None:
+        return draft.held(context, reasons.WATCHING, "the last change is still compared with before")
+    if context.now < state.cooldown_until:
+        return draft.held(context, reasons.COOLDOWN, "the last change ended a short while ago")
+    if context.behind:
+        return _held_by_those_behind(context, draft)
+    if policy.acts and (why := closed(policy, context.now)):
+        return draft.held(context, reasons.OUTSIDE_WINDOW, why)
     if draft.acted:
         return draft
-    if look.diagnosis.stage and look.draining:
-        # What ends in the short window after that has waited in the backlog as well.
-        draft = draft.with_state(cooldown_until=look.now + policy.pace.short)
-        return draft.held(look, reasons.DRAINING, "the backlog is being worked off, and goes by itself")
-    if plan.proposal is None:
-        return _no_remedy(look, draft, plan)
-    alone = len(look.ready) == 1 and policy.single_replica == "Recommend"
-    if policy.mode == "Recommend" or alone:
-        draft = _recommend(look, draft, plan.proposal, plan)
-        if policy.mode == "Recommend":
-            return draft
-        message = (
-            "one replica has nothing to be compared with; spec.tuning.singleReplica: BeforeAfter allows it"
+    if context.diagnosis.stage and context.draining:
+        # Requests that end during the next short window waited in the backlog as well.
+        draft = draft.with_state(cooldown_until=context.now + policy.pace.short)
+        message = "the backlog is draining; no change until it is empty"
+        return draft.held(context, reasons.DRAINING, message)
+    if proposal is None:
+        return _no_remedy(context, draft, plan)
+    if policy.acts and len(context.ready) == 1 and policy.single_replica == "Recommend":
+        message = "one replica has no controls; spec.tuning.singleReplica: BeforeAfter allows a change"
+        draft = recommend(context, draft, proposal, plan.rejected)
+        return draft.held(context, reasons.SINGLE_REPLICA, message)
+    if policy.acts and proposal.objective != "memory" and not enough_exposure(context):
+        message = f"fewer than {policy.pace.requests_per_arm} requests per replica come in time for a verdict"
+        return draft.held(context, reasons.TOO_LITTLE_EXPOSURE, message)
+
+    def begin(context: Context, draft: Draft, proposal: Proposal) -> Draft:
+        waits = context.observation.fleet.waits or overspent(context, draft.state, proposal)
+        if waits is not None:
+            return draft.held(context, *waits)
+        return start(context, draft, proposal, plan.rejected)
+
+    return carry_out(context, draft, proposal, plan.rejected, begin)
+
+
+def _no_remedy(context: Context, draft: Draft, plan: Plan) -> Draft:
+    """Say why a breach is left alone."""
+    if context.infeasible:
+        draft = draft.report_once(
+            context, INFEASIBLE, rule="objectives", outcome="Infeasible", summary=f"{context.infeasible}."
         )
-        return draft.held(look, reasons.SINGLE_REPLICA, message)
-    if plan.proposal.objective != "memory" and not enough_exposure(look):
-        least = policy.pace.requests_per_arm
-        return draft.held(
-            look,
-            reasons.TOO_LITTLE_EXPOSURE,
-            f"fewer than {least} requests per engine come in time for a verdict",
-        )
-    return start(look, draft, plan.proposal, plan)
-
-
-def _recommend(look: Look, draft: Draft, proposal: Proposal, plan: Plan) -> Draft:
-    values = ",".join(f"{item.knob}={told_value(item.after)}" for item in proposal.values)
-    return draft.told_once(
-        look,
-        f"{proposal.rule}:{values}",
-        rule=proposal.rule,
-        outcome="Recommended",
-        summary=f"{proposal.message[:1].upper()}{proposal.message[1:]}; {proposal.told} is recommended, "
-        f"predicted gain {proposal.predicted_gain:.0%}.",
-        changes=proposal.values,
-        rejected=plan.rejected,
-    )
-
-
-def _no_remedy(look: Look, draft: Draft, plan: Plan) -> Draft:
-    """Tell why a breach is left alone."""
-    if look.infeasible:
-        draft = draft.told_once(
-            look, INFEASIBLE, rule="cache-quota-up", outcome="Infeasible", summary=f"{look.infeasible}."
-        )
-    if not any(item.state == "Breached" for item in look.objectives):
+    if not any(item.state == "Breached" for item in context.objectives):
         return draft
+    if not any(item.state == "Breached" for item in context.curable):
+        names = "; ".join(f"{item.name}: {item.clause}" for item in context.outliers)
+        return draft.held(context, reasons.OUTLIER, f"no knob of all replicas cures one of them ({names})")
     for item in plan.rejected:
         if item.reason == reasons.FLAP_BUDGET:
-            draft = draft.held(look, reasons.FLAP_BUDGET, item.message)
-    silent = {reasons.NOT_AT_FAULT, reasons.NOT_EFFECTIVE}
-    told = [f"{item.rule}: {item.reason}" for item in plan.rejected if item.reason not in silent]
-    told = [*told, why] if look.serving_badly and (why := why_not_more(look)) else told
-    stage = look.diagnosis.stage or look.diagnosis.objective
-    more = f" ({'; '.join(told)})" if told else ""
-    return draft.held(look, reasons.NO_REMEDY, f"no rule promises relief for {stage}{more}")
+            draft = draft.held(context, reasons.FLAP_BUDGET, item.message)
+    causes = [_cause(item) for item in plan.rejected if item.reason not in UNRELATED]
+    stage = context.diagnosis.stage or context.diagnosis.objective
+    more = f" ({'; '.join(filter(None, causes))})" if any(causes) else ""
+    return draft.held(context, reasons.NO_REMEDY, f"no rule promises relief for {stage}{more}")
 
 
-def converge(look: Look, draft: Draft) -> Draft:
-    """Push to every ready engine that does not run what it should."""
-    promoted, state = look.observation.promoted, draft.state
+def _cause(item: Rejected) -> str:
+    """Why one remedy does not help. Only messages about replicas are free of live figures."""
+    if item.rule == "replicas-down":
+        return ""
+    return f"{item.rule}: {item.reason}" + (f", {item.message}" if item.rule == "replicas-up" else "")
+
+
+def converge(context: Context, draft: Draft) -> Draft:
+    """Push to every ready replica that runs another configuration than it should."""
+    promoted, state = context.observation.promoted, draft.state
     if promoted is None:
         return draft
-    for pod in look.ready:
-        if pod.engine is None:
+    for replica in context.everyone:
+        if replica.engine is None:
             continue
         generation, config = promoted.generation, dict(promoted.config)
-        if state.change is not None and _tries(pod, state.change, state.phase):
+        if state.change is not None and _tries(replica, state.change, state.phase):
             generation, config = state.change.generation, candidate(config, state.change.values)
-        if not runs(pod.engine, generation, config):
-            values = to_push(pod.engine, config)
-            draft = draft.acting(Push(pod.uid, generation, state.epoch, values))
+        if not runs(replica.engine, generation, config):
+            values = to_push(replica.engine, config)
+            draft = draft.acting(Push(replica.uid, generation, state.epoch, values))
     return draft
 
 
-def _tries(pod: Pod, change: Change, phase: Phase) -> bool:
-    """True when the pod shall run the candidate."""
+def _tries(replica: ObservedReplica, change: Change, phase: Phase) -> bool:
+    """True if the replica should run the candidate."""
     if phase in {Phase.PROMOTE, Phase.EMERGENCY}:
         return True
-    return phase is not Phase.REVERT and pod.uid == change.canary_uid
+    return phase is not Phase.REVERT and (change.everywhere or replica.uid in change.candidates)
 
 
-def conclude(look: Look, draft: Draft, before: TuningState) -> Decision:
-    """The phase, the holds and the count of looks without a breach; all else is as the steps left it."""
+def conclude(context: Context, draft: Draft, before: TuningState) -> Decision:
+    """Set the phase and the holds; the steps before have set everything else."""
     state = draft.state
     if state.change is None:
-        blocked = [item for item in draft.holds if item.reason in BLOCKING]
-        waiting = look.now < state.cooldown_until
-        phase = Phase.HOLD if blocked else Phase.COOLDOWN if waiting else Phase.OBSERVE
+        waiting = context.now < state.cooldown_until
+        calm = Phase.COOLDOWN if waiting else Phase.OBSERVE if state.watch is None else Phase.WATCH
+        phase = Phase.HOLD if context.blocks else calm
         state = replace(state, phase=phase)
-    if state.cooldown_until <= look.now and state.change is None:
+    if state.cooldown_until <= context.now and state.change is None:
         state = replace(state, cooldown_until=0.0)
-    state = replace(state, holds=draft.holds[:5], met_ticks=_met_ticks(look, state.met_ticks))
+    rules = context.observation.fleet.rules_hash or state.rules_hash
+    state = replace(state, holds=draft.holds[:MAX_HOLDS], rules_hash=rules)
     return Decision(
         state=state,
         actions=draft.actions,
         records=draft.records,
-        objectives=look.objectives,
-        diagnosis=look.diagnosis,
+        objectives=context.objectives,
+        diagnosis=context.diagnosis,
         again=bool(draft.actions) and state.phase is not before.phase and state.phase in IN_FLIGHT,
-        infeasible=look.infeasible,
-        stalled=look.stalled,
+        infeasible=context.infeasible,
+        stalled=context.stalled,
+        outliers=tuple(f"{item.name}: {item.clause}" for item in context.outliers),
+        partly_trusted="; ".join(f"{item.name}: {item.clause}" for item in context.trust.distrusted),
     )
-
-
-def _met_ticks(look: Look, before: int) -> int:
-    """Looks in a row whose short window meets every latency objective, with the backlog gone; 3 at most."""
-    latency = [item for item in look.objectives if item.name in look.policy.objectives.latency]
-    measured = [(item.measured_short, item.target) for item in latency if item.measured_short is not None]
-    if len(measured) < len(latency) or not latency:
-        return before
-    held = all(short >= target for short, target in measured)
-    calm = backlog_gone(look.waiting, len(look.ready), value(look.config, "numWorkers"))
-    return min(MET_AGAIN, before + 1) if held and calm else 0
-
-
-BLOCKING = frozenset(
-    {
-        reasons.NOT_ROLLED_OUT, reasons.NO_PODS_READY, reasons.METRICS_UNAVAILABLE, reasons.SCRAPE_TOO_SLOW,
-        reasons.METRICS_MISSING, reasons.METRICS_STALE, reasons.METRICS_PARTIAL, reasons.ENGINE_UNREACHABLE,
-        reasons.STALLED, reasons.ROLLING_OUT, reasons.PAUSED,
-    }
-)  # fmt: skip
-"""Holds under which the phase is Hold; the others leave it at Observe or Cooldown."""

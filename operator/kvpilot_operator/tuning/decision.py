@@ -1,9 +1,10 @@
-"""What is done, and the record that explains it."""
+"""Decision: the actions, the records that explain them, and the next state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from kvpilot_operator.tuning.state import KnobChange, TuningState
@@ -11,7 +12,7 @@ from kvpilot_operator.tuning.state import KnobChange, TuningState
 
 @dataclass(frozen=True)
 class Push:
-    """Make one pod run a configuration (whole, camelCase)."""
+    """Make one replica run a configuration (whole, camelCase)."""
 
     uid: str
     generation: int
@@ -21,7 +22,7 @@ class Push:
 
 @dataclass(frozen=True)
 class WriteConfig:
-    """Make a configuration the last known good one: write the owned ConfigMap."""
+    """Promote a configuration: write it to the owned ConfigMap."""
 
     generation: int
     values: Mapping[str, Any]
@@ -29,15 +30,33 @@ class WriteConfig:
 
 @dataclass(frozen=True)
 class Scale:
-    """Ask the child workload for this number of replicas."""
+    """Ask the child workload for this number of replicas; those in ``first`` (UIDs) go first."""
 
     replicas: int
     reason: str
+    first: tuple[str, ...] = ()
 
 
-Action = Push | WriteConfig | Scale
+@dataclass(frozen=True)
+class Recycle:
+    """Replace one replica by a new one."""
 
-Outcome = Literal[
+    uid: str
+
+
+@dataclass(frozen=True)
+class TakeOverReplicas:
+    """Become the only field manager of the child workload's replicas.
+
+    ``replicas`` is the number that was observed: the action fails if it has changed since.
+    """
+
+    replicas: int
+
+
+Action = Push | WriteConfig | Scale | Recycle | TakeOverReplicas
+
+DecisionOutcome = Literal[
     "Started",
     "Promoted",
     "Reverted",
@@ -47,6 +66,15 @@ Outcome = Literal[
     "ScaledIn",
     "Reset",
     "Infeasible",
+    "Emergency",
+    "Proposed",
+    "Withdrawn",
+    "Refused",
+    "Harmful",
+    "Recycled",
+    "Pinned",
+    "Unpinned",
+    "RolledBack",
 ]
 
 
@@ -60,10 +88,44 @@ class StageShare:
 
 
 @dataclass(frozen=True)
+class ObjectiveKind:
+    """What is known of an objective by its name.
+
+    Attributes:
+        higher_is_better: a measurement below the target misses it; else one above it does.
+        felt: requests feel a miss, so more capacity may help.
+        latency: an attainment at a latency edge.
+        conditional: what is possible depends on the load, so one window below the target proves no miss.
+    """
+
+    higher_is_better: bool
+    felt: bool
+    latency: bool = False
+    conditional: bool = False
+
+
+_LATENCY = ObjectiveKind(higher_is_better=True, felt=True, latency=True)
+OBJECTIVE_KINDS: Mapping[str, ObjectiveKind] = MappingProxyType(
+    {
+        "p50": _LATENCY,
+        "p95": _LATENCY,
+        "p99": _LATENCY,
+        "throughput": ObjectiveKind(higher_is_better=True, felt=True, conditional=True),
+        "errors": ObjectiveKind(higher_is_better=False, felt=True),
+        "hitRate": ObjectiveKind(higher_is_better=True, felt=False, conditional=True),
+        "memory": ObjectiveKind(higher_is_better=False, felt=False),
+    }
+)
+"""Every objective, in the order in which they are reported."""
+
+
+@dataclass(frozen=True)
 class Objective:
     """One objective against its measurement: an attainment, rate or ratio; None without data.
 
-    ``Infeasible``: missed, and known to be out of reach, so it is no breach that anything could cure.
+    Attributes:
+        state: ``Infeasible`` is missed and known to be out of reach, so it is no breach to cure.
+        severity: of a breach: ``critical`` below the throughput floor, else ``breach``; "" without one.
     """
 
     name: str
@@ -71,6 +133,23 @@ class Objective:
     measured_short: float | None
     measured_long: float | None
     state: Literal["Met", "Breached", "Unknown", "Infeasible"]
+    severity: Literal["", "breach", "critical"] = ""
+
+    @property
+    def kind(self) -> ObjectiveKind:
+        """Direction and effect of this objective."""
+        return OBJECTIVE_KINDS[self.name]
+
+    @property
+    def missed_now(self) -> bool:
+        """True if it is breached, or the short window alone proves a miss."""
+        if self.state == "Breached" or self.kind.conditional or self.measured_short is None:
+            return self.state == "Breached"
+        return not self.meets(self.measured_short)
+
+    def meets(self, measured: float) -> bool:
+        """True if a measurement reaches the target."""
+        return measured >= self.target if self.kind.higher_is_better else measured <= self.target
 
 
 @dataclass(frozen=True)
@@ -80,7 +159,7 @@ class Diagnosis:
     Attributes:
         objective: the worst breached one; "" when all are met.
         stage: the stage at fault; "" when no stage stands out.
-        reason: named constant, e.g. QueueAtAdmission, DeviceSaturated, MemoryOverLimit.
+        reason: one of ``tuning.reasons``, e.g. QueueAtAdmission.
         message: one sentence with figures.
     """
 
@@ -94,7 +173,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A rule that was considered and not taken, with the reason."""
+    """A remedy that was considered and not taken, with the reason."""
 
     rule: str
     reason: str
@@ -103,30 +182,37 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Record:
-    """One action, whole: what ``kvpilot explain`` tells and the decisions ConfigMap keeps."""
+    """One decision with everything it rests on, for ``kvpilot explain`` and the decisions ConfigMap.
+
+    Attributes:
+        changes: knobs of the change; whether they are in force follows from ``outcome``.
+        replicas: number of replicas before and after.
+        canary, controls: names of the replicas of the experiment.
+    """
 
     id: str
     at: float
     rule: str
-    outcome: Outcome
+    outcome: DecisionOutcome
     summary: str
     diagnosis: Diagnosis | None
     objectives: tuple[Objective, ...]
     changes: tuple[KnobChange, ...] = ()
     replicas: tuple[int, int] | None = None
     generation: int | None = None
-    canary_uid: str = ""
-    control_uids: tuple[str, ...] = ()
+    canary: str = ""
+    controls: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The next state, what to do now, and what to tell.
+    """The next state, the actions, and the records.
 
-    The state is written before the actions are taken; every action is idempotent, and its effect is seen in
-    the next observation. ``again`` asks for the next look at once instead of at the next tick.
+    The state is written before the actions are taken; every action is idempotent, and its effect shows in the
+    next observation. ``again`` asks to reconcile at once instead of at the next tick. ``outliers`` names
+    replicas that differ from the others by themselves, ``partly_trusted`` those that are not judged.
     """
 
     state: TuningState
@@ -137,3 +223,5 @@ class Decision:
     again: bool = False
     infeasible: str = ""
     stalled: str = ""
+    outliers: tuple[str, ...] = ()
+    partly_trusted: str = ""

@@ -1,23 +1,33 @@
-"""What was measured: one immutable input for everything that is decided.
+"""Observation: the one immutable input of a decision.
 
-Gathered by the loop from the ports; nothing in this package performs I/O or reads a clock.
+The reconciler gathers it from its ports; this package performs no I/O and reads no clock.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 Signal = Literal["request", "firstToken"]
 
+EngineProblem = Literal["unreachable", "unauthorized", "refused", "stale_epoch"]
+"""Why the administration of an engine failed."""
+
+
+JUDGED = ("ok", "shed", "timeout", "error", "too_large")
+"""Outcomes that objectives judge; the client causes the others."""
+
 
 @dataclass(frozen=True)
 class Counts:
-    """Increases of one engine's counters over a window, or of several engines' (``total``).
+    """Increases of the counters of one replica over a window, or of several (``total``).
 
     Attributes:
-        pod_seconds: time covered, summed over engines, s.
+        replica_seconds: time covered, summed over replicas, s.
         arrivals: requests that came in.
         outcomes: requests that ended, by ``Outcome`` value.
         request_within, first_token_within: successful requests at or under each published edge (s).
@@ -27,9 +37,10 @@ class Counts:
         prefetch_used, prefetch_wasted: blocks.
         encode_seconds, decode_seconds: work of the codecs, off the stepping thread.
         busy_seconds, steps, step_rows: stepping time, steps, and the sum of rows over steps.
+        bucket_rows, bucket_seconds: rows and time by bucket of rows; empty where the runtime has none.
     """
 
-    pod_seconds: float = 0.0
+    replica_seconds: float = 0.0
     arrivals: float = 0.0
     outcomes: Mapping[str, float] = field(default_factory=dict)
     request_within: Mapping[float, float] = field(default_factory=dict)
@@ -49,12 +60,18 @@ class Counts:
     busy_seconds: float = 0.0
     steps: float = 0.0
     step_rows: float = 0.0
+    bucket_rows: Mapping[int, float] = field(default_factory=dict)
+    bucket_seconds: Mapping[int, float] = field(default_factory=dict)
 
     @staticmethod
     def total(engines: Iterable[Counts]) -> Counts:
-        """Of several engines together."""
+        """The sum over several replicas."""
         parts = tuple(engines)
-        sums: dict[str, Any] = {name: sum((getattr(part, name) for part in parts), 0.0) for name in _NUMBERS}
+        # A decision sums several times for each replica, so the columns are gathered in one call each.
+        columns = zip(*map(_numbers, parts), strict=True) if parts else ((),) * len(_NUMBERS)
+        sums: dict[str, Any] = {
+            name: sum(column, 0.0) for name, column in zip(_NUMBERS, columns, strict=True)
+        }
         for name in _BY_KEY:
             by_key: dict[Any, float] = {}
             for part in parts:
@@ -63,10 +80,23 @@ class Counts:
             sums[name] = by_key
         return Counts(**sums)
 
-    @property
+    @cached_property
     def judged(self) -> float:
-        """Requests that an objective judges: finished, shed, failed or timed out; not the client's doing."""
-        return sum(self.outcomes.get(name, 0.0) for name in ("ok", "shed", "timeout", "error"))
+        """Requests that objectives judge: they ended well, or failed by no fault of the client.
+
+        A request that the quota of the cache is too small for has failed: another quota would serve it.
+        """
+        return sum(self.outcomes.get(name, 0.0) for name in JUDGED)
+
+    @property
+    def ended(self) -> float:
+        """Judged requests that an engine worked on: those that were not refused at once."""
+        return self.judged - self.outcomes.get("shed", 0.0) - self.outcomes.get("too_large", 0.0)
+
+    @property
+    def errors(self) -> float:
+        """Requests that failed by a fault of the engine or by its quota; others are the load's."""
+        return self.outcomes.get("error", 0.0) + self.outcomes.get("too_large", 0.0)
 
     @property
     def completed(self) -> float:
@@ -79,18 +109,39 @@ class Counts:
         return self.judged - self.completed
 
     def attainment(self, signal: Signal, edge_s: float) -> float | None:
-        """Good / judged at a published edge; None where nothing was judged."""
+        """Share of the judged requests within a published edge (s); None without any."""
         within = self.request_within if signal == "request" else self.first_token_within
         return within.get(edge_s, 0.0) / self.judged if self.judged else None
 
 
 _BY_KEY = tuple(item.name for item in fields(Counts) if item.default_factory is dict)
 _NUMBERS = tuple(item.name for item in fields(Counts) if item.name not in _BY_KEY)
+NO_COUNTS = Counts()
+"""Of a window that was not measured."""
+
+_numbers, _mappings = attrgetter(*_NUMBERS), attrgetter(*_BY_KEY)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of one kind: used over its limit, the limit, what the cache holds and may hold there, bytes."""
+
+    ratio: float = 0.0
+    limit_bytes: float = 0.0
+    cached_bytes: float = 0.0
+    budget_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Gauges:
-    """Last values of one engine. ``memory_limit_bytes`` belongs to ``memory_ratio``; 0 when it is unknown."""
+    """Last values of one replica. ``memory_limit_bytes`` belongs to ``memory_ratio``; 0 if it is unknown.
+
+    Attributes:
+        host, device: memory by kind; None where the replica has no such memory.
+        curve: measured time of a decode step by its rows, s; empty where the runtime has none.
+        longest_request_tokens: prompt and answer of the longest request within a day; 0 if unknown.
+        token_bytes: bytes of one token in the pool; 0 if unknown.
+    """
 
     waiting: float = 0.0
     running: float = 0.0
@@ -100,24 +151,49 @@ class Gauges:
     budget_bytes: float = 0.0
     generation: int = 0
     memory_limit_bytes: float = 0.0
+    host: MemoryUse | None = None
+    device: MemoryUse | None = None
+    curve: Mapping[int, float] = field(default_factory=dict)
+    longest_request_tokens: float = 0.0
+    token_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One engine's metrics: counts by window name (``short``, ``long``, ``verify``), gauges, and their age.
+    """Metrics of one replica: counts by window name (``short``, ``long``, ``verify``), gauges, and their age.
 
-    ``coverage_s`` is the time that the longest window really covers; a young engine covers less.
+    ``coverage_s`` is the time that the longest window really covers; it is less for a young replica.
+    ``scrape_s`` is the interval of its scrapes as it was seen, s; 0 if unknown.
     """
 
     windows: Mapping[str, Counts]
     gauges: Gauges
     age_s: float
     coverage_s: float
+    scrape_s: float = 0.0
+
+    @cached_property
+    def finite(self) -> bool:
+        """True if every count and gauge is finite: one that is not makes their sum so, and sums are quick."""
+        gauges = self.gauges
+        kinds = (_memory(kind) for kind in (gauges.host, gauges.device) if kind is not None)
+        total = sum(_gauges(gauges)) + sum(gauges.curve.values()) + sum(map(sum, kinds))
+        for counts in self.windows.values():
+            total += sum(_numbers(counts)) + sum(sum(by_key.values()) for by_key in _mappings(counts))
+        return math.isfinite(total)
+
+
+def _values_of(kind: type) -> attrgetter[tuple[float, ...]]:
+    """Reads the plain numbers of a dataclass."""
+    return attrgetter(*(item.name for item in fields(kind) if item.type in {"int", "float"}))
+
+
+_gauges, _memory = _values_of(Gauges), _values_of(MemoryUse)
 
 
 @dataclass(frozen=True)
 class EngineView:
-    """What an engine says of itself (``Engines.describe``). ``config`` is camelCase, as it runs now."""
+    """What an engine reports (``Engines.describe``). ``config`` is camelCase and in force."""
 
     instance: str
     generation: int
@@ -128,10 +204,13 @@ class EngineView:
 
 
 @dataclass(frozen=True)
-class Pod:
-    """One replica: what the cluster knows, what the engine says, what was measured.
+class ObservedReplica:
+    """One replica: its state in the cluster, its engine's report, its metrics.
 
-    ``engine`` is None when it could not be asked, ``sample`` when there are no metrics of it.
+    Attributes:
+        engine: None if the engine could not be described.
+        engine_problem: why it could not; None if it was described or not asked.
+        sample: None without metrics of the replica.
     """
 
     uid: str
@@ -142,20 +221,29 @@ class Pod:
     created_at: float = 0.0
     restarts: int = 0
     engine: EngineView | None = None
+    engine_problem: EngineProblem | None = None
     sample: Sample | None = None
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """The content of the owned ConfigMap: the last known good configuration (camelCase, whole)."""
+    """The content of the owned ConfigMap: the promoted configuration (camelCase, whole)."""
 
     generation: int
     config: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class SourceProblem:
+    """Why a metrics source gave no samples: a reason of ``tuning.reasons`` and one sentence for people."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Boost:
-    """An override in force that raises the minimum of replicas until it expires."""
+    """An override in force that raises the minimum number of replicas until it expires."""
 
     name: str
     min_replicas: int
@@ -163,44 +251,115 @@ class Boost:
 
 
 @dataclass(frozen=True)
-class Observation:
-    """Everything a decision may look at.
+class Pin:
+    """An override in force that keeps a knob (camelCase) at a value until it expires."""
+
+    name: str
+    knob: str
+    value: Any
+    expires_at: float
+
+
+@dataclass(frozen=True)
+class Approval:
+    """An override in force that allows the remedy of one decision (``d-0042``), and who asked for it."""
+
+    name: str
+    decision: str
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """An override in force that asks for an earlier generation of the configuration."""
+
+    name: str
+    to: int
+    by: str = ""
+
+
+@dataclass(frozen=True)
+class FleetLimits:
+    """What the operator's other resources, and the operator itself, permit this resource to do.
 
     Attributes:
+        off: why tuning is switched off; "" while it is on.
+        waits: reason and message why no experiment may begin now; None if one may.
+        recommend_only: rules that did harm too often in the fleet.
+        rules_hash: digest of the running rules, for the status; "" while this resource does not act by them.
+    """
+
+    off: str = ""
+    waits: tuple[str, str] | None = None
+    recommend_only: frozenset[str] = frozenset()
+    rules_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that a decision depends on.
+
+    Attributes:
+        name: of the resource, for messages; "" if it does not matter.
         at: time of the observation, s since the epoch (from the injected clock).
         base: the user's KVCacheConfig, camelCase, explicitly given fields only.
         promoted: None before the first configuration was written.
-        replicas: what the child workload asks for now.
-        replicas_managed_by: another manager that writes the child's replicas; "" when it is only us.
-        metrics_problem: why the metrics cannot be trusted as a whole; "" when they can.
+        desired_replicas: what the child workload asks for now.
+        spec_replicas: the number that the user fixed in ``spec.replicas``; None where kvpilot chooses it.
+        replicas_managed_by: another field manager that wrote the child's replicas; "" without one.
+        autoscaler: the autoscaler that keeps writing them; "" without one.
+        conflict_since: when the field-manager conflict began, s since the epoch; None without one.
+        metrics_problem: why the metrics source gave no samples; None when it did.
+        spec_error: why the present spec is invalid; the last valid one is in force meanwhile. "" when valid.
         paused_by: name of a pause override in force, "" without one.
-        rolling_out: True while the child workload replaces pods.
+        scaling_paused: True if that pause also stops boosts and bounds.
+        pins, approvals, rollback: what other overrides in force ask for.
+        fleet: what the operator's other resources permit.
+        cache_lost_bytes: cache that pushes have dropped since the last status.
+        recorded_decision, recorded_generation: the highest numbers that kept records name; 0 while the
+            status knows more.
+        start_s: how long a new replica takes until it serves, s: the slow end of what was seen.
+        rolling_out: True while the child workload replaces its pods.
     """
 
     at: float
-    pods: tuple[Pod, ...]
+    replicas: tuple[ObservedReplica, ...]
     base: Mapping[str, Any]
     promoted: Promoted | None
-    replicas: int
+    desired_replicas: int
+    spec_replicas: int | None = None
     replicas_managed_by: str = ""
-    metrics_problem: str = ""
+    autoscaler: str = ""
+    conflict_since: float | None = None
+    metrics_problem: SourceProblem | None = None
+    spec_error: str = ""
     paused_by: str = ""
+    scaling_paused: bool = False
     boosts: tuple[Boost, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    approvals: tuple[Approval, ...] = ()
+    rollback: Rollback | None = None
     rolling_out: bool = False
+    start_s: float = 60.0
+    name: str = ""
+    fleet: FleetLimits = FleetLimits()
+    cache_lost_bytes: float = 0.0
+    recorded_decision: int = 0
+    recorded_generation: int = 0
     _totals: dict[tuple[str, frozenset[str] | None], Counts] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    """A decision asks for the same sums a dozen times."""
+    """Cache: a decision needs the same sums a dozen times."""
 
-    @property
-    def ready(self) -> tuple[Pod, ...]:
-        """Pods that serve and are meant to go on serving."""
-        return tuple(pod for pod in self.pods if pod.ready and not pod.terminating)
+    @cached_property
+    def ready(self) -> tuple[ObservedReplica, ...]:
+        """Replicas that serve and are not terminating."""
+        return tuple(replica for replica in self.replicas if replica.ready and not replica.terminating)
 
     def counts(self, window: str, uids: frozenset[str] | None = None) -> Counts:
-        """Counts of a window over the ready pods (or those of ``uids``) that have a sample."""
+        """Counts of a window over the ready replicas (or those of ``uids``) that have a sample."""
         if (window, uids) not in self._totals:
-            samples = (pod.sample for pod in self.ready if uids is None or pod.uid in uids)
+            samples = (replica.sample for replica in self.ready if uids is None or replica.uid in uids)
             windows = (sample.windows.get(window) for sample in samples if sample is not None)
             self._totals[window, uids] = Counts.total(counts for counts in windows if counts is not None)
         return self._totals[window, uids]

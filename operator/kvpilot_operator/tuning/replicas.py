@@ -1,7 +1,6 @@
-"""The number of replicas. Up at once when it is proven that no knob helps; down slowly, one pod at a time.
+"""The number of replicas: up before the load needs them or where no knob helps, down by the look-back.
 
-Pods that are asked for count as capacity before they are ready, and a young pod stops every further
-judgement, so a slow start never cascades.
+Replicas that are asked for count as capacity before they are ready, so a slow start never cascades.
 """
 
 from __future__ import annotations
@@ -11,212 +10,302 @@ from dataclasses import replace
 
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.canary import TRIED, abort
-from kvpilot_operator.tuning.configuration import value
-from kvpilot_operator.tuning.decision import Scale
-from kvpilot_operator.tuning.diagnosis import busy_share, occupancy
-from kvpilot_operator.tuning.look import MOST_TOLD, Draft, Look, Plan
-from kvpilot_operator.tuning.objectives import rates
+from kvpilot_operator.tuning.assess.diagnosis import busy_share
+from kvpilot_operator.tuning.assess.objectives import rates
+from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
+from kvpilot_operator.tuning.decision import Recycle, Scale, TakeOverReplicas
+from kvpilot_operator.tuning.experiment.canary import TRIED, abort
+from kvpilot_operator.tuning.experiment.evidence import CAPACITY
+from kvpilot_operator.tuning.observation import ObservedReplica
+from kvpilot_operator.tuning.permission.modes import carry_out
 from kvpilot_operator.tuning.policy import Scaling
-from kvpilot_operator.tuning.state import ReplicaMark, Told
+from kvpilot_operator.tuning.sizing import UTILISATION, foreseen_replicas, needed_replicas
+from kvpilot_operator.tuning.state import MAX_MARKS, ReplicaMark, TuningState
 
-UTILISATION = 0.8
-"""Capacity is sized so that engines are in use for this share."""
+SURPLUS_PART = 0.5
+"""Share of the surplus that one scale-in removes, so that one low look-back cannot undo a peak's replicas."""
 
-GROWTH_MARGIN = 1.15
-"""Before a scale-in the need is recomputed at this multiple of the load."""
+BOOST_DECAY = "boost-decay"
+"""The rule that takes back what a boost added: no approval is needed for it."""
 
-BOUNDS = "replicas-bounds"
-"""The rule that keeps replicas within the user's bounds: a wish to be met in every mode, and no tuning."""
+BOUNDS, FIXED = "replicas-bounds", "spec-replicas"
+"""Rules that follow the user's bounds and ``spec.replicas``: they hold in every mode and are no tuning."""
+
+RECYCLED = "outlier-recycle"
+"""Key under which the state remembers that a replica was replaced."""
 
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
 
-MOST_MARKS, GAP_PARTS = 10, 4
-"""Marks of one look-back, and the part of it after which a gap between two marks starts it again."""
+STEPS_PER_LOOK_BACK = 3
+"""Scale-ins within one look-back, at most."""
 
-REPEAT_PARTS = 8
-"""While fewer replicas are needed, this is marked so many times in one look-back."""
+GAP_PARTS, REPEAT_PARTS = 4, 8
+"""Parts of the look-back: a gap between two marks of more than one of the first starts it again; the need is
+marked once in each of the second."""
 
 
-def size(look: Look, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
-    """Choose the number of replicas, where it is ours to choose."""
-    scaling, observation = look.policy.scaling, look.observation
+def keep_bounds(context: Context, draft: Draft) -> Draft:  # noqa: PLR0911 - one return per reason
+    """Keep replicas where the user, an override or another field manager wants them, and mark the need."""
+    scaling, seen = context.policy.scaling, context.observation
+    draft = _take_over(context, draft)
     if scaling is None:
-        return _without_marks(draft)
-    if observation.replicas_managed_by:
-        who = observation.replicas_managed_by
-        return _without_marks(draft).held(
-            look, reasons.ACTUATOR_CONFLICT, f"{who} writes the replicas as well; kvpilot does not scale"
-        )
-    if observation.paused_by:
+        return _follow_spec(context, _without_marks(draft))
+    if seen.replicas_managed_by:
+        message = f"{seen.replicas_managed_by} writes the replicas as well; kvpilot does not scale"
+        return _without_marks(draft).held(context, reasons.FIELD_MANAGER_CONFLICT, message)
+    if seen.scaling_paused:
         return draft
-    if observation.replicas > scaling.maximum:
-        return _scaled(look, draft, scaling.maximum, BOUNDS, f"the maximum is {scaling.maximum}")
-    if observation.replicas < scaling.minimum:
-        return _out(look, draft, scaling.minimum, BOUNDS, f"the minimum is {scaling.minimum}")
-    if look.policy.mode == "Off":
+    if not scaling.minimum <= seen.desired_replicas <= scaling.maximum:
+        above = seen.desired_replicas > scaling.maximum
+        bound = scaling.maximum if above else scaling.minimum
+        message = f"the {'maximum' if above else 'minimum'} is {bound}"
+        message += f" ({scaling.limited_by})" if above and scaling.limited_by else ""
+        return scale(context, draft, _sized(context, BOUNDS, bound, message))
+    if context.policy.mode == "Off":
         return _without_marks(draft)
-    draft = _remember_boost(look, draft, scaling)
-    floor = _floor(look, scaling)
-    if observation.replicas < floor:
-        names = ", ".join(sorted(b.name for b in observation.boosts if b.min_replicas > scaling.minimum))
-        return _out(look, draft, floor, "boost", f"override {names} asks for at least {floor}")
-    if look.untrusted is not None or look.stalled or observation.rolling_out:
-        return _without_marks(draft)
-    up = _wanted_up(look, draft, plan, scaling) if scaling.direction != "InOnly" else None
-    if up is not None:
-        return _out(look, draft, *up)
-    return draft if scaling.direction == "OutOnly" else _down(look, draft, scaling, floor)
+    floor = _floor(context, scaling)
+    if floor > max(scaling.minimum, draft.state.boosted):
+        draft = draft.with_state(boosted=floor)
+    if seen.desired_replicas < floor:
+        names = ", ".join(sorted(b.name for b in seen.boosts if b.min_replicas > scaling.minimum))
+        boost = _sized(context, "boost", floor, f"override {names} asks for at least {floor}")
+        return carry_out(context, draft, boost, (), scale, urgent=True)
+    return _mark_need(context, draft, scaling, floor)
 
 
-def needed_replicas(look: Look) -> int:
-    """Replicas that 1.15 times the load of the long window needs; the look-back remembers the peaks.
+def replicas_up(context: Context, state: TuningState, plan: Plan) -> Found:
+    """More replicas: the device is saturated, or the load outruns the deployment and no knob helps."""
+    scaling, seen = context.policy.scaling, context.observation
+    if scaling is None:
+        return reasons.REPLICAS_FIXED, "spec.replicas fixes the number of replicas"
+    if scaling.direction == "InOnly":
+        return reasons.NOT_TUNABLE, "spec.scaling.direction is InOnly"
+    if (moving := _moving(context, scaling)) is not None:
+        return moving
+    if seen.desired_replicas >= scaling.maximum:
+        at_bound = reasons.AT_BOUND, f"the maximum is {scaling.maximum}"
+        return (reasons.GPU_BUDGET, scaling.limited_by) if scaling.limited_by else at_bound
+    knob_first = plan.canary is not None and plan.canary.ratio > 1
+    foreseen = foreseen_replicas(context, state, knob_first=knob_first)
+    if foreseen is not None and min(foreseen[0], scaling.maximum) > seen.desired_replicas:
+        target, why = min(foreseen[0], scaling.maximum), foreseen[1]
+        if context.serving_badly and context.diagnosis.saturated:
+            why = f"{_saturation(context)}: {why}"
+        return _sized(context, "replicas-up", target, why)
+    return _relieved(context, state, plan, scaling)
 
-    Load per engine is the larger one of stepping time over wall time, and held worker slots over slots.
-    """
-    if look.traffic == "NoTraffic":
-        return 0
-    workers: int = value(look.config, "numWorkers")
 
-    load = max(busy_share(look.long), occupancy(look.long) / workers)
-    return math.ceil(len(look.ready) * load * GROWTH_MARGIN / UTILISATION - 1e-9)
+def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling) -> Found:
+    """More replicas for a breach that no knob cures."""
+    seen = context.observation
+    if not context.serving_badly:
+        return reasons.NOT_AT_FAULT, "no objective is breached that requests feel"
+    if context.draining:
+        return reasons.DRAINING, "the backlog is draining"
+    ratio = _overflow(context)
+    if context.diagnosis.saturated:
+        why = _saturation(context)
+    elif not _out_of_knobs(context, state, plan):
+        return reasons.KNOBS_FIRST, "a knob promises relief or was changed a short while ago"
+    elif ratio > OVERFLOW:
+        why = f"arrivals are {ratio:.2f} times completions and no knob promises relief"
+    elif context.diagnosis.stage in {Stage.ADMISSION_WAIT, Stage.BATCH_WAIT, Stage.PREEMPTED}:
+        why = f"{context.diagnosis.message}, and no knob promises relief"
+    else:
+        return reasons.NOT_AT_FAULT, "completions keep up with arrivals and requests wait for no slot"
+    # Sized by what serves and compared with what is asked for: pending replicas are credited.
+    ready = len(context.everyone)
+    target = min(math.ceil(ready * ratio / UTILISATION - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
+    if target <= seen.desired_replicas:
+        return reasons.REPLICAS_PENDING, "replicas that were asked for are not ready yet"
+    return _sized(context, "replicas-up", target, why)
 
 
-def _floor(look: Look, scaling: Scaling) -> int:
-    boosts = [b.min_replicas for b in look.observation.boosts if b.expires_at > look.now]
+def _saturation(context: Context) -> str:
+    busy = busy_share(context.short)
+    return f"the device is saturated ({busy:.0%} of the time in steps, more rows gain little)"
+
+
+def replicas_down(context: Context, state: TuningState, plan: Plan) -> Found:  # noqa: PLR0911 - per reason
+    """One replica less when fewer were needed for the whole look-back, or a boost left one over."""
+    scaling, marks = context.policy.scaling, state.scale_down
+    if scaling is None:
+        return reasons.REPLICAS_FIXED, "spec.replicas fixes the number of replicas"
+    if (moving := _moving(context, scaling)) is not None:
+        return moving
+    if not marks:
+        return reasons.NOT_AT_FAULT, "every replica is needed"
+    if context.now < state.cooldown_until:
+        return reasons.COOLDOWN, "the last change ended a short while ago"
+    asked, floor = context.observation.desired_replicas, _floor(context, scaling)
+    if floor == scaling.minimum and scaling.minimum < asked <= state.boosted:
+        why = f"the boost has expired, and {marks[-1].replicas} would do for 1.15 times the load"
+        return _sized(context, BOOST_DECAY, asked - 1, why)
+    idle, most = context.policy.pace.idle, max(mark.replicas for mark in marks)
+    if context.now - marks[0].at < idle or most >= asked:
+        return reasons.NOT_AT_FAULT, "every replica was needed a short while ago"
+    why = f"{most} would have done for 1.15 times the load during the last {idle:g} s"
+    return _sized(context, "replicas-down", max(most, asked - math.ceil((asked - most) * SURPLUS_PART)), why)
+
+
+def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
+    """Ask for the proposed number; capacity goes before an experiment, which is aborted without a verdict."""
+    if proposal.replicas is None:
+        return draft
+    asked, target = proposal.replicas
+    if target > asked:
+        draft = _without_marks(draft)
+        change = draft.state.change
+        # A change of capacity is proven in seconds and needs no fixed number of replicas.
+        slow = change is not None and change.measure != CAPACITY
+        if draft.state.phase in TRIED and slow:
+            draft = abort(context, draft, reasons.SCALING_OUT, "capacity is added first")
+    draft = draft.acting(Scale(target, proposal.rule, _first_to_go(context, asked - target)))
+    key, settle = f"scale:{asked}->{target}", context.policy.pace.settle
+    if any(item.key == key and context.now - item.at < settle for item in draft.state.reported):
+        return draft  # asked for a short while ago, and not observed yet
+    return (
+        draft.recorded(
+            context,
+            rule=proposal.rule,
+            outcome="ScaledOut" if target > asked else "ScaledIn",
+            summary=f"{proposal.sentence}; {proposal.summary}.",
+            replicas=proposal.replicas,
+        )
+        .reporting(context, key)
+        .with_state(cooldown_until=context.now + _pause(context, target > asked))
+    )
+
+
+def _first_to_go(context: Context, count: int) -> tuple[str, ...]:
+    """Replicas whose loss costs least: outliers, those that cannot be measured, then the coldest."""
+    apart = {item.uid for item in context.outliers}
+    trusted = {replica.uid for replica in context.trust.trusted}
+
+    def cost(replica: ObservedReplica) -> tuple[bool, bool, float]:
+        held = replica.sample.gauges.cached_bytes if replica.sample is not None else 0.0
+        return replica.uid not in apart, replica.uid in trusted, held
+
+    return tuple(replica.uid for replica in sorted(context.everyone, key=cost)[: max(0, count)])
+
+
+def recycle_outlier(context: Context, draft: Draft) -> Draft:
+    """Replace one replica that differs by itself, where the user allows it; at most one per look-back."""
+    wanted = context.policy.recycle_outliers and context.policy.mode == "Auto" and context.outliers
+    if not wanted or context.blocks or draft.state.change is not None or draft.acted:
+        return draft
+    if any(item.key == RECYCLED for item in draft.state.reported):
+        return draft
+    item = context.outliers[0]
+    return (
+        draft.acting(Recycle(item.uid))
+        .recorded(
+            context,
+            rule="outlier-recycle",
+            outcome="Recycled",
+            summary=f"{item.name} is replaced: {item.clause}.",
+        )
+        .reporting(context, RECYCLED)
+    )
+
+
+def _pause(context: Context, out: bool) -> float:
+    """Time after a scaling until the next one, s: until the windows show it; a scale-in lasts its drain."""
+    pace = context.policy.pace
+    return pace.short if out else pace.idle / STEPS_PER_LOOK_BACK
+
+
+def _take_over(context: Context, draft: Draft) -> Draft:
+    """Respect a number that another field manager wrote for a while, then own it, whatever it is by then."""
+    seen = context.observation
+    if not seen.replicas_managed_by or seen.autoscaler or seen.conflict_since is None:
+        return draft
+    if context.now - seen.conflict_since < context.policy.pace.takeover:
+        return draft
+    return draft.acting(TakeOverReplicas(seen.desired_replicas))
+
+
+def _follow_spec(context: Context, draft: Draft) -> Draft:
+    """``spec.replicas`` is obeyed in every mode and during a pause, but not against an autoscaler."""
+    seen = context.observation
+    if seen.spec_replicas is None or seen.spec_replicas == seen.desired_replicas or seen.autoscaler:
+        return draft
+    return draft.acting(Scale(seen.spec_replicas, FIXED))
+
+
+def _floor(context: Context, scaling: Scaling) -> int:
+    """The minimum, as boosts in force raise it."""
+    boosts = [b.min_replicas for b in context.observation.boosts if b.expires_at > context.now]
     return min(scaling.maximum, max([scaling.minimum, *boosts]))
 
 
-def _remember_boost(look: Look, draft: Draft, scaling: Scaling) -> Draft:
-    floor = _floor(look, scaling)
-    if floor > max(scaling.minimum, draft.state.boosted):
-        return draft.with_state(boosted=floor)
-    return draft
+def _moving(context: Context, scaling: Scaling) -> tuple[str, str] | None:
+    """Why the number is not chosen by need now, or None."""
+    seen = context.observation
+    if seen.replicas_managed_by:
+        return reasons.FIELD_MANAGER_CONFLICT, f"{seen.replicas_managed_by} writes the replicas as well"
+    if not _floor(context, scaling) <= seen.desired_replicas <= scaling.maximum:
+        return reasons.REPLICAS_PENDING, "the number of replicas is being brought within its bounds"
+    return None
 
 
-def why_not_more(look: Look) -> str:
-    """Why a breach that only capacity cures gets none; "" where that is not the reason."""
-    scaling = look.policy.scaling
-    if scaling is None:
-        return "replicas are chosen by somebody else"
-    if look.observation.replicas >= scaling.maximum:
-        return f"replicas-up: {reasons.AT_BOUND}, the maximum is {scaling.maximum}"
-    if scaling.direction == "InOnly":
-        return "replicas-up: the direction is InOnly"
-    if len(look.ready) < look.observation.replicas:
-        return "replicas-up: pods that were asked for are not ready yet"
-    return ""
+def _sized(context: Context, rule: str, target: int, message: str) -> Proposal:
+    return Proposal(rule, (), "", 0.0, message, replicas=(context.observation.desired_replicas, target))
 
 
-def _wanted_up(look: Look, draft: Draft, plan: Plan, scaling: Scaling) -> tuple[int, str, str] | None:
-    """Target, rule and clause of a scale-out, or None."""
-    if "replicas-up" in look.policy.disabled_rules or not look.serving_badly or look.draining:
-        return None
-    ready, asked = len(look.ready), look.observation.replicas
-    ratio = _overflow(look)
-    if look.diagnosis.saturated:
-        busy = busy_share(look.short)
-        why = f"the device is saturated ({busy:.0%} of the time in steps, more rows gain little)"
-    elif _out_of_knobs(look, draft, plan) and (ratio > OVERFLOW or _waits(look)):
-        why = f"arrivals are {ratio:.2f} times completions and no knob promises relief"
-        if ratio <= OVERFLOW:
-            why = f"{look.diagnosis.message}, and no knob promises relief"
-    else:
-        return None
-    # Sized by what is ready and compared with what is asked for: pending pods are credited.
-    target = min(math.ceil(ready * ratio / UTILISATION - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
-    return (target, "replicas-up", why) if target > asked else None
-
-
-def _out_of_knobs(look: Look, draft: Draft, plan: Plan) -> bool:
-    """True when no hot knob promises relief, or none may be tried on the one replica there is."""
-    if draft.state.change is not None or look.now < draft.state.cooldown_until:
+def _out_of_knobs(context: Context, state: TuningState, plan: Plan) -> bool:
+    """True if no knob promises relief, or none may be tried on the one replica there is."""
+    if state.change is not None or context.now < state.cooldown_until:
         return False
-    alone = len(look.ready) == 1 and look.policy.single_replica == "Recommend"
-    return plan.proposal is None or (alone and _overflow(look) > OVERFLOW)
+    alone = len(context.ready) == 1 and context.policy.single_replica == "Recommend"
+    return plan.canary is None or (alone and _overflow(context) > OVERFLOW)
 
 
-def _overflow(look: Look) -> float:
+def _overflow(context: Context) -> float:
     """Arrivals over completions, the smaller one of both windows; 1 at least."""
     ratios = []
     for window in ("short", "long"):
-        arrivals, completed = rates(look.observation, window)
+        arrivals, completed = rates(context.measured, window)
         ratios.append(arrivals / completed if completed else 1.0 if not arrivals else 2.0)
     return max(1.0, min(ratios))
 
 
-def _waits(look: Look) -> bool:
-    return look.diagnosis.stage in {Stage.ADMISSION_WAIT, Stage.BATCH_WAIT, Stage.PREEMPTED}
-
-
-def _down(look: Look, draft: Draft, scaling: Scaling, floor: int) -> Draft:
-    """One pod less when fewer were needed for the whole look-back, or what a boost added is left over."""
-    asked = look.observation.replicas
-    needed = min(scaling.maximum, max(floor, needed_replicas(look)))
-    if "replicas-down" in look.policy.disabled_rules or needed >= asked or look.serving_badly:
-        boosted = draft.state.boosted if floor > scaling.minimum or look.serving_badly else 0
+def _mark_need(context: Context, draft: Draft, scaling: Scaling, floor: int) -> Draft:
+    """Mark how many replicas are needed while fewer would do."""
+    if context.blocks or scaling.direction == "OutOnly":
+        return _without_marks(draft)
+    seen = context.observation
+    needed = min(scaling.maximum, max(floor, needed_replicas(context)))
+    disabled = "replicas-down" in context.policy.disabled_rules
+    breached = any(item.state == "Breached" for item in context.objectives)
+    if disabled or needed >= seen.desired_replicas or breached:
+        boosted = draft.state.boosted if floor > scaling.minimum or breached else 0
         return _without_marks(draft).with_state(boosted=boosted)
-    pending = len(look.ready) != asked or len(look.observation.pods) != asked
+    pending = len(context.everyone) != seen.desired_replicas
     if draft.state.change is not None or pending:
         return _without_marks(draft)
-    draft = _marked(look, draft, needed)
-    marks, idle = draft.state.scale_down, look.policy.pace.idle
-    if look.now < draft.state.cooldown_until:
-        return draft
-    if floor == scaling.minimum and scaling.minimum < asked <= draft.state.boosted:
-        why = f"the boost has expired, and {needed} would do for 1.15 times the load"
-        return _scaled(look, draft, asked - 1, "boost-decay", why)
-    most = max(mark.replicas for mark in marks)
-    if look.now - marks[0].at < idle or most >= asked:
-        return draft
-    why = f"{most} would have done for 1.15 times the load during the last {idle:g} s"
-    return _scaled(look, draft, asked - 1, "replicas-down", why)
+    return _marked(context, draft, needed)
 
 
-def _marked(look: Look, draft: Draft, needed: int) -> Draft:
-    """Remember the need, seldom enough that the status is not rewritten at every look.
+def _marked(context: Context, draft: Draft, needed: int) -> Draft:
+    """Remember the need, seldom enough that the status is not rewritten at every tick.
 
-    A gap in the marks starts the look-back again: what nobody saw was not idle. The newest mark that is older
-    than the look-back stays, as it proves the beginning.
+    A gap in the marks starts the look-back again: a time without observation was not idle. The newest mark
+    that is older than the look-back stays, as it proves the beginning.
     """
-    marks, idle = draft.state.scale_down, look.policy.pace.idle
-    while len(marks) > 1 and marks[1].at <= look.now - idle:
+    marks, idle = draft.state.scale_down, context.policy.pace.idle
+    while len(marks) > 1 and marks[1].at <= context.now - idle:
         marks = marks[1:]
-    if not marks or look.now - marks[-1].at > max(idle / GAP_PARTS, 2 * look.policy.pace.tick):
-        return draft.with_state(scale_down=(ReplicaMark(look.now, needed),))
+    if not marks or context.now - marks[-1].at > max(idle / GAP_PARTS, 2 * context.policy.pace.tick):
+        return draft.with_state(scale_down=(ReplicaMark(context.now, needed),))
     last = marks[-1]
     if needed > last.replicas:
         marks = (*marks[:-1], replace(last, replicas=needed))
-    elif look.now - last.at >= idle / REPEAT_PARTS:
-        marks = (*marks, ReplicaMark(look.now, needed))
-    return draft.with_state(scale_down=marks[-MOST_MARKS:])
+    elif context.now - last.at >= idle / REPEAT_PARTS:
+        marks = (*marks, ReplicaMark(context.now, needed))
+    return draft.with_state(scale_down=marks[-MAX_MARKS:])
 
 
 def _without_marks(draft: Draft) -> Draft:
     return draft.with_state(scale_down=()) if draft.state.scale_down else draft
-
-
-def _out(look: Look, draft: Draft, target: int, rule: str, why: str) -> Draft:
-    """More capacity; a change that is being tried gives way, without being judged."""
-    draft = _without_marks(draft)
-    if look.policy.mode == "Auto" and draft.state.phase in TRIED:
-        draft = abort(look, draft, reasons.SCALING_OUT, "capacity is added first")
-    return _scaled(look, draft, target, rule, why)
-
-
-def _scaled(look: Look, draft: Draft, target: int, rule: str, why: str) -> Draft:
-    asked = look.observation.replicas
-    text = f"{why[:1].upper()}{why[1:]}; replicas {asked} -> {target}"
-    fields = {"rule": rule, "replicas": (asked, target)}
-    if look.policy.mode != "Auto" and rule != BOUNDS:
-        key = f"{rule}:{asked}->{target}"
-        return draft.told_once(look, key, outcome="Recommended", summary=f"{text} is recommended.", **fields)
-    draft = draft.acting(Scale(target, rule))
-    key = f"scale:{asked}->{target}"
-    if any(item.key == key and look.now - item.at < look.policy.pace.settle for item in draft.state.told):
-        return draft  # asked for a moment ago, and not seen yet
-    outcome = "ScaledOut" if target > asked else "ScaledIn"
-    told = (*(item for item in draft.state.told if item.key != key), Told(key, look.now))[-MOST_TOLD:]
-    draft = draft.recorded(look, outcome=outcome, summary=f"{text}.", **fields)
-    return draft.with_state(told=told, cooldown_until=look.now + look.policy.pace.cooldown)

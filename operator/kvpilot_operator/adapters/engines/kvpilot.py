@@ -1,4 +1,4 @@
-"""The engines' admin API over HTTP: the same in a cluster and on one machine."""
+"""The ``Engines`` port over kvpilot's admin API, in a cluster and on one machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pydantic.alias_generators import to_camel
 
 from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport, ConfigPatch
 from kvpilot_engine.contract.config import COLD_FIELDS, QUIET
-from kvpilot_operator.ports import EngineError, Plan, Replica
+from kvpilot_operator.ports import EngineCallError
+from kvpilot_operator.status.snapshot import Replica
+from kvpilot_operator.tuning.observation import EngineProblem
 
 CONTRACTS = (CONTRACT_VERSION - 1, CONTRACT_VERSION)
-"""Versions of the contract that this operator works with: an upgrade meets engines of the one before."""
+"""Contract versions that this operator speaks: its own and the one before, for upgrades."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -25,7 +27,7 @@ MAX_REASON = 300
 
 
 class EngineAdmin:
-    """Asks and changes engines. One instance serves all engines; close it in the end.
+    """Describes and changes engines. One instance serves all engines; close it at the end.
 
     Args:
         read_timeout_s: for one question.
@@ -55,38 +57,34 @@ class EngineAdmin:
         """Version, knobs, live values, ceilings.
 
         Raises:
-            EngineError: it did not answer, or speaks a contract that this operator does not know.
+            EngineCallError: no answer, or a contract version that this operator does not speak.
         """
         body = await self._call("GET", replica, self._read_timeout)
         live = _parsed(AdminConfig, body, replica)
         if live.contract_version not in CONTRACTS:
-            raise EngineError(
+            raise EngineCallError(
                 f"{replica.name} speaks contract {live.contract_version}, this operator knows "
                 f"{' and '.join(map(str, CONTRACTS))}",
                 "refused",
             )
         return live
 
-    async def plan(self, replica: Replica, values: Mapping[str, Any]) -> Plan:
-        """Which of ``values`` (either spelling) differ from what runs, and which of those need a restart."""
-        return plan_of(await self.describe(replica), values)
-
     async def apply(self, replica: Replica, patch: ConfigPatch) -> ApplyReport:
         """Apply, then verify by reading back.
 
         Raises:
-            EngineError: it did not answer, refused, or runs something else afterwards.
+            EngineCallError: no answer, a refusal, or another configuration afterwards.
         """
         body = await self._call(
             "PATCH", replica, self._apply_timeout, patch.model_dump(mode="json", by_alias=True)
         )
         report = _parsed(ApplyReport, body, replica)
         live = await self.describe(replica)
-        plan = plan_of(live, patch.values)
-        if live.generation != patch.generation or plan.hot:
-            raise EngineError(
+        different = differing(live, patch.values)
+        if live.generation != patch.generation or different:
+            raise EngineCallError(
                 f"{replica.name} accepted generation {patch.generation} and runs {live.generation}"
-                + (f"; different: {', '.join(plan.hot)}" if plan.hot else ""),
+                + (f"; different: {', '.join(different)}" if different else ""),
                 "refused",
             )
         return report
@@ -94,9 +92,9 @@ class EngineAdmin:
     async def _call(
         self, method: str, replica: Replica, limit: aiohttp.ClientTimeout, body: Any = None
     ) -> str:
-        """One request to the replica's configuration; its answer's text."""
+        """Send one request to the replica's admin API; returns the body."""
         if not replica.admin_url:
-            raise EngineError(f"{replica.name} has no address yet", "unreachable")
+            raise EngineCallError(f"{replica.name} has no address yet", "unreachable")
         if self._session is None:
             self._session = aiohttp.ClientSession()
         try:
@@ -110,41 +108,45 @@ class EngineAdmin:
             ) as response:
                 text = await response.text(errors="replace")
         except TimeoutError as error:
-            raise EngineError(
+            raise EngineCallError(
                 f"{replica.name} did not answer within {limit.total:g} s", "unreachable"
             ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise EngineError(f"{replica.name} cannot be reached: {error}", "unreachable") from error
+            raise EngineCallError(f"{replica.name} cannot be reached: {error}", "unreachable") from error
         if response.status == 200:
             return text
-        stale = response.status == 409 and not _is_cold(text)
-        code = "stale_epoch" if stale else "refused"
-        raise EngineError(f"{replica.name} answered {response.status}: {_reason(text)}", code)
+        message = f"{replica.name} answered {response.status}: {_reason(text)}"
+        raise EngineCallError(message, _problem(response.status, text))
 
 
-def plan_of(live: AdminConfig, values: Mapping[str, Any]) -> Plan:
-    """Which of ``values`` differ from ``live`` (camelCase), and which of those need a restart.
+def _problem(status: int, text: str) -> EngineProblem:
+    """The code of an answer that is not 200."""
+    if status in {401, 403}:
+        return "unauthorized"
+    return "stale_epoch" if status == 409 and not _is_cold(text) else "refused"
+
+
+def differing(live: AdminConfig, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Hot fields (camelCase) whose value in ``values`` differs from the one that runs.
 
     A field is cold by its nature, or because the value is above what the engine can take without a restart.
 
     Raises:
-        EngineError: ``values`` are not a valid configuration.
+        EngineCallError: ``values`` are no valid configuration.
     """
     try:
         wanted = live.config.updated(dict(values))
     except ValidationError as error:
-        raise EngineError(f"not a configuration: {error.errors()[0]['msg']}", "refused") from error
+        raise EngineCallError(f"not a configuration: {error.errors()[0]['msg']}", "refused") from error
     named = {to_camel(name) for name in values} | set(values)
     hot: list[str] = []
-    restart: list[str] = []
     for name, value in live.config.difference(wanted).items():
         camel = to_camel(name)
-        if camel not in named:
-            continue
         ceiling = live.ceilings.get(camel)
         above = ceiling is not None and isinstance(value, int | float) and value > ceiling
-        (restart if name in COLD_FIELDS or above else hot).append(camel)
-    return Plan(hot=tuple(sorted(hot)), restart=tuple(sorted(restart)))
+        if camel in named and name not in COLD_FIELDS and not above:
+            hot.append(camel)
+    return tuple(sorted(hot))
 
 
 def _parsed(model: type[Body], text: str, replica: Replica) -> Body:
@@ -153,7 +155,7 @@ def _parsed(model: type[Body], text: str, replica: Replica) -> Body:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise EngineError(
+        raise EngineCallError(
             f"{replica.name} answered something else than {model.__name__}: {where}: {first['msg']}",
             "refused",
         ) from error
@@ -172,7 +174,7 @@ def _reason(text: str) -> str:
 
 
 def _is_cold(text: str) -> bool:
-    """Whether a 409 is about a field that needs a restart, and not about a newer writer."""
+    """True if a 409 is about a field that needs a restart, not about a newer writer."""
     try:
         error = json.loads(text)["error"]
     except (ValueError, KeyError, TypeError):

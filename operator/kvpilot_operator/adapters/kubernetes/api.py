@@ -1,12 +1,12 @@
 """The API server over ``kubernetes.aio``: plain JSON in, plain JSON out, a time-out on every call.
 
-The generated models are left aside: they refuse what a newer server adds, and validate twice what it has
-validated already.
+The generated models are not used: they refuse fields that a newer server adds.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -19,6 +19,7 @@ from kubernetes.aio import client, config
 APPLY = "application/apply-patch+yaml"
 JSON = "application/json"
 JSON_PATCH = "application/json-patch+json"
+MERGE_PATCH = "application/merge-patch+json"
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 JsonObject = dict[str, Any]
@@ -42,6 +43,18 @@ PLURALS: Mapping[str, str] = {
 _NOT_CONVERTED = re.compile("failed to (create typed patch object|convert)")
 
 
+def kubeconfig() -> str:
+    """Path of the user's kubeconfig, or paths as ``$KUBECONFIG`` lists them.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: there is no such file.
+    """
+    paths = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube/config")
+    if not any(Path(path).expanduser().is_file() for path in paths.split(os.pathsep)):
+        raise config.ConfigException(f"no kubeconfig {paths}")
+    return paths
+
+
 class ApiError(Exception):
     """The API server refused or could not be reached: one sentence. ``status`` is 0 without an answer."""
 
@@ -51,9 +64,9 @@ class ApiError(Exception):
 
     @property
     def refuses_object(self) -> bool:
-        """Whether what was sent is wrong, so that sending it again is of no use.
+        """True if the object is invalid, so that a retry is of no use.
 
-        A field that the API server cannot convert is a 500 as well; others of these are its own trouble.
+        A field that the API server cannot convert is a 500, too; other 500s are faults of the server.
         """
         return self.status in {400, 422} or (
             self.status == HTTPStatus.INTERNAL_SERVER_ERROR and _NOT_CONVERTED.search(str(self)) is not None
@@ -61,7 +74,7 @@ class ApiError(Exception):
 
     @property
     def denies_object(self) -> bool:
-        """Whether the object is refused, or a policy, a quota or a missing right is against it."""
+        """True if the object is invalid, or a policy, a quota or missing rights refuse it."""
         return self.refuses_object or self.status == HTTPStatus.FORBIDDEN
 
 
@@ -73,7 +86,7 @@ def path_of(api_version: str, kind: str, namespace: str = "", name: str = "", su
 
 
 class KubernetesApi:
-    """A connection. ``connect`` makes one; close it in the end.
+    """A connection. ``connect`` makes one; close it at the end.
 
     Args:
         timeout_s: longest wait for one answer.
@@ -85,10 +98,10 @@ class KubernetesApi:
 
     @classmethod
     async def connect(cls, kubeconfig: Path | None, timeout_s: float = 15.0) -> KubernetesApi:
-        """By a kubeconfig, or by the service account of the pod that this runs in.
+        """Connect by a kubeconfig, or by the service account of this pod.
 
         Raises:
-            kubernetes.aio.config.ConfigException: neither is there.
+            kubernetes.aio.config.ConfigException: neither exists.
         """
         settings = client.Configuration()
         if kubeconfig is None:
@@ -96,6 +109,19 @@ class KubernetesApi:
         else:
             await config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
         settings.connection_pool_maxsize = 32
+        return cls(client.ApiClient(settings), timeout_s)
+
+    @classmethod
+    async def connect_as_user(cls, timeout_s: float = 15.0) -> KubernetesApi:
+        """Connect as kubectl does: by ``$KUBECONFIG`` or ~/.kube/config; in a pod by its service account.
+
+        Raises:
+            kubernetes.aio.config.ConfigException: there is no configuration.
+        """
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            return await cls.connect(None, timeout_s)
+        settings = client.Configuration()
+        await config.load_kube_config(config_file=kubeconfig(), client_configuration=settings)
         return cls(client.ApiClient(settings), timeout_s)
 
     async def close(self) -> None:
@@ -117,18 +143,33 @@ class KubernetesApi:
         Raises:
             ApiError: the server refused, did not answer in time, or cannot be reached.
         """
+        sent = {"Accept": accept, "Content-Type": content_type}
+        answer: JsonObject = json.loads(await self._answer(method, path, body, sent, query))
+        return answer
+
+    async def text(self, path: str) -> str:
+        """What a path answers, as text: the page of a pod behind the proxy of the API server.
+
+        Raises:
+            ApiError: see ``request``.
+        """
+        return (await self._answer("GET", path, None, {"Accept": "text/plain"}, {})).decode(errors="replace")
+
+    async def _answer(
+        self, method: str, path: str, body: Any, headers: dict[str, str], query: Mapping[str, str]
+    ) -> bytes:
         serialized = await self._client.param_serialize(
             method,
             path,
             query_params=list(query.items()),
-            header_params={"Accept": accept, "Content-Type": content_type},
+            header_params=headers,
             body=body,
             auth_settings=["BearerToken"],
         )
-        verb, url, headers, payload, _ = serialized
+        verb, url, sent, payload, _ = serialized
         try:
             response = await self._client.call_api(
-                verb, url, headers, body=payload, _request_timeout=self._timeout
+                verb, url, sent, body=payload, _request_timeout=self._timeout
             )
             text = await response.read()
         except TimeoutError as error:
@@ -137,11 +178,10 @@ class KubernetesApi:
             raise ApiError(f"{method} {path}: {error}", 0) from error
         if response.status >= 400:
             raise ApiError(f"{method} {path}: {response.status} {_reason(text)}", response.status)
-        answer: JsonObject = json.loads(text)
-        return answer
+        return bytes(text)
 
     async def get(self, path: str) -> JsonObject | None:
-        """An object; None when there is none."""
+        """An object; None if it does not exist."""
         try:
             return await self.request("GET", path)
         except ApiError as error:
@@ -150,9 +190,9 @@ class KubernetesApi:
             raise
 
     async def metadata(self, kind: str, namespace: str, name: str) -> JsonObject | None:
-        """An object of ``v1`` with nothing but its metadata, for whom may write it and not read it.
+        """Metadata of an object of ``v1`` that this operator may write and not read.
 
-        None when there is none. It is the answer to an apply of nothing at all that is not carried out.
+        None if it does not exist. It is the answer to a dry-run apply of an empty object.
         """
         try:
             found = await self.request(
@@ -161,14 +201,14 @@ class KubernetesApi:
                 {"apiVersion": "v1", "kind": kind, "metadata": {"namespace": namespace, "name": name}},
                 content_type=APPLY,
                 accept=METADATA_ONLY,
-                fieldManager="kvpilot-look",
+                fieldManager="kvpilot-probe",
                 dryRun="All",
             )
         except ApiError as error:
             if error.status == 404:  # the namespace
                 return None
             raise
-        # What this would have made has no version.
+        # An object that the dry run would create has no version.
         return found if found["metadata"].get("resourceVersion") else None
 
     async def list(self, path: str, **query: str) -> list[JsonObject]:
@@ -177,7 +217,7 @@ class KubernetesApi:
         return list(answer.get("items") or ())
 
     async def apply(self, item: Mapping[str, Any], manager: str, subresource: str = "") -> JsonObject:
-        """Server-side apply: exactly the given fields become the manager's, taken from others if need be."""
+        """Server-side apply with force: exactly the given fields become the manager's."""
         metadata = item["metadata"]
         return await self.request(
             "PATCH",

@@ -3,40 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Literal
 
 import structlog
 
 from kvpilot_operator import manifests
-from kvpilot_operator.adapters import kubernetes_objects as objects
-from kvpilot_operator.adapters.kubernetes_api import (
+from kvpilot_operator.adapters.kubernetes import objects, overrides
+from kvpilot_operator.adapters.kubernetes.api import (
     APPLY,
+    JSON,
     JSON_PATCH,
+    MERGE_PATCH,
     ApiError,
     JsonObject,
     KubernetesApi,
     path_of,
 )
+from kvpilot_operator.adapters.kubernetes.events import EVENTS_API, event_on
 from kvpilot_operator.manifests import names
-from kvpilot_operator.ports import Conflict, Key, Snapshot
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import API_VERSION, DeploymentSpec, KVCacheDeployment
+from kvpilot_operator.ports import Conflict
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.model import API_VERSION, DeploymentSpec
+from kvpilot_operator.status.codec import decode_status, encode_status
+from kvpilot_operator.status.history import parse_records
+from kvpilot_operator.status.model import Status
+from kvpilot_operator.status.overrides import end_of, overrides_of
+from kvpilot_operator.status.snapshot import Key, Snapshot
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted
 
 log = structlog.get_logger(__name__)
 
-EVENTS_API = "events.k8s.io/v1"
-REPORTER = "kvpilot.io/operator"
-NOTE_BYTES = 1024
-"""The API's limit of an Event's note."""
+DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""Annotation by which a ReplicaSet chooses the pods that go first."""
 
 RECORDS_BYTES = 900_000
 """Total of the kept records, under the 1 MiB of a ConfigMap."""
@@ -46,9 +50,9 @@ class KubernetesCluster:
     """Resources of the watched namespaces, and the objects that they own.
 
     Args:
-        operator_key: what the engines' admin tokens are derived from.
+        operator_key: key from which the engines' admin tokens are derived.
         namespaces: watched ones; none for all.
-        instance: this process, in the Events it tells.
+        instance: name of this process in the Events that it writes.
         clock: seconds since the epoch.
     """
 
@@ -69,11 +73,11 @@ class KubernetesCluster:
         self._sources: dict[Key, str] = {}
 
     def source_of(self, key: Key) -> str:
-        """Name of the metrics source that the resource asked for when it was last read."""
+        """Name of the metrics source of the resource when it was last read."""
         return self._sources.get(key, "default")
 
     async def missing_kinds(self) -> list[str]:
-        """Our kinds that the API server does not serve (yet).
+        """Our kinds that the API server does not serve.
 
         Raises:
             ApiError: the API server did not answer.
@@ -90,10 +94,19 @@ class KubernetesCluster:
     async def keys(self) -> list[Key]:
         """All resources of the watched namespaces."""
         items = await self._list_watched("KVCacheDeployment")
-        return [Key(item["metadata"]["namespace"], item["metadata"]["name"]) for item in items]
+        return [_key_of(item) for item in items]
+
+    async def statuses(self) -> dict[Key, Status]:
+        """The status of every resource of the watched namespaces.
+
+        Raises:
+            ApiError: the API server did not answer.
+        """
+        items = await self._list_watched("KVCacheDeployment")
+        return {_key_of(item): decode_status(item.get("status")) for item in items}
 
     async def read(self, key: Key) -> Snapshot | None:
-        """The resource and what belongs to it; None when it is gone or going.
+        """The resource and what belongs to it; None if it is deleted or being deleted.
 
         Raises:
             ApiError: the API server did not answer.
@@ -102,7 +115,7 @@ class KubernetesCluster:
         pods_of = ",".join(f"{label}={value}" for label, value in names.selector_labels(name).items())
         if self._namespaces and namespace not in self._namespaces:
             return None
-        manifest, workload, pods, config, overrides = await asyncio.gather(
+        manifest, workload, pods, config, override_items = await asyncio.gather(
             self._api.get(path_of(API_VERSION, "KVCacheDeployment", namespace, name)),
             self._api.get(path_of("apps/v1", "Deployment", namespace, name)),
             self._api.list(path_of("v1", "Pod", namespace), labelSelector=pods_of),
@@ -119,30 +132,36 @@ class KubernetesCluster:
         token_lost, autoscaler = await asyncio.gather(
             self._token_lost(key, uid), self._autoscaler(workload, scaled)
         )
-        # Where the resource sets the number, who else writes it is simply put right.
-        rival = objects.rival_manager(workload) if workload is not None and scaled else ""
+        # With spec.replicas another writer is no conflict: the number of the spec is written again.
+        conflicting = objects.conflicting_manager(workload) if workload is not None and scaled else ""
         config = config if _owned_by(config, uid) else None
         token = objects.admin_token(self._key, uid)
-        asked = objects.in_force(overrides, name, self._clock())
+        asked = overrides_of(override_items, name, manifest, self._clock())
         replicas = (objects.replica_of(pod, token) for pod in pods)
         return Snapshot(
             key=key,
             manifest=manifest,
-            replicas=None if workload is None else int(workload["spec"].get("replicas", 1)),
-            pods=tuple(sorted((pod for pod in replicas if pod is not None), key=lambda pod: pod.name)),
+            desired_replicas=None if workload is None else int(workload["spec"].get("replicas", 1)),
+            replicas=tuple(sorted((pod for pod in replicas if pod is not None), key=lambda pod: pod.name)),
             promoted=manifests.promoted_of((config or {}).get("data")),
-            replicas_managed_by=autoscaler or rival,
+            accepted=manifests.accepted_of((config or {}).get("data")),
+            replicas_managed_by=autoscaler or conflicting,
             autoscaler=autoscaler,
             rolling_out=workload is not None and objects.replacing_pods(workload),
             paused_by=asked.paused_by,
+            scaling_paused=asked.scaling_paused,
             boosts=asked.boosts,
+            pins=asked.pins,
+            approvals=asked.approvals,
+            rollback=asked.rollback,
             overrides=asked.names,
+            refused=asked.refused,
             token_lost=token_lost,
-            refused_pods="" if workload is None else objects.refused_pods(workload),
+            replica_failure="" if workload is None else objects.replica_failure(workload),
         )
 
     async def _token_lost(self, key: Key, uid: str) -> bool:
-        """False where that cannot be told: it must not hold up tuning."""
+        """True if the Secret is missing or not ours. One that cannot be seen must not stop tuning."""
         try:
             secret = await self._api.metadata("Secret", key.namespace, names.admin_name(key.name))
         except ApiError as error:
@@ -151,8 +170,11 @@ class KubernetesCluster:
         return not (_owned_by(secret, uid) and objects.holds_token(secret))
 
     async def _autoscaler(self, workload: Mapping[str, Any] | None, scaled: bool) -> str:
-        """The autoscaler of the Deployment. One that has not written lately is of no interest, but where the
-        resource's own number takes the field from it at once."""
+        """The autoscaler of the Deployment; "" without one.
+
+        With spec.scaling only an autoscaler that owns the field counts. With spec.replicas each one counts,
+        since our own write takes the field from it at once.
+        """
         if workload is None or (scaled and objects.AUTOSCALER not in objects.replica_managers(workload)):
             return ""
         namespace, name = workload["metadata"]["namespace"], workload["metadata"]["name"]
@@ -160,13 +182,13 @@ class KubernetesCluster:
         return objects.autoscaler_of(name, await self._api.list(path))
 
     async def roll_out(self, snapshot: Snapshot, config: Promoted) -> None:
-        """Apply the owned objects. The configuration is written only where there is none yet.
+        """Apply the owned objects. The configuration is written only if there is none.
 
         Raises:
-            ManifestError: an object of that name is somebody else's, or the API server refuses the template.
+            ManifestError: an object of that name has another owner, or the API server refuses the template.
         """
-        resource = KVCacheDeployment.parse(snapshot.manifest)
-        token = objects.admin_token(self._key, snapshot.manifest["metadata"]["uid"])
+        resource = snapshot.resource
+        token = objects.admin_token(self._key, resource.metadata.uid)
         owned = manifests.owned_objects(resource, token)
         maps = (manifests.config_map(resource, config), manifests.decisions_map(resource, ()))
         *_, workload = await self._read_own(snapshot, (*maps, *owned))
@@ -176,7 +198,7 @@ class KubernetesCluster:
         if workload is None:
             first = _first_replicas(snapshot, resource.spec)
         elif objects.MANAGER in objects.replica_managers(workload):
-            # Left by a first apply that was cut short: what the main manager drops would go back to one.
+            # After an interrupted first apply the main manager owns the number; dropping it resets it to 1.
             await self._write_scale(snapshot.key, int(workload["spec"].get("replicas", 1)))
         for item in owned if first is None else manifests.owned_objects(resource, token, first):
             try:
@@ -189,17 +211,17 @@ class KubernetesCluster:
                     raise ManifestError([f"{item['kind']} {name} is refused: {error}"]) from error
                 raise
         if first is not None:
-            # The number gets its own manager now, so that the next apply may leave it out.
+            # The number gets its own field manager now, so that the next apply can omit it.
             await self._write_scale(snapshot.key, first)
             await self._api.apply(owned[-1], objects.MANAGER)
 
     async def _read_own(
         self, snapshot: Snapshot, wanted: Iterable[Mapping[str, Any]]
     ) -> list[JsonObject | None]:
-        """What there is of the wanted objects, None for the others. Nobody reads Secrets: only metadata.
+        """The wanted objects that exist, None for the others; of Secrets only the metadata.
 
         Raises:
-            ManifestError: one is somebody else's. Apply would make it ours, to go with the resource.
+            ManifestError: one has another owner; apply would make it ours, and delete it with the resource.
         """
         uid, namespace = snapshot.manifest["metadata"]["uid"], snapshot.key.namespace
         asked = [(item["apiVersion"], item["kind"], item["metadata"]["name"]) for item in wanted]
@@ -225,19 +247,19 @@ class KubernetesCluster:
         try:
             return await self._api.metadata("Secret", namespace, name)
         except ApiError as error:
-            # A policy that refuses an empty one may well take the real one, which is tried next.
+            # A policy that refuses an empty Secret may accept the real one, which is applied next.
             if error.denies_object:
                 return None
             raise
 
-    async def write_status(self, snapshot: Snapshot, status: Mapping[str, Any]) -> Snapshot:
+    async def write_status(self, snapshot: Snapshot, status: Status) -> Snapshot:
         """Replace the status.
 
         Raises:
-            Conflict: the resource changed since it was read, or is gone.
+            Conflict: the resource changed since it was read, or was deleted.
         """
         metadata = {k: v for k, v in snapshot.manifest["metadata"].items() if k != "managedFields"}
-        body = {**snapshot.manifest, "metadata": metadata, "status": dict(status)}
+        body = {**snapshot.manifest, "metadata": metadata, "status": encode_status(status)}
         path = path_of(API_VERSION, "KVCacheDeployment", *snapshot.key, "status")
         try:
             written = await self._api.request("PUT", path, body, fieldManager=objects.MANAGER)
@@ -249,39 +271,59 @@ class KubernetesCluster:
 
     async def write_config(self, snapshot: Snapshot, config: Promoted) -> None:
         """Replace the content of the owned ConfigMap."""
-        resource = KVCacheDeployment.parse(snapshot.manifest)
-        await self._api.apply(manifests.config_map(resource, config), objects.MANAGER)
+        content = manifests.config_map(snapshot.resource, config, snapshot.accepted)
+        await self._api.apply(content, objects.MANAGER)
 
     async def scale(self, snapshot: Snapshot, replicas: int) -> None:
-        """Ask the child workload for that many replicas."""
+        """Set the number of replicas of the child workload."""
         await self._write_scale(snapshot.key, replicas)
 
-    async def own_replicas(self, snapshot: Snapshot) -> None:
-        """Take the number of replicas over as it is: the API server forgets who else wrote it.
+    async def prefer_removal(self, snapshot: Snapshot, uids: Sequence[str]) -> None:
+        """Lower the deletion cost of pods: their ReplicaSet removes those with the lowest cost first."""
+        for replica in snapshot.replicas:
+            if replica.uid in uids:
+                patch = {"metadata": {"uid": replica.uid, "annotations": {DELETION_COST: "-100"}}}
+                await self._on_pod("PATCH", snapshot.key, replica.name, patch, MERGE_PATCH)
 
-        Writing the same number makes us a second owner beside the other one, who is then removed. (A number
-        without any owner would be given one by the API server, which is not us.)
+    async def recycle(self, snapshot: Snapshot, uid: str) -> None:
+        """Delete one pod; its ReplicaSet makes another."""
+        for replica in snapshot.replicas:
+            if replica.uid == uid:
+                await self._on_pod(
+                    "DELETE", snapshot.key, replica.name, {"preconditions": {"uid": uid}}, JSON
+                )
+
+    async def _on_pod(self, method: str, key: Key, name: str, body: JsonObject, kind: str) -> None:
+        """Write to a pod; one that is gone, or has another UID by now, is left alone."""
+        try:
+            path = path_of("v1", "Pod", key.namespace, name)
+            await self._api.request(method, path, body, content_type=kind)
+        except ApiError as error:
+            if error.status not in {404, 409, 422}:
+                raise
+
+    async def take_over_replicas(self, snapshot: Snapshot, replicas: int) -> None:
+        """Become the only field manager of the replicas, without changing their number.
+
+        Applying the same number makes kvpilot a second owner, and the other one is then removed. (The API
+        server gives a number without any owner a new one.) Every write requires the resource version that was
+        read last, so a number that is written meanwhile is not overwritten.
 
         Raises:
-            Conflict: the workload changed meanwhile.
+            Conflict: the number is no longer ``replicas``, or the workload changed meanwhile.
         """
-        if snapshot.replicas is None:
-            return
-        await self._write_scale(snapshot.key, snapshot.replicas)
         path = path_of("apps/v1", "Deployment", *snapshot.key)
-        workload = await self._api.get(path)
-        if workload is None:
-            return
-        metadata = workload["metadata"]
-        patch = [
-            {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
-            {
-                "op": "replace",
-                "path": "/metadata/managedFields",
-                "value": objects.without_rivals(metadata["managedFields"]),
-            },
-        ]
         try:
+            workload = await self._api.request("GET", path)
+            if int(workload["spec"].get("replicas", 1)) != replicas:
+                raise Conflict(f"{snapshot.key} no longer asks for {replicas} replicas")
+            await self._write_scale(snapshot.key, replicas, workload["metadata"]["resourceVersion"])
+            metadata = (await self._api.request("GET", path))["metadata"]
+            fields = objects.without_conflicting_managers(metadata["managedFields"])
+            patch = [
+                {"op": "test", "path": "/metadata/resourceVersion", "value": metadata["resourceVersion"]},
+                {"op": "replace", "path": "/metadata/managedFields", "value": fields},
+            ]
             await self._api.request("PATCH", path, patch, content_type=JSON_PATCH)
         except ApiError as error:
             if error.status in {404, 409, 422}:
@@ -289,100 +331,64 @@ class KubernetesCluster:
             raise
 
     async def record(self, snapshot: Snapshot, record: Record) -> None:
-        """Keep a whole decision record; the same decision told again replaces what was told of it."""
-        name = names.decisions_name(snapshot.key.name)
-        held = await self._api.get(path_of("v1", "ConfigMap", snapshot.key.namespace, name)) or {}
-        lines = str((held.get("data") or {}).get(names.DECISIONS_KEY, "")).splitlines()
+        """Keep a whole decision record; a record with the same id and outcome is replaced."""
+        lines = (await self._kept_records(snapshot.key)).splitlines()
         new = json.dumps(asdict(record), sort_keys=True, separators=(",", ":"), default=str)
         kept = [line for line in lines if not _tells_of(line, record)] + [new]
         while len(kept) > 1 and sum(len(line.encode()) + 1 for line in kept) > RECORDS_BYTES:
             kept.pop(0)
-        resource = KVCacheDeployment.parse(snapshot.manifest)
-        await self._api.apply(manifests.decisions_map(resource, kept), objects.MANAGER)
+        await self._api.apply(manifests.decisions_map(snapshot.resource, kept), objects.MANAGER)
+
+    async def recorded(self, snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
+        """The decision records in ``NAME-decisions``."""
+        return parse_records(await self._kept_records(snapshot.key))
+
+    async def _kept_records(self, key: Key) -> str:
+        path = path_of("v1", "ConfigMap", key.namespace, names.decisions_name(key.name))
+        held = await self._api.get(path) or {}
+        return str((held.get("data") or {}).get(names.DECISIONS_KEY, ""))
 
     async def event(
         self, snapshot: Snapshot, kind: Literal["Normal", "Warning"], reason: str, message: str
     ) -> None:
-        """Tell people about a transition. An Event that cannot be written is logged, and nothing fails."""
-        metadata = snapshot.manifest["metadata"]
-        now = datetime.fromtimestamp(self._clock(), UTC)
-        body = {
-            "apiVersion": EVENTS_API,
-            "kind": "Event",
-            "metadata": {"generateName": f"{snapshot.key.name}-", "namespace": snapshot.key.namespace},
-            "eventTime": now.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            "action": "Tune",
-            "type": kind,
-            "reason": reason,
-            "note": message.encode()[:NOTE_BYTES].decode(errors="ignore"),
-            "reportingController": REPORTER,
-            "reportingInstance": self._instance,
-            "regarding": {
-                "apiVersion": API_VERSION,
-                "kind": "KVCacheDeployment",
-                "namespace": snapshot.key.namespace,
-                "name": snapshot.key.name,
-                "uid": metadata["uid"],
-                "resourceVersion": metadata.get("resourceVersion", ""),
-            },
-        }
+        """Write an Event on the resource. A failure is logged and does not propagate."""
+        regarding = {**snapshot.manifest, "apiVersion": API_VERSION, "kind": "KVCacheDeployment"}
+        await self._event_on(regarding, kind, reason, message)
+
+    async def _event_on(
+        self, item: Mapping[str, Any], kind: Literal["Normal", "Warning"], reason: str, message: str
+    ) -> None:
+        namespace, name = item["metadata"]["namespace"], item["metadata"]["name"]
+        body = event_on(item, kind, reason, message, at=self._clock(), instance=self._instance)
         try:
-            await self._api.request("POST", path_of(EVENTS_API, "Event", snapshot.key.namespace), body)
+            await self._api.request("POST", path_of(EVENTS_API, "Event", namespace), body)
         except ApiError as error:
-            log.warning("event_not_written", resource=str(snapshot.key), reason=reason, error=str(error))
+            log.warning("event_not_written", resource=f"{namespace}/{name}", reason=reason, error=str(error))
 
     def boost_name(self, key: Key, fingerprint: str) -> str:
-        """Name of the override of one alert; the same alert always has the same."""
-        return f"{key.name[:40]}-alert-{hashlib.sha256(fingerprint.encode()).hexdigest()[:10]}"
+        """Name of the override of one alert; the same alert always gives the same name."""
+        return overrides.boost_name(key, fingerprint)
 
     async def boost(self, snapshot: Snapshot, fingerprint: str, minimum: int, until: float, why: str) -> str:
-        """Create or refresh the override of one alert; its name."""
-        name = self.boost_name(snapshot.key, fingerprint)
-        metadata = snapshot.manifest["metadata"]
-        owner = {
-            "apiVersion": API_VERSION, "kind": "KVCacheDeployment", "name": metadata["name"],
-            "uid": metadata["uid"],
-        }  # fmt: skip
-        await self._api.apply(
-            {
-                "apiVersion": API_VERSION,
-                "kind": "KVCacheOverride",
-                "metadata": {
-                    "name": name,
-                    "namespace": snapshot.key.namespace,
-                    "ownerReferences": [owner],
-                    "labels": {"app.kubernetes.io/managed-by": "kvpilot"},
-                },
-                "spec": {
-                    "target": snapshot.key.name,
-                    "boost": {"minReplicas": minimum},
-                    "expiresAt": datetime.fromtimestamp(until, UTC).isoformat(timespec="seconds"),
-                    "by": "alertmanager",
-                    "reason": why[:1024],
-                },
-            },
-            objects.MANAGER,
-        )
-        return name
+        """Create or refresh the override of one alert; returns its name."""
+        item = overrides.boost_manifest(snapshot, fingerprint, minimum, until, why)
+        await self._api.apply(item, objects.MANAGER)
+        return str(item["metadata"]["name"])
 
     async def sweep(self) -> list[Key]:
-        """Delete the overrides that have expired; the resources that they were of."""
-        swept = []
-        now = self._clock()
-        for item in await self._list_watched("KVCacheOverride"):
-            metadata, spec = item["metadata"], item["spec"]
-            if objects.seconds_of(spec["expiresAt"]) > now:
-                continue
-            unchanged = {"uid": metadata["uid"], "resourceVersion": metadata["resourceVersion"]}
-            path = path_of(API_VERSION, "KVCacheOverride", metadata["namespace"], metadata["name"])
-            try:
-                await self._api.request("DELETE", path, {"preconditions": unchanged})
-            except ApiError as error:
-                if error.status not in {404, 409}:
-                    raise
-                continue
-            swept.append(Key(metadata["namespace"], spec["target"]))
-        return swept
+        """Delete overrides that are over, report on the others; returns the keys that the former targeted."""
+        now, items = self._clock(), await self._list_watched("KVCacheOverride")
+        if not items:
+            return []
+        resources = {_key_of(item): item for item in await self._list_watched("KVCacheDeployment")}
+        found = overrides.judged(items, resources, now)
+        ended = await overrides.delete_over(self._api, found)
+        for item, verdict in ended:
+            kind, reason, message = end_of(item, verdict)
+            regarding = {**item, "apiVersion": API_VERSION, "kind": "KVCacheOverride"}
+            await self._event_on(regarding, kind, reason, message)
+        await overrides.report(self._api, (one for one in found if not one[1].over), now)
+        return [Key(item["metadata"]["namespace"], item["spec"]["target"]) for item, _ in ended]
 
     async def _list_watched(self, kind: str) -> list[JsonObject]:
         lists = await asyncio.gather(
@@ -390,11 +396,13 @@ class KubernetesCluster:
         )
         return [item for items in lists for item in items]
 
-    async def _write_scale(self, key: Key, replicas: int) -> None:
+    async def _write_scale(self, key: Key, replicas: int, resource_version: str = "") -> None:
+        """Apply the number of replicas; given a resource version, only if the workload still has it."""
+        metadata = {"namespace": key.namespace, "name": key.name}
         scale = {
             "apiVersion": "autoscaling/v1",
             "kind": "Scale",
-            "metadata": {"namespace": key.namespace, "name": key.name},
+            "metadata": metadata | ({"resourceVersion": resource_version} if resource_version else {}),
             "spec": {"replicas": replicas},
         }
         await self._api.request(
@@ -407,19 +415,23 @@ class KubernetesCluster:
         )
 
 
+def _key_of(item: JsonObject) -> Key:
+    return Key(item["metadata"]["namespace"], item["metadata"]["name"])
+
+
 def _source_ref(manifest: Mapping[str, Any]) -> str:
     metrics = (manifest.get("spec") or {}).get("metrics") or {}
     return str(metrics.get("sourceRef") or "default")
 
 
 def _owned_by(item: Mapping[str, Any] | None, uid: str) -> bool:
-    """An object of the same name that somebody else made is not ours to read."""
+    """True if the object is owned by the resource of this UID."""
     owners = ((item or {}).get("metadata") or {}).get("ownerReferences") or ()
     return any(owner.get("uid") == uid for owner in owners)
 
 
 def _orphan(item: Mapping[str, Any], name: str) -> bool:
-    """Left by a resource of the same name that was deleted without what it owned."""
+    """True if a resource of the same name that was deleted without its objects left this one."""
     metadata = item["metadata"]
     return (
         not metadata.get("ownerReferences") and (metadata.get("labels") or {}).get(names.NAME_LABEL) == name
@@ -427,11 +439,10 @@ def _orphan(item: Mapping[str, Any], name: str) -> bool:
 
 
 def _first_replicas(snapshot: Snapshot, spec: DeploymentSpec) -> int | None:
-    """Of a workload that is made: the number before it was lost, else the least that is asked for."""
+    """Replicas of a new workload: the number before the old one was deleted, else the minimum."""
     if spec.scaling is None:
         return spec.replicas
-    before = int((snapshot.manifest.get("status") or {}).get("replicas") or 0)
-    return min(max(before, spec.scaling.minimum), spec.scaling.maximum)
+    return min(max(snapshot.status.replicas or 0, spec.scaling.minimum), spec.scaling.maximum)
 
 
 def _tells_of(line: str, record: Record) -> bool:

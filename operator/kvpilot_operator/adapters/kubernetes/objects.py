@@ -1,4 +1,4 @@
-"""What API objects mean to the loop. Pure: objects in, values out."""
+"""Values read from API objects. Pure."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from kvpilot_operator.manifests.names import ADMIN_PORT, TOKEN_KEY
-from kvpilot_operator.ports import Replica
-from kvpilot_operator.spec.times import from_rfc3339
-from kvpilot_operator.tuning.observation import Boost
+from kvpilot_operator.resource.times import seconds_of
+from kvpilot_operator.status.snapshot import Replica
 
 MANAGER = "kvpilot"
-"""Field manager of the owned objects; of a workload's number of replicas never."""
+"""Field manager of the owned objects, never of a workload's number of replicas."""
 
 SCALE_MANAGER = "kvpilot-scale"
 """Field manager of the number of replicas, through the workload's /scale."""
@@ -26,7 +24,7 @@ AUTOSCALER = "kube-controller-manager"
 """Field manager under which a HorizontalPodAutoscaler writes."""
 
 LAST_WORDS = 256
-"""Longest last line of a container that is told, characters."""
+"""Longest last line of a container in a condition, characters."""
 
 _SOUND_STARTS = frozenset({None, "ContainerCreating", "PodInitializing"})
 _NO_NEWS = frozenset({"", "Error", "Completed"})
@@ -34,20 +32,12 @@ _REFUSED_POD = re.compile(r'^pods "[^"]*" is ')
 
 
 def admin_token(operator_key: bytes, uid: str) -> str:
-    """The token of a resource's engines: from the operator's key, so that no Secret is ever read."""
+    """Admin token of a resource's engines, derived from the operator's key, so that no Secret is read."""
     return hmac.new(operator_key, f"{uid}:{ADMIN_EPOCH}".encode(), hashlib.sha256).hexdigest()
 
 
-def seconds_of(moment: str | None) -> float:
-    """An RFC 3339 time as seconds since the epoch; 0 for none, and for one that only the API server reads."""
-    try:
-        return from_rfc3339(moment) if moment else 0.0
-    except ValueError:
-        return 0.0
-
-
 def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
-    """A pod as the loop sees it; None for one that has ended."""
+    """The replica of a pod; None for a pod that has ended."""
     metadata, status = pod["metadata"], pod.get("status") or {}
     if status.get("phase") in {"Succeeded", "Failed"}:
         return None
@@ -56,6 +46,7 @@ def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
     address = status.get("podIP", "")
     host = f"[{address}]" if ":" in address else address
     ready = conditions.get("Ready", {}).get("status") == "True"
+    created_at = seconds_of(metadata.get("creationTimestamp"))
     return Replica(
         uid=metadata["uid"],
         name=metadata["name"],
@@ -64,7 +55,10 @@ def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
         admin_token=token,
         terminating="deletionTimestamp" in metadata,
         pending_reason="" if ready else _pending_reason(conditions, containers),
-        created_at=seconds_of(metadata.get("creationTimestamp")),
+        created_at=created_at,
+        start_s=max(0.0, seconds_of(conditions["Ready"].get("lastTransitionTime")) - created_at)
+        if ready
+        else 0.0,
         restarts=sum(int(item.get("restartCount", 0)) for item in containers),
     )
 
@@ -72,9 +66,9 @@ def replica_of(pod: Mapping[str, Any], token: str) -> Replica | None:
 def _pending_reason(
     conditions: Mapping[str, Mapping[str, Any]], containers: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Why a pod is not running: what the scheduler, the kubelet or the container that ended says.
+    """Why a pod is not running, by the scheduler, the kubelet or the container that ended.
 
-    "" while it simply starts.
+    "" while it starts normally.
     """
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False":
@@ -84,13 +78,13 @@ def _pending_reason(
         stuck = waiting.get("reason") not in _SOUND_STARTS
         words = _last_words(container)
         if stuck or words:
-            told = (waiting["reason"] if stuck else "Restarted", words or waiting.get("message", ""))
-            return ": ".join(filter(None, told))
+            reported = (waiting["reason"] if stuck else "Restarted", words or waiting.get("message", ""))
+            return ": ".join(filter(None, reported))
     return ""
 
 
 def _last_words(container: Mapping[str, Any]) -> str:
-    """The last line of a container that failed, or why it was ended; "" without a failure."""
+    """The last line of a container that failed, or the reason of its end; "" without a failure."""
     states = (container.get("state") or {}, container.get("lastState") or {})
     ended: Mapping[str, Any] = next((s["terminated"] for s in states if s.get("terminated")), {})
     if not ended.get("exitCode"):
@@ -98,8 +92,8 @@ def _last_words(container: Mapping[str, Any]) -> str:
     lines = str(ended.get("message") or "").split("\n")
     line = next((line.strip() for line in reversed(lines) if line.strip()), "")
     reason = str(ended.get("reason") or "")
-    told = (reason if reason not in _NO_NEWS else "", line[:LAST_WORDS])
-    return ": ".join(filter(None, told)) or f"exit status {ended['exitCode']}"
+    reported = (reason if reason not in _NO_NEWS else "", line[:LAST_WORDS])
+    return ": ".join(filter(None, reported)) or f"exit status {ended['exitCode']}"
 
 
 def replica_managers(workload: Mapping[str, Any]) -> set[str]:
@@ -108,8 +102,8 @@ def replica_managers(workload: Mapping[str, Any]) -> set[str]:
     return {entry.get("manager", "") for entry in entries if _owns_replicas(entry)}
 
 
-def rival_manager(workload: Mapping[str, Any]) -> str:
-    """Somebody else who wrote the number of replicas last; "" when it was us, or an autoscaler."""
+def conflicting_manager(workload: Mapping[str, Any]) -> str:
+    """Another field manager of the number of replicas; "" if there is none, or if it is an autoscaler."""
     return min(replica_managers(workload) - {MANAGER, SCALE_MANAGER, AUTOSCALER}, default="")
 
 
@@ -122,8 +116,8 @@ def autoscaler_of(name: str, autoscalers: Iterable[Mapping[str, Any]]) -> str:
     return ""
 
 
-def without_rivals(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``metadata.managedFields`` in which nobody but us owns the number of replicas."""
+def without_conflicting_managers(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """``metadata.managedFields`` in which only kvpilot owns the number of replicas."""
     kept = []
     for entry in entries:
         if not _owns_replicas(entry) or entry.get("manager") in {MANAGER, SCALE_MANAGER}:
@@ -142,18 +136,18 @@ def _owns_replicas(entry: Mapping[str, Any]) -> bool:
     return "f:replicas" in ((entry.get("fieldsV1") or {}).get("f:spec") or {})
 
 
-def refused_pods(workload: Mapping[str, Any]) -> str:
-    """Why the API server refuses the workload's pods, a quota for example; "" where it does not."""
+def replica_failure(workload: Mapping[str, Any]) -> str:
+    """Why the API server refuses the workload's pods, such as a quota; "" if it does not."""
     for condition in (workload.get("status") or {}).get("conditions") or ():
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            # Without the pod's name, which is another one at every try.
+            # Without the pod's name, which differs at every attempt.
             message = _REFUSED_POD.sub("", condition.get("message", ""))
             return f"{condition.get('reason', 'ReplicaFailure')}: {message}".rstrip(": ")
     return ""
 
 
 def holds_token(secret: Mapping[str, Any] | None) -> bool:
-    """Whether the token in the Secret, of which only metadata is known, is the one that we wrote."""
+    """True if the token in the Secret is the one that kvpilot wrote, judged by the metadata alone."""
     entries = ((secret or {}).get("metadata") or {}).get("managedFields") or ()
     return any(
         entry.get("manager") == MANAGER
@@ -163,42 +157,8 @@ def holds_token(secret: Mapping[str, Any] | None) -> bool:
 
 
 def replacing_pods(workload: Mapping[str, Any]) -> bool:
-    """Whether pods of an older template still run, or the controller has not seen the newest one."""
+    """True if pods of an older template still run, or the controller has not seen the newest template."""
     status = workload.get("status") or {}
     if int(status.get("observedGeneration", 0)) < int(workload["metadata"].get("generation", 0)):
         return True
     return int(status.get("replicas", 0)) > int(status.get("updatedReplicas", 0))
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """The overrides of one resource that are in force, and those that have expired."""
-
-    paused_by: str = ""
-    boosts: tuple[Boost, ...] = ()
-    names: tuple[str, ...] = ()
-
-
-def in_force(overrides: Iterable[Mapping[str, Any]], target: str, now: float) -> Overrides:
-    """What the overrides of ``target`` ask for now."""
-    valid = sorted(
-        (
-            item
-            for item in overrides
-            if item["spec"]["target"] == target
-            and "deletionTimestamp" not in item["metadata"]
-            and seconds_of(item["spec"]["expiresAt"]) > now
-        ),
-        key=lambda item: str(item["metadata"]["name"]),
-    )
-    pauses = [item["metadata"]["name"] for item in valid if "pause" in item["spec"]]
-    boosts = tuple(
-        Boost(
-            item["metadata"]["name"],
-            int(item["spec"]["boost"]["minReplicas"]),
-            seconds_of(item["spec"]["expiresAt"]),
-        )
-        for item in valid
-        if "boost" in item["spec"]
-    )
-    return Overrides(pauses[0] if pauses else "", boosts, tuple(item["metadata"]["name"] for item in valid))

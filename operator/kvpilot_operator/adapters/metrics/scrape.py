@@ -1,4 +1,4 @@
-"""Metrics without Prometheus: each engine's own page, read at each interval and kept for the windows."""
+"""Metrics without Prometheus: scrapes each engine's page and keeps the history that the windows need."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from dataclasses import dataclass
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvpilot_operator.adapters.series import (
+from kvpilot_operator.adapters.metrics.series import (
     COUNTERS,
     GAUGES,
+    OPTIONAL_COUNTERS,
+    OPTIONAL_GAUGES,
     IncompleteSeriesError,
     SeriesKey,
     sample_from,
     series_key,
 )
-from kvpilot_operator.ports import Key
+from kvpilot_operator.status.snapshot import Key
 from kvpilot_operator.tuning.observation import Sample
 
 KEEP_S = 3600.0
-"""How far back a window can reach, s. A scrape of an engine is about 1.5 KB."""
+"""Longest window, s. One scrape of an engine takes about 1.5 KB."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Target:
 
 
 class PageReader:
-    """Reads the text format; what it has seen of a series' name and labels it does not parse again.
+    """Parses the text format, and each series' name and labels only once.
 
-    prometheus_client's parser takes milliseconds of pure Python for a page, each second, beside engines that
-    need the core; names and labels never change between two scrapes, so only values are parsed here.
+    prometheus_client's parser takes milliseconds of Python for each page and second, on the engines' cores.
+    Names and labels do not change between two scrapes, so only values are parsed.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, SeriesKey | None] = {}
 
     def read(self, text: str) -> dict[SeriesKey, float]:
-        """Counters and gauges that samples are made of; a line without a number is skipped."""
+        """The counters and gauges of a sample; a line without a number is skipped."""
         values: dict[SeriesKey, float] = {}
         for line in text.splitlines():
             if line.startswith("#"):
@@ -63,11 +65,12 @@ class PageReader:
         return values
 
 
-_WANTED = frozenset({*COUNTERS, *GAUGES})
+_LAST_VALUES = frozenset({*GAUGES, *OPTIONAL_GAUGES})
+_WANTED = frozenset({*COUNTERS, *OPTIONAL_COUNTERS, *_LAST_VALUES})
 
 
 def _parsed(line: str) -> SeriesKey | None:
-    """Name and labels of a line; None for a series that nothing is made of, or a line that is none."""
+    """Name and labels of a line; None for a series that no sample uses, or a line that is no series."""
     if line.partition("{")[0].partition(" ")[0] not in _WANTED:
         return None
     try:
@@ -80,7 +83,7 @@ def _parsed(line: str) -> SeriesKey | None:
 
 
 class History:
-    """What one engine published: cumulative counters by time, resets added up, and the last gauges."""
+    """History of one engine: cumulative counters by time, across resets, and the last gauges."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -88,16 +91,16 @@ class History:
         self._columns: dict[SeriesKey, int] = {}
         self._rows: list[array[float]] = []
         self._raw: list[float] = []
-        self._lost: list[float] = []  # what a counter had reached before each of its resets
+        self._lost: list[float] = []  # value of a counter before each of its resets
 
     def add(self, at: float, values: Mapping[SeriesKey, float]) -> None:
         """One scrape at time ``at``, s."""
-        self.gauges = {key: value for key, value in values.items() if key[0] in GAUGES}
+        self.gauges = {key: value for key, value in values.items() if key[0] in _LAST_VALUES}
         for key, value in values.items():
-            if key[0] in GAUGES:
+            if key[0] in _LAST_VALUES:
                 continue
             column = self._columns.get(key)
-            if column is None:  # a series that appears later began at 0
+            if column is None:  # a series that appears later started at 0
                 column = self._columns[key] = len(self._raw)
                 self._raw.append(0.0)
                 self._lost.append(0.0)
@@ -106,14 +109,14 @@ class History:
             self._raw[column] = value
         self._rows.append(array("d", map(float.__add__, self._raw, self._lost)))
         self.times.append(at)
-        if self.times[0] < at - KEEP_S - 60:  # drop in bulk: a list pays for each removal at its front
+        if self.times[0] < at - KEEP_S - 60:  # drop in bulk: removing from the front of a list is linear
             first = bisect_right(self.times, at - KEEP_S)
             del self.times[:first], self._rows[:first]
 
     def increase(self, seconds: float) -> tuple[dict[SeriesKey, float], float]:
-        """Increases over the newest ``seconds``, and the time that they really cover, s."""
+        """Increases over the last ``seconds``, and the time that they cover, s."""
         end = self.times[-1]
-        # The scrape closest to the window's beginning, so that it covers ``seconds`` within half an interval.
+        # The scrape closest to the start of the window: it covers ``seconds`` within half an interval.
         first = bisect_right(self.times, end - seconds)
         if first and (
             first == len(self.times)
@@ -131,7 +134,7 @@ class ScrapeMetrics:
     """The ``Metrics`` port over the engines' own pages.
 
     Args:
-        targets: the engines of a resource now; one that is gone is forgotten.
+        targets: returns the engines of a resource; the history of a removed one is dropped.
         interval_s: between two scrapes.
     """
 
@@ -151,15 +154,19 @@ class ScrapeMetrics:
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        """Begin to scrape."""
+        """Start to scrape."""
         self._session = aiohttp.ClientSession()
         self._task = asyncio.create_task(self._scrape_forever())
 
     def scrape_every(self, interval_s: float) -> None:
-        """Another interval (s), from now on: the next scrape does not wait for the end of the old one."""
+        """Change the interval, s, at once: the next scrape does not wait for the end of the old one."""
         if interval_s != self._interval:
             self._interval = interval_s
             self._changed.set()
+
+    def scrape_s(self, key: Key) -> float:
+        """Interval between two scrapes, s."""
+        return self._interval
 
     async def close(self) -> None:
         """Stop scraping."""
@@ -170,7 +177,7 @@ class ScrapeMetrics:
             await self._session.close()
 
     async def samples(self, windows: Mapping[Key, Mapping[str, float]]) -> dict[Key, dict[str, Sample]]:
-        """Samples by pod UID from what was scraped so far."""
+        """Samples by replica UID from the scrapes so far."""
         targets = self._targets()
         found: dict[Key, dict[str, Sample]] = {}
         for key, lengths in windows.items():
@@ -191,7 +198,9 @@ class ScrapeMetrics:
             windows[name], covered[name] = history.increase(seconds)
         age = self._clock() - history.times[-1]
         try:
-            return sample_from(windows, history.gauges, covered, age, max(covered.values()))
+            return sample_from(
+                windows, history.gauges, covered, age, max(covered.values()), scrape_s=self._interval
+            )
         except IncompleteSeriesError:
             return None
 
@@ -205,7 +214,7 @@ class ScrapeMetrics:
             await asyncio.gather(*(self._scrape(target) for target in targets))
             now = time.monotonic()
             due = max(due + self._interval, now)
-            # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
+            # Not wait_for: in Python 3.11 it loses a cancellation that arrives together with the event.
             try:
                 async with asyncio.timeout(due - now):
                     await self._changed.wait()
@@ -215,7 +224,7 @@ class ScrapeMetrics:
             due = time.monotonic()
 
     async def _scrape(self, target: Target) -> None:
-        """Read one page; an engine that does not answer keeps its history, whose age tells."""
+        """Read one page; an engine that does not answer keeps its history, which grows stale."""
         assert self._session is not None
         timeout = aiohttp.ClientTimeout(total=max(2.0, self._interval))
         try:

@@ -1,8 +1,7 @@
 """From series to ``Sample``: pure, and the same for every source of metrics.
 
-An adapter groups what it read by pod and drops the labels that only say where a series came from; here the
-names of the contract become the fields of the observation. No data is never zero: a pod whose metrics are
-not whole has no sample.
+An adapter groups series by pod and drops the labels of their origin; here the metric names of the contract
+become the fields of an observation. No data is not zero: a pod with incomplete metrics has no sample.
 """
 
 from __future__ import annotations
@@ -10,16 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.contract import metrics as names
-from kvpilot_operator.tuning.observation import Counts, Gauges, Sample
+from kvpilot_operator.tuning.observation import Counts, Gauges, MemoryUse, Sample
 
 SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
 """Metric name as exposed (with ``_bucket``, ``_sum``, ``_total``) and its sorted labels without identity."""
-
-IDENTITY_LABELS = frozenset(
-    {"__name__", "namespace", "pod", "pod_uid", "kvpilot_name", "component", "instance", "job", "container"}
-)
-"""Labels that say which pod a series is of."""
 
 GAUGES: tuple[str, ...] = (
     names.REQUESTS_WAITING,
@@ -31,7 +26,7 @@ GAUGES: tuple[str, ...] = (
     names.CACHE_BUDGET_BYTES,
     names.CONFIG_GENERATION,
 )
-"""Gauges that a sample is made of; every engine publishes all of them from its start."""
+"""Gauges of a sample; every engine publishes all of them from its start."""
 
 COUNTERS: tuple[str, ...] = (
     f"{names.REQUEST_SECONDS}_bucket",
@@ -51,57 +46,87 @@ COUNTERS: tuple[str, ...] = (
     names.STEP_BUSY_SECONDS_TOTAL,
     names.STEP_ROWS_TOTAL,
 )
-"""Counters whose increase over a window a sample is made of."""
+"""Counters of a sample, by their increase over a window."""
+
+OPTIONAL_COUNTERS: tuple[str, ...] = (names.BUCKET_ROWS_TOTAL, names.BUCKET_SECONDS_TOTAL)
+OPTIONAL_GAUGES: tuple[str, ...] = (
+    names.STEP_CURVE_SECONDS,
+    names.LONGEST_REQUEST_TOKENS,
+    names.CACHED_PAGES,
+)
+"""What a sample also holds where the runtime has it. Absent is not zero: rules that need it stand aside."""
 
 HISTOGRAMS: tuple[str, ...] = (f"{names.REQUEST_SECONDS}_bucket", f"{names.FIRST_TOKEN_SECONDS}_bucket")
-"""Those of them whose edges must all be there."""
+"""Histograms of which every edge must be present."""
 
 
 class IncompleteSeriesError(ValueError):
-    """The series of one pod do not make a sample: one sentence that names what is missing."""
+    """The series of one pod are incomplete: one sentence that names what is missing."""
+
+
+SUFFIXES = ("_bucket", "_sum", "_count")
+"""What Prometheus appends to the name of a histogram."""
 
 
 def series_key(labels: Mapping[str, str], name: str = "") -> SeriesKey:
-    """The key of a series from all its labels; ``name`` where ``__name__`` is not among them."""
-    kept = ((label, value) for label, value in labels.items() if label not in IDENTITY_LABELS)
-    return name or labels["__name__"], tuple(sorted(kept))
+    """The key of a series: its name (``name`` if ``__name__`` is not among the labels) and its own labels.
+
+    Only labels of the contract are its own; all others say where it came from.
+    """
+    exposed = name or labels["__name__"]
+    return exposed, tuple(sorted((label, labels[label]) for label in own_labels(exposed) if label in labels))
+
+
+def own_labels(exposed: str) -> frozenset[str]:
+    """Labels that the contract gives a series of that exposed name."""
+    metric = names.METRICS.get(exposed)
+    if metric is not None:
+        return frozenset(metric.labels)
+    suffix = next((item for item in SUFFIXES if exposed.endswith(item)), "")
+    histogram = names.METRICS.get(exposed.removesuffix(suffix))
+    return frozenset((*histogram.labels, "le")) if histogram is not None else frozenset()
 
 
 def sample_from(
     windows: Mapping[str, Mapping[SeriesKey, float]],
     gauges: Mapping[SeriesKey, float],
-    pod_seconds: Mapping[str, float],
+    replica_seconds: Mapping[str, float],
     age_s: float,
     coverage_s: float,
+    *,
+    scrape_s: float = 0.0,
 ) -> Sample:
     """One engine's metrics.
 
     Args:
         windows: increases by window name; a window without any series is left out of the sample.
         gauges: last values.
-        pod_seconds: time that each window really covers, s.
+        pod_seconds: time that each window covers, s.
         age_s: age of the newest values, s.
-        coverage_s: time that the longest window really covers, s.
+        coverage_s: time that the longest window covers, s.
+        scrape_s: interval of the scrapes as it was seen, s; 0 if unknown.
 
     Raises:
         IncompleteSeriesError: a gauge, a counter or an edge is missing, or a value is not finite.
     """
     counts = {
-        window: _counts(increases, pod_seconds.get(window, 0.0), window)
+        window: _counts(increases, replica_seconds.get(window, 0.0), window)
         for window, increases in windows.items()
         if increases
     }
-    return Sample(windows=counts, gauges=_gauges(gauges), age_s=age_s, coverage_s=coverage_s)
+    return Sample(
+        windows=counts, gauges=_gauges(gauges), age_s=age_s, coverage_s=coverage_s, scrape_s=scrape_s
+    )
 
 
-def _counts(increases: Mapping[SeriesKey, float], pod_seconds: float, window: str) -> Counts:
+def _counts(increases: Mapping[SeriesKey, float], replica_seconds: float, window: str) -> Counts:
     _check(increases, COUNTERS, f"window {window}")
     within = {name: _edges(increases, name, window) for name in HISTOGRAMS}
     prefetch = _by_label(increases, names.PREFETCH_BLOCKS_TOTAL, "result")
     codec = _by_label(increases, names.CODEC_SECONDS_TOTAL, "op")
     hits = _by_label(increases, names.HIT_TOKENS_TOTAL, "tier")
     return Counts(
-        pod_seconds=pod_seconds,
+        replica_seconds=replica_seconds,
         arrivals=_sum(increases, names.ARRIVALS_TOTAL),
         outcomes=_by_label(increases, names.REQUESTS_TOTAL, "outcome"),
         request_within=within[HISTOGRAMS[0]],
@@ -121,6 +146,8 @@ def _counts(increases: Mapping[SeriesKey, float], pod_seconds: float, window: st
         busy_seconds=_sum(increases, names.STEP_BUSY_SECONDS_TOTAL),
         steps=_sum(increases, names.STEPS_TOTAL),
         step_rows=_sum(increases, names.STEP_ROWS_TOTAL),
+        bucket_rows=_by_rows(increases, names.BUCKET_ROWS_TOTAL),
+        bucket_seconds=_by_rows(increases, names.BUCKET_SECONDS_TOTAL),
     )
 
 
@@ -137,7 +164,41 @@ def _gauges(values: Mapping[SeriesKey, float]) -> Gauges:
         cached_bytes=_sum(values, names.CACHE_BYTES),
         budget_bytes=_sum(values, names.CACHE_BUDGET_BYTES),
         generation=round(_sum(values, names.CONFIG_GENERATION)),
+        host=_memory(values, "host"),
+        device=_memory(values, "device"),
+        curve=_by_rows(values, names.STEP_CURVE_SECONDS),
+        longest_request_tokens=_sum(values, names.LONGEST_REQUEST_TOKENS),
+        token_bytes=_token_bytes(values),
     )
+
+
+def _token_bytes(values: Mapping[SeriesKey, float]) -> float:
+    """Bytes of one token in the pool, from the pages that it holds; 0 while it holds none."""
+    pool = names.TIERS[0]
+    pages = _by_label(values, names.CACHED_PAGES, "tier").get(pool, 0.0)
+    held = _by_label(values, names.CACHE_BYTES, "tier").get(pool, 0.0)
+    return held / pages / PAGE_TOKENS if pages else 0.0
+
+
+def _memory(values: Mapping[SeriesKey, float], kind: str) -> MemoryUse | None:
+    """Memory of one kind. The pool lies on the device where there is one, every other tier on the host."""
+    limits, ratios, cached, budgets = (
+        _by_label(values, metric, label)
+        for metric, label in (
+            (names.MEMORY_LIMIT_BYTES, "kind"),
+            (names.MEMORY_RATIO, "kind"),
+            (names.CACHE_BYTES, "tier"),
+            (names.CACHE_BUDGET_BYTES, "tier"),
+        )
+    )
+    if not limits.get(kind):
+        return None
+    pool, has_device = names.TIERS[0], bool(limits.get("device"))
+
+    def there(by_tier: Mapping[str, float]) -> float:
+        return sum(n for tier, n in by_tier.items() if (kind == "device") == (has_device and tier == pool))
+
+    return MemoryUse(ratios.get(kind, 0.0), limits[kind], there(cached), there(budgets))
 
 
 def _check(values: Mapping[SeriesKey, float], expected: tuple[str, ...], where: str) -> None:
@@ -166,6 +227,11 @@ def _of(values: Mapping[SeriesKey, float], name: str) -> Iterator[tuple[dict[str
 
 def _sum(values: Mapping[SeriesKey, float], name: str) -> float:
     return sum(value for _, value in _of(values, name))
+
+
+def _by_rows(values: Mapping[SeriesKey, float], name: str) -> dict[int, float]:
+    by_label = _by_label(values, name, "rows")
+    return {rows: by_label[str(rows)] for rows in sorted(map(int, by_label))}
 
 
 def _by_label(values: Mapping[SeriesKey, float], name: str, label: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The sources of metrics that the operator's owner configured. Resources name one; they never give a URL."""
+"""The metrics sources that the owner of the operator configured. A resource names one and gives no URL."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
 class SourcesError(ValueError):
-    """A sources file that cannot be used: one line per fault."""
+    """An invalid sources file: one line per fault."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Prometheus, or anything that answers as one.
+    """One Prometheus, or a server with its API.
 
     Attributes:
-        scrape_interval: of the engines' pods, s; it is configured there, and repeated here.
+        scrape_interval: of the engines' pods, s, as configured in the source.
         token_file: holds the bearer token; read again for each request, as tokens rotate.
-        ca_file: certificates that its own must be signed by; "" for the system's.
+        ca_file: certificate authorities; "" for the system's.
     """
 
     name: str
@@ -67,8 +67,18 @@ class _Sources(BaseModel):
     sources: dict[str, _Source] = Field(min_length=1)
 
 
+def source_of(name: str, url: str, token_file: str = "", ca_file: str = "") -> Source:
+    """One source that is given on a command line.
+
+    Raises:
+        pydantic.ValidationError: the URL is invalid.
+    """
+    given = _Source.model_validate({"url": url, "tokenFile": token_file, "caFile": ca_file})
+    return Source(name=name, **given.model_dump())
+
+
 def load_sources(path: Path) -> Mapping[str, Source]:
-    """Read the sources file; a missing ``default`` is no fault, but its resources will say so.
+    """Read the sources file. A missing ``default`` is no fault; resources that use it report it.
 
     Raises:
         SourcesError: naming the file and each fault.

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from kvpilot_engine.contract.knobs import SATURATED_BUSY, SATURATED_GAIN
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.objectives import judged_window, shortfall
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, StageShare
-from kvpilot_operator.tuning.objectives import judged_window, shortfall
 from kvpilot_operator.tuning.observation import Counts, Observation, Signal
 
 WAITS: tuple[Stage, ...] = (Stage.ADMISSION_WAIT, Stage.TIER_LOAD, Stage.BATCH_WAIT, Stage.PREEMPTED)
-"""Stages in which a request does not advance: all of their time is in excess of the work itself."""
+"""Stages in which a request makes no progress."""
 
 WAIT_SHARE = 0.1
-"""A wait of this share of the request time is at fault before any work is."""
+"""From this share of the request time on, a wait is at fault before any stage of work."""
 
 SLOTS_IDLE = 0.7
-"""Requests that wait while less than this share of the worker slots is held wait for pages, not for slots."""
-
-SATURATED_BUSY, SATURATED_GAIN = 0.9, 0.1
-"""Stepping 90% of wall time, and one more sequence would raise tokens/s by less than 10%."""
+"""Requests that wait while a smaller share of the worker slots is in use wait for pages, not for slots."""
 
 _REASON = {
     Stage.ADMISSION_WAIT: (reasons.QUEUE_AT_ADMISSION, "waiting for admission"),
@@ -35,26 +33,26 @@ def diagnose(
 ) -> Diagnosis:
     """The worst breached objective and the stage at fault.
 
-    Memory comes first, since an engine that is killed loses everything; then what requests feel; then the
-    cache. ``idle``: there is no traffic.
+    Memory comes first, since an engine that is killed for it loses its cache and its requests; then what
+    requests feel; then the hit rate. ``idle``: there is no traffic.
     """
     stages = stage_shares(observation.counts(judged_window(observation)), signal)
-    hot = saturated(observation)
+    full = saturated(observation)
     breached = {item.name: item for item in objectives if item.state == "Breached"}
     if not breached:
         reason, message = _calm(objectives, idle)
-        return Diagnosis("", "", reason, message, stages, hot)
+        return Diagnosis("", "", reason, message, stages, full)
     if "memory" in breached:
         ratio, limit = breached["memory"].measured_short or 0.0, breached["memory"].target
         message = f"memory is at {ratio:.0%} of its limit, {limit:.0%} is allowed"
-        return Diagnosis("memory", "", reasons.MEMORY_OVER_LIMIT, message, stages, hot)
-    felt = [item for name, item in breached.items() if name != "hitRate"]
+        return Diagnosis("memory", "", reasons.MEMORY_OVER_LIMIT, message, stages, full)
+    felt = [item for item in breached.values() if item.kind.felt]
     if felt:
         worst = max(felt, key=shortfall)
-        return _felt(worst.name, stages, hot)
+        return _stage_at_fault(worst.name, stages, full)
     rate, target = breached["hitRate"].measured_short or 0.0, breached["hitRate"].target
     message = f"{rate:.0%} of prompt tokens come from the cache, {target:.0%} is asked for"
-    return Diagnosis("hitRate", "", reasons.HIT_RATE_LOW, message, stages, hot)
+    return Diagnosis("hitRate", "", reasons.HIT_RATE_LOW, message, stages, full)
 
 
 def stage_shares(counts: Counts, signal: Signal = "request") -> tuple[StageShare, ...]:
@@ -82,12 +80,14 @@ def share(diagnosis: Diagnosis, stage: Stage) -> float:
 
 
 def saturated(observation: Observation) -> bool:
-    """True when the devices step all the time and more rows gain little, in both windows.
+    """True if the devices step nearly all the time and more rows gain little, in both windows.
 
-    Busy alone is not saturated: on contended CPUs a step with few rows takes all the time there is, and a
-    step with many rows would take hardly more.
+    Stepping time alone proves nothing: on contended CPUs a step with few rows takes hardly less time than one
+    with many rows.
     """
-    gains = [pod.sample.gauges.marginal_gain for pod in observation.ready if pod.sample is not None]
+    gains = [
+        replica.sample.gauges.marginal_gain for replica in observation.ready if replica.sample is not None
+    ]
     if not gains or sum(gains) / len(gains) >= SATURATED_GAIN:
         return False
     return all(busy_share(observation.counts(window)) >= SATURATED_BUSY for window in ("short", "long"))
@@ -95,37 +95,37 @@ def saturated(observation: Observation) -> bool:
 
 def busy_share(counts: Counts) -> float:
     """Share of wall time spent in steps."""
-    return counts.busy_seconds / counts.pod_seconds if counts.pod_seconds else 0.0
+    return counts.busy_seconds / counts.replica_seconds if counts.replica_seconds else 0.0
 
 
 def occupancy(counts: Counts) -> float:
-    """Worker slots in use, a mean per engine: Little's law over the stages that hold one."""
+    """Mean number of worker slots in use per replica: Little's law over the stages that hold one."""
     held = sum(seconds for stage, seconds in counts.stage_seconds.items() if stage != Stage.ADMISSION_WAIT)
-    return held / counts.pod_seconds if counts.pod_seconds else 0.0
+    return held / counts.replica_seconds if counts.replica_seconds else 0.0
 
 
-def pages_short(observation: Observation, workers: int) -> bool:
-    """True when long queues stand before free worker slots: free pages are what they wait for.
+def waits_for_pages(observation: Observation, workers: int) -> bool:
+    """True if long queues wait while worker slots are free: the requests wait for pages.
 
     Slots are taken at step boundaries, so one or two that are free at the moment of a scrape prove nothing.
     """
-    gauges = [pod.sample.gauges for pod in observation.ready if pod.sample is not None]
+    gauges = [replica.sample.gauges for replica in observation.ready if replica.sample is not None]
     running = [gauge.running for gauge in gauges if gauge.waiting >= workers]
     return bool(running) and sum(running) / len(running) < min(SLOTS_IDLE * workers, workers - 1.5)
 
 
-def _felt(objective: str, stages: tuple[StageShare, ...], hot: bool) -> Diagnosis:
+def _stage_at_fault(objective: str, stages: tuple[StageShare, ...], full: bool) -> Diagnosis:
     if not stages:
-        return Diagnosis(objective, "", reasons.NOT_ENOUGH_DATA, "no request has ended yet", stages, hot)
+        return Diagnosis(objective, "", reasons.NOT_ENOUGH_DATA, "no request has ended yet", stages, full)
     waits = [item for item in stages if item.stage in WAITS]
     worst = max(waits, key=lambda item: item.share)
     if worst.share < WAIT_SHARE:
         worst = max(stages, key=lambda item: item.share)
     reason, clause = _REASON[Stage(worst.stage)]
-    device = ", and the device is saturated" if hot else ""
+    device = ", and the device is saturated" if full else ""
     message = f"{objective} is breached: {clause} is {worst.share:.0%} of request time{device}"
     return Diagnosis(
-        objective, worst.stage, reasons.DEVICE_SATURATED if hot else reason, message, stages, hot
+        objective, worst.stage, reasons.DEVICE_SATURATED if full else reason, message, stages, full
     )
 
 

@@ -1,47 +1,54 @@
 """Objectives against measurements.
 
 Latency is judged by attainment at published edges, never by quantiles. A breach needs both windows. A short
-window with fewer than ``FEW`` judged requests says nothing and is widened to the long one; fewer than that in
-the long window are Unknown, and so is everything without data.
+window with fewer than ``MIN_JUDGED`` judged requests is replaced by the long one. An objective is Unknown if
+the long window holds fewer as well, or if there is no data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from kvpilot_operator.tuning.decision import Objective
-from kvpilot_operator.tuning.observation import Counts, Observation
+from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation
 from kvpilot_operator.tuning.policy import Objectives
 
-FEW = 20
-"""Judged requests below which a window says nothing."""
+MIN_JUDGED = 20
+"""A window with fewer judged requests says nothing."""
 
 THROUGHPUT_MARGIN = 0.9
-"""Requests in flight at the edges of a window make completions differ from arrivals; a tenth counts."""
+"""Completions are compared with this share of the arrivals: requests in flight at the edges of a window make
+the two differ."""
+
+MET_TICKS = 3
+"""Ticks in a row that prove that the latency objectives are met again."""
 
 
 def judge(observation: Observation, wanted: Objectives, trusted: bool) -> tuple[Objective, ...]:
     """Every objective of the resource, in a fixed order."""
     nearest = judged_window(observation)
-    short = observation.counts(nearest) if trusted else Counts()
-    long = observation.counts("long") if trusted else Counts()
+    short = observation.counts(nearest) if trusted else NO_COUNTS
+    long = observation.counts("long") if trusted else NO_COUNTS
     return (
         *(
-            _judged(name, required, *(_attainment(c, wanted, edge) for c in (short, long)), below=True)
+            _judged(name, required, *(_attainment(c, wanted, edge) for c in (short, long)))
             for name, (edge, required) in wanted.latency.items()
         ),
         _throughput(observation, wanted, (nearest, "long"), known=enough(long)),
-        _judged("errors", wanted.errors, _errors(short), _errors(long), below=False),
+        _judged("errors", wanted.errors, _errors(short), _errors(long)),
         _hit_rate(wanted.hit_rate, short, long),
         _memory(observation, wanted.memory, trusted),
     )
 
 
 def enough(counts: Counts) -> bool:
-    """True when a window says something about requests."""
-    return counts.judged >= FEW
+    """True if a window holds enough judged requests."""
+    return counts.judged >= MIN_JUDGED
 
 
 def judged_window(observation: Observation) -> str:
-    """The window that says how it is now: the short one, or the long one where that has too few requests."""
+    """The window that shows the present: the short one, or the long one where that has too few requests."""
     return "short" if enough(observation.counts("short")) else "long"
 
 
@@ -56,23 +63,23 @@ def ceiling(counts: Counts) -> float | None:
 
 
 def rates(observation: Observation, window: str) -> tuple[float, float]:
-    """Arrivals/s and completions/s of the whole deployment: each pod over the time it was measured."""
+    """Arrivals/s and completions/s of the whole deployment: each replica over the time it was measured."""
     arrivals = completed = 0.0
-    for pod in observation.ready:
-        counts = pod.sample.windows.get(window) if pod.sample is not None else None
-        if counts is not None and counts.pod_seconds > 0:
-            arrivals += counts.arrivals / counts.pod_seconds
-            completed += counts.completed / counts.pod_seconds
+    for replica in observation.ready:
+        counts = replica.sample.windows.get(window) if replica.sample is not None else None
+        if counts is not None and counts.replica_seconds > 0:
+            arrivals += counts.arrivals / counts.replica_seconds
+            completed += counts.completed / counts.replica_seconds
     return arrivals, completed
 
 
 def backlog_gone(waiting: float, engines: int, workers: int) -> bool:
-    """True when queues are what random arrivals leave: half of the worker slots, or one per engine."""
+    """True if queues are as short as random arrivals leave them: half of the slots, or one per replica."""
     return waiting <= engines * max(1.0, workers / 2)
 
 
 def shortfall(objective: Objective) -> float:
-    """How far a breached objective is missed in the short window, 0 to 1; a rate relative to its target."""
+    """Distance from the target in the short window, 0 to 1; for a rate relative to the target."""
     measured = objective.measured_short
     if measured is None:
         return 0.0
@@ -80,11 +87,35 @@ def shortfall(objective: Objective) -> float:
     return min(1.0, abs(objective.target - measured) / unit) if unit else 0.0
 
 
-def _judged(name: str, target: float, short: float | None, long: float | None, *, below: bool) -> Objective:
+def latency_met(objectives: Iterable[Objective]) -> bool:
+    """True if there are latency objectives and all of them hold on the short window."""
+    latency = [item for item in objectives if item.kind.latency]
+    return bool(latency) and all(
+        item.measured_short is not None and item.meets(item.measured_short) for item in latency
+    )
+
+
+def met_again(ticks: Iterable[bool]) -> int | None:
+    """Index of the tick at which the latency objectives are met again; None if that never happens.
+
+    Args:
+        ticks: for each tick in order of time, ``latency_met`` with the backlog gone.
+    """
+    in_row = 0
+    for index, met in enumerate(ticks):
+        in_row = in_row + 1 if met else 0
+        if in_row == MET_TICKS:
+            return index
+    return None
+
+
+def _judged(name: str, target: float, short: float | None, long: float | None) -> Objective:
     if short is None or long is None:
         return Objective(name, target, short, long, "Unknown")
-    missed = (short < target and long < target) if below else (short > target and long > target)
-    return Objective(name, target, short, long, "Breached" if missed else "Met")
+    met = Objective(name, target, short, long, "Met")
+    if met.meets(short) or met.meets(long):
+        return met
+    return replace(met, state="Breached", severity="breach")
 
 
 def _attainment(counts: Counts, wanted: Objectives, edge: float) -> float | None:
@@ -98,37 +129,36 @@ def _errors(counts: Counts) -> float | None:
 def _throughput(
     observation: Observation, wanted: Objectives, windows: tuple[str, str], *, known: bool
 ) -> Objective:
-    """Breached when completions fall behind min(offered, target) by more than the margin.
+    """Breached while completions are below min(offered, target), critically while below the floor.
 
-    The floor has no margin: while at least that much is offered, at least that much must be completed. An
-    idle hour offers nothing, so it breaches nothing.
+    The floor counts while at least that much is offered. An idle hour offers nothing and breaches nothing.
     """
     if not known:
         return Objective("throughput", wanted.throughput, None, None, "Unknown")
-    (now, behind), (late, before) = (_behind(observation, wanted, window) for window in windows)
-    return Objective("throughput", wanted.throughput, now, late, "Breached" if behind and before else "Met")
-
-
-def _behind(observation: Observation, wanted: Objectives, window: str) -> tuple[float, bool]:
-    """Completions/s, and whether they fall behind."""
-    offered, completed = rates(observation, window)
-    behind = completed < THROUGHPUT_MARGIN * min(offered, wanted.throughput)
-    return completed, behind or completed < wanted.floor <= offered * THROUGHPUT_MARGIN
+    both = short, long = [rates(observation, window) for window in windows]
+    met = Objective("throughput", wanted.throughput, short[1], long[1], "Met")
+    if all(done < wanted.floor <= THROUGHPUT_MARGIN * arrived for arrived, done in both):
+        return replace(met, state="Breached", severity="critical")
+    if all(done < THROUGHPUT_MARGIN * min(arrived, wanted.throughput) for arrived, done in both):
+        return replace(met, state="Breached", severity="breach")
+    return met
 
 
 def _hit_rate(target: float, short: Counts, long: Counts) -> Objective:
-    """A target above the ceiling of both windows is out of reach: no reason to grow, and no breach."""
+    """A target above the ceiling of both windows is infeasible: no breach, no reason to grow the cache."""
     if not (enough(short) and enough(long)):
         return Objective("hitRate", target, None, None, "Unknown")
-    judged = _judged("hitRate", target, hit_rate(short), hit_rate(long), below=True)
+    judged = _judged("hitRate", target, hit_rate(short), hit_rate(long))
     ceilings = (ceiling(short), ceiling(long))
     if judged.state == "Breached" and all(top is not None and top < target for top in ceilings):
-        return Objective("hitRate", target, judged.measured_short, judged.measured_long, "Infeasible")
+        return replace(judged, state="Infeasible", severity="")
     return judged
 
 
 def _memory(observation: Observation, target: float, trusted: bool) -> Objective:
-    """The worst ready engine; a gauge has one value for both windows."""
-    ratios = [pod.sample.gauges.memory_ratio for pod in observation.ready if pod.sample is not None]
+    """The worst ready replica; a gauge has one value for both windows."""
+    ratios = [
+        replica.sample.gauges.memory_ratio for replica in observation.ready if replica.sample is not None
+    ]
     worst = max(ratios) if ratios and trusted else None
-    return _judged("memory", target, worst, worst, below=False)
+    return _judged("memory", target, worst, worst)

@@ -1,4 +1,4 @@
-"""What an experiment showed: a verdict with its evidence, and the sentence that tells it."""
+"""Verdict of an experiment, with its evidence and a sentence that explains it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.evidence import (
-    HARM_EVIDENCE,
+from kvpilot_operator.tuning.context import Context
+from kvpilot_operator.tuning.experiment.evidence import (
+    CAPACITY,
     MEMORY,
     MISSES,
     SECONDS,
+    TIER_LOAD,
     WASTE,
     Arm,
     arm,
     arm_of,
-    exposed,
-    gain,
-    harm_evidence,
-    harmless,
 )
-from kvpilot_operator.tuning.guards import distrusted_pods
-from kvpilot_operator.tuning.look import Look
 from kvpilot_operator.tuning.policy import Objectives
 from kvpilot_operator.tuning.state import Change
 
 EXPOSURE_LIMIT = 4
-"""Waiting for requests ends after so many times the verify time."""
+"""A verification ends without a verdict after so many verify times in which the arms could be observed."""
 
 GAIN_SHARE = 0.5
-"""A change must gain at least this share of what was predicted."""
+"""A change must gain at least this share of the prediction."""
+
+
+OPEN = ""
+"""Name of a verdict that has not come yet."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of an experiment: a reason (with ``aborted`` where nothing was proven) and its evidence."""
+    """What an experiment shows by now: its effect and its evidence.
+
+    ``name`` is the reason of its end, ``OPEN`` before; ``aborted`` if it ends and nothing was proven.
+    """
 
     name: str
     effect: str
@@ -43,55 +45,27 @@ class Verdict:
     aborted: bool = False
 
 
-def judge_change(look: Look, change: Change) -> Verdict | None:
-    """The verdict on the change in flight, or None while it is open.
-
-    Harm ends it at any time; anything else needs the verify time and enough judged requests of both arms.
-    """
-    elapsed = look.now - change.phase_since
-    overdue = elapsed >= EXPOSURE_LIMIT * look.policy.pace.verify
-    arms = _arms(look, change)
-    if arms is None:
-        late = Verdict(reasons.TOO_FEW_REQUESTS, "the arms could not be measured in time", aborted=True)
-        return late if overdue else None
-    canary, control = arms
-    wanted = look.policy.objectives
-    harm = harm_evidence(canary, control, wanted)
-    gained = gain(canary, control, change.objective)
-    evidence = _told_evidence(change, canary, control, harm, gained)
-    effect = told_effect(change.objective, canary, control, wanted)
-    if harm >= HARM_EVIDENCE:
-        return Verdict(reasons.HARMFUL, effect, evidence)
-    if elapsed < look.policy.pace.verify:
-        return None
-    name = _name(look, change, canary, control, gained, overdue=overdue)
-    aborted = name in {reasons.TOO_FEW_REQUESTS, reasons.BREACH_GONE}
-    return None if name is None else Verdict(name, effect, evidence, aborted)
+def arms(context: Context, change: Change, window: str = "verify") -> tuple[Arm, Arm]:
+    """Candidate and controls in a window; the change's own past where there are no controls."""
+    wanted = context.policy.objectives
+    canary = arm(context.measured, window, change.candidates, wanted)
+    if change.before:
+        return canary, arm_of(change.before)
+    return canary, arm(context.measured, window, change.others, wanted)
 
 
-def _name(
-    look: Look, change: Change, canary: Arm, control: Arm, gained: float | None, *, overdue: bool
-) -> str | None:
-    """What the counts say once the verify time is over."""
-    wanted = look.policy.objectives
-    fewest = look.policy.pace.requests_per_arm
-    if not (exposed(canary, fewest) and exposed(control, fewest)):
-        # What memory a change frees shows without requests; that it harms none of them does not.
-        if not (overdue and change.objective == MEMORY):
-            return reasons.TOO_FEW_REQUESTS if overdue else None
-    elif not harmless(canary, control, wanted) and _gains(change, gained):
-        return reasons.INCONCLUSIVE if overdue else None
-    if change.control_uids and _met_without(change.objective, control, wanted):
-        return reasons.BREACH_GONE
-    return reasons.PROMOTED if _gains(change, gained) else reasons.NO_GAIN
+def overdue(context: Context, change: Change) -> bool:
+    """True if a verification has taken as long as it may."""
+    return context.now >= (change.deadline or deadline_of(context, change.started_at))
 
 
-def _gains(change: Change, gained: float | None) -> bool:
-    return gained is not None and gained >= GAIN_SHARE * change.predicted_gain
+def deadline_of(context: Context, since: float) -> float:
+    """When a verification that begins then has to end, s since the epoch."""
+    return since + EXPOSURE_LIMIT * context.policy.pace.verify
 
 
-def _met_without(objective: str, control: Arm, wanted: Objectives) -> bool:
-    """True when the controls meet what was breached: then nothing can be gained any more."""
+def met_by(control: Arm, objective: str, wanted: Objectives) -> bool:
+    """True if an arm meets what was breached: then nothing is left to gain."""
     if objective == MEMORY:
         share = control.share(MEMORY)
         return share is not None and share <= wanted.memory
@@ -107,45 +81,22 @@ def _met_without(objective: str, control: Arm, wanted: Objectives) -> bool:
     return all(share is not None and share <= limits[name] for name, share in shares.items())
 
 
-def _arms(look: Look, change: Change) -> tuple[Arm, Arm] | None:
-    """Canary and controls over the time of the verification; None while they cannot be trusted."""
-    uids = {change.canary_uid, *change.control_uids}
-    pods = tuple(pod for pod in look.ready if pod.uid in uids)
-    if look.observation.metrics_problem or distrusted_pods(pods, look.policy) is not None:
-        return None
-    if look.now - change.phase_since < look.policy.pace.short:
-        return None
-    if any(pod.sample is None or "verify" not in pod.sample.windows for pod in pods):
-        return None
-    wanted = look.policy.objectives
-    canary = arm(look.observation, "verify", frozenset({change.canary_uid}), wanted)
-    if change.before:
-        return canary, arm_of(change.before)
-    return canary, arm(look.observation, "verify", frozenset(change.control_uids), wanted)
+def format_arms(canary: Arm, control: Arm) -> dict[str, Any]:
+    """Both arms for the record."""
 
-
-def _told_evidence(
-    change: Change, canary: Arm, control: Arm, harm: float, gained: float | None
-) -> dict[str, Any]:
-    def told(side: Arm) -> dict[str, Any]:
+    def reported(side: Arm) -> dict[str, Any]:
         return {
             "judged": round(side.judged, 1),
             "offered": round(side.offered, 1),
             **{name: round(item.share, 4) for name, item in side.measures.items() if item.share is not None},
         }
 
-    return {
-        "canary": told(canary),
-        "control": told(control),
-        "harmEValue": float(f"{harm:.3g}"),
-        "gain": None if gained is None else round(gained, 4),
-        "predictedGain": round(change.predicted_gain, 4),
-        "unproven": bool(change.before),
-    }
+    return {"canary": reported(canary), "control": reported(control)}
 
 
-def told_effect(objective: str, canary: Arm, control: Arm, wanted: Objectives) -> str:
-    """What the change did to what it shall cure, in one clause: controls first, then canary."""
+def format_effect(change: Change, canary: Arm, control: Arm, wanted: Objectives) -> str:
+    """Effect of the change on what it should cure, in one clause: controls first, then canary."""
+    objective = change.objective if change.measure in {CAPACITY, TIER_LOAD} else change.measure
     if objective in wanted.latency:
         edge = wanted.latency[objective][0]
         name = f"{objective} within {edge * 1000:g} ms"
@@ -179,5 +130,5 @@ def _seconds(canary: Arm, control: Arm) -> str:
 
 
 def _from_to(before: str, now: str, *, rose: bool) -> str:
-    """``rose from 41% to 99%``; what people read alike stayed."""
+    """``rose from 41% to 99%``, or ``stayed at 99%`` where both read alike."""
     return f"stayed at {now}" if before == now else f"{'rose' if rose else 'fell'} from {before} to {now}"

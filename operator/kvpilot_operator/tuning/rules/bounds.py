@@ -1,4 +1,4 @@
-"""How far a knob may go: the resource's bounds, and what every engine can hold without a restart."""
+"""How far a knob may go: the resource's bounds, and the ceilings of the engines without a restart."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import Any
 
 from kvpilot_engine.contract import knob as catalogued
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.guards import flap_budget_spent, is_blocked
 from kvpilot_operator.tuning.configuration import value
+from kvpilot_operator.tuning.context import Context, Proposal, format_value
 from kvpilot_operator.tuning.decision import Rejected
-from kvpilot_operator.tuning.guards import barred, flap_budget_spent
-from kvpilot_operator.tuning.look import Look, Proposal, told_value
-from kvpilot_operator.tuning.prediction import LEAST_GAIN
+from kvpilot_operator.tuning.experiment.evidence import CAPACITY
+from kvpilot_operator.tuning.permission.pins import pin_of
+from kvpilot_operator.tuning.rules.prediction import MIN_GAIN, MIN_RATIO
 from kvpilot_operator.tuning.state import KnobChange, TuningState
 
 
 @dataclass(frozen=True)
 class Room:
-    """A knob (camelCase), its value now, and the inclusive range it may take; ``tunable`` False pins it."""
+    """A knob (camelCase), its present value and its inclusive range; ``tunable`` False excludes it."""
 
     knob: str
     now: Any
@@ -30,39 +32,65 @@ class Room:
         return KnobChange(self.knob, self.now, after)
 
 
-def room(look: Look, knob: str) -> Room:
-    """The room of a knob, in the last known good configuration."""
-    known = look.policy.bounds.get(knob)
-    now = value(look.config, knob)
-    if known is None or not known.tune:
+def room(context: Context, knob: str) -> Room:
+    """The room of a knob in the promoted configuration."""
+    known = context.policy.bounds.get(knob)
+    now = value(context.config, knob)
+    if known is None:
         return Room(knob, now, float("-inf"), float("inf"), tunable=False)
-    ceilings = [pod.engine.ceilings[knob] for pod in look.ready if pod.engine and knob in pod.engine.ceilings]
+    ceilings = [
+        replica.engine.ceilings[knob]
+        for replica in context.ready
+        if replica.engine and knob in replica.engine.ceilings
+    ]
     low = float("-inf") if known.minimum is None else known.minimum
     high = float("inf") if known.maximum is None else known.maximum
-    return Room(knob, now, low, min([high, *ceilings]), tunable=True)
+    high = min([high, *ceilings])
+    if isinstance(now, int | float):
+        low = max(low, now) if known.direction == "UpOnly" else low
+        high = min(high, now) if known.direction == "DownOnly" else high
+    return Room(knob, now, low, high, known.tune and pin_of(context, knob) is None)
 
 
-def vet(look: Look, state: TuningState, proposal: Proposal) -> Rejected | None:
-    """Why a proposal must not be made, or None: bounds, values that failed, flaps, too small a gain."""
+def _direction(context: Context, change: KnobChange) -> str | None:
+    """Why the knob may not be changed that way; None if it may."""
+    known = context.policy.bounds.get(change.knob)
+    if known is None or known.direction == "Both" or change.before is None or change.after is None:
+        return None
+    grows = change.after > change.before
+    if grows == (known.direction == "UpOnly"):
+        return None
+    return f"{change.knob} may only {'shrink' if grows else 'grow'} (direction {known.direction})"
 
-    def no(reason: str, message: str) -> Rejected:
-        return Rejected(proposal.rule, reason, message)
 
-    for change in proposal.values:
-        limits = room(look, change.knob)
-        if not limits.tunable or not catalogued(change.knob).hot:
-            return no(reasons.NOT_TUNABLE, f"{change.knob} is excluded from tuning")
-        number = isinstance(change.after, int | float) and not isinstance(change.after, bool)
-        if number and not limits.minimum <= change.after <= limits.maximum:
-            return no(reasons.AT_BOUND, f"{change.knob} {told_value(change.after)} is out of bounds")
-        if flap_budget_spent(state, change.knob, look.policy, look.now):
-            most = look.policy.reversals_per_knob_6h
-            return no(reasons.FLAP_BUDGET, f"{change.knob} was taken back {most} times in 6 hours")
+def vet(context: Context, state: TuningState, proposal: Proposal) -> Rejected | None:
+    """Why a proposal must not be tried, or None: bounds, blocked values, flap budget, too small a gain."""
+    found = next(filter(None, (_forbidden(context, state, change) for change in proposal.values)), None)
     leading = proposal.values[0]
-    if barred(state, leading.knob, leading.after, look.now):
-        return no(
-            reasons.VALUE_BARRED, f"{leading.knob} {told_value(leading.after)} failed a short while ago"
-        )
-    if not proposal.predicted_gain >= LEAST_GAIN:
-        return no(reasons.SMALL_GAIN, f"{proposal.told} promises {proposal.predicted_gain:.0%}")
+    if found is None and is_blocked(state, leading.knob, leading.after, context.now):
+        blocked = f"{leading.knob} {format_value(leading.after)}"
+        found = reasons.VALUE_BLOCKED, f"{blocked} is blocked after a failed experiment"
+    adds = proposal.ratio > 0 and proposal.measure in {"", CAPACITY}
+    small = (adds and proposal.ratio < MIN_RATIO) or not proposal.predicted_gain >= MIN_GAIN
+    if found is None and small:
+        capacity = f" and {proposal.ratio:.2f} times the capacity" if adds else ""
+        found = reasons.SMALL_GAIN, f"{proposal.summary} promises {proposal.predicted_gain:.0%}{capacity}"
+    return None if found is None else Rejected(proposal.rule, *found)
+
+
+def _forbidden(context: Context, state: TuningState, change: KnobChange) -> tuple[str, str] | None:
+    """Why one knob must not be changed like that, or None."""
+    if (pin := pin_of(context, change.knob)) is not None:
+        return reasons.PINNED, f"override {pin.name} pins {change.knob} at {format_value(pin.value)}"
+    limits = room(context, change.knob)
+    if not limits.tunable or not catalogued(change.knob).hot:
+        return reasons.NOT_TUNABLE, f"{change.knob} is excluded from tuning"
+    if (only := _direction(context, change)) is not None:
+        return reasons.NOT_TUNABLE, only
+    number = isinstance(change.after, int | float) and not isinstance(change.after, bool)
+    if number and not limits.minimum <= change.after <= limits.maximum:
+        return reasons.AT_BOUND, f"{change.knob} {format_value(change.after)} is out of bounds"
+    if flap_budget_spent(state, change.knob, context.policy, context.now):
+        limit = context.policy.reversals_per_knob_6h
+        return reasons.FLAP_BUDGET, f"{change.knob} was reverted {limit} times in 6 hours"
     return None

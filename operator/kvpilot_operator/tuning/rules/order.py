@@ -1,186 +1,205 @@
-"""The rules, cheapest first. Each looks at one look and proposes one change, or says why it does not.
+"""Every remedy in the order in which it is considered, and the walk through them.
 
-The order is the policy: the first proposal that stands is made. A rule knows its own fault and nothing of the
-others, so each one can be read, disabled and tested alone.
+A remedy knows its own fault and nothing of the others, so each one can be read, disabled and tested alone.
+What applies to all of them (trust, pause, mode, ``disabledRules``, repetition) is checked here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvpilot_engine.contract.metrics import Stage
-from kvpilot_operator.tuning import cache_rules, reasons
-from kvpilot_operator.tuning.bounds import Room, room, vet
+from kvpilot_engine.contract import KnobClass
+from kvpilot_engine.contract import knob as catalogued
+from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.context import Context, Found, Plan, Scope
 from kvpilot_operator.tuning.decision import Rejected
-from kvpilot_operator.tuning.diagnosis import pages_short, share
-from kvpilot_operator.tuning.look import Look, Plan, Proposal
-from kvpilot_operator.tuning.objectives import judged_window, rates
-from kvpilot_operator.tuning.observation import Counts
-from kvpilot_operator.tuning.prediction import grown, ladder_gain, needed_concurrency, queue_gain
-from kvpilot_operator.tuning.state import TuningState
+from kvpilot_operator.tuning.replicas import replicas_down, replicas_up
+from kvpilot_operator.tuning.rules.bounds import vet
+from kvpilot_operator.tuning.rules.cache import (
+    compression_down,
+    compression_up,
+    prefetch_down,
+    prefetch_up,
+    quota_up,
+    strategy_adaptive,
+)
+from kvpilot_operator.tuning.rules.compute import batch_up, step_tokens_up, workers_down, workers_up
+from kvpilot_operator.tuning.rules.memory import memory_emergency, memory_relief
+from kvpilot_operator.tuning.state import Phase, TuningState
 
-Found = Proposal | tuple[str, str]
-"""A proposal, or the reason and the message of a rejection."""
-
-STEP_FULL = 0.8
-"""Steps that carry this share of ``max_step_tokens`` on the mean are limited by it."""
+REPLICA_PRICE = 10
+"""A replica costs more than any knob: an accelerator."""
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One rule: its name (for ``disabledRules``), why it stands where it stands, and what it looks for."""
+class Remedy:
+    """One thing that the tuner can do about a fault.
+
+    Attributes:
+        name: for ``disabledRules``.
+        why: why it stands where it stands.
+        find: a proposal for what is observed, or the reason and the message of a rejection.
+        scope: proven on a canary, made on all replicas at once, or a change of the number of replicas.
+        knobs: what it changes, the leading knob first; () for the number of replicas.
+        drops: what is lost when it is made; "" for nothing.
+        reversible: a revert restores at once what was before.
+        replicas: replicas that it costs, each with its accelerator.
+        urgent: before every remedy that is not, whatever its price.
+    """
 
     name: str
     why: str
-    find: Callable[[Look], Found]
+    find: Callable[[Context, TuningState, Plan], Found]
+    scope: Scope = "canary"
+    knobs: tuple[str, ...] = ()
+    drops: str = ""
+    reversible: bool = True
+    replicas: int = 0
+    urgent: bool = False
+
+    @property
+    def price(self) -> int:
+        """Price of the leading knob; the list is in this order."""
+        return catalogued(self.knobs[0]).price if self.knobs else REPLICA_PRICE
+
+    @property
+    def cls(self) -> KnobClass | None:
+        """Class of the leading knob: how a change of it is proven."""
+        return catalogued(self.knobs[0]).cls if self.knobs else None
 
 
-def consider(look: Look, state: TuningState) -> Plan:
-    """The first proposal that stands, and why the rules before it (or all of them) do not."""
-    rejected: list[Rejected] = []
-    for rule in RULES:
-        if rule.name in look.policy.disabled_rules:
-            rejected.append(Rejected(rule.name, reasons.RULE_DISABLED, "disabled by the resource"))
+def consider(context: Context, state: TuningState) -> Plan:
+    """The first proposal of each scope that stands, and why the other remedies do not."""
+    plan, rejected = Plan(), list[Rejected]()
+    if context.policy.mode == "Off":
+        return plan
+    for remedy in REMEDIES:
+        if getattr(plan, remedy.scope) is not None:
             continue
-        found = rule.find(look)
+        found = _refused(context, state, remedy) or remedy.find(context, state, plan)
         if isinstance(found, tuple):
-            rejected.append(Rejected(rule.name, *found))
-            continue
-        refused = vet(look, state, found)
-        if refused is None:
-            return Plan(found, tuple(rejected))
-        rejected.append(refused)
-    return Plan(None, tuple(rejected))
+            rejected.append(Rejected(remedy.name, *found))
+        elif remedy.scope == "canary" and (refused := vet(context, state, found)) is not None:
+            rejected.append(refused)
+        else:
+            plan = plan.with_proposal(remedy.scope, found)
+    return replace(plan, rejected=tuple(rejected))
 
 
-def counts_of(look: Look) -> Counts:
-    """The short window where it says something, else the long one."""
-    return look.observation.counts(judged_window(look.observation))
+def _refused(context: Context, state: TuningState, remedy: Remedy) -> tuple[str, str] | None:
+    """Why a remedy must not be considered, or None: what is checked of all of them alike."""
+    everywhere = remedy.scope == "everywhere"
+    # More capacity and relief need no replicas to compare, so they need not wait for them.
+    relieves = everywhere or remedy.replicas > 0
+    for block in context.relief_blocks if relieves else context.blocks:
+        return block
+    if remedy.name in context.policy.disabled_rules:
+        return reasons.RULE_DISABLED, "disabled by the resource"
+    if everywhere and state.phase in {Phase.EMERGENCY, Phase.PROMOTE}:
+        return reasons.COOLDOWN, "another change is being made everywhere"
+    if any(item.key == remedy.name for item in state.reported):
+        return reasons.COOLDOWN, "made a short while ago"
+    return None
 
 
-def needed_per_engine(look: Look) -> float:
-    """Requests in work at once that the arrivals need, per engine; of both windows the busier one."""
-    arrivals = max(rates(look.observation, window)[0] for window in ("short", "long"))
-    return needed_concurrency(counts_of(look), arrivals / len(look.ready))
+def _by_context(find: Callable[[Context], Found]) -> Callable[[Context, TuningState, Plan], Found]:
+    return lambda context, state, plan: find(context)
 
 
-def at_fault(look: Look, *stages: Stage) -> bool:
-    """True when an objective that requests feel is breached and one of these stages is why."""
-    return look.diagnosis.stage in stages
-
-
-def workers_up(look: Look) -> Found:
-    """Admission wait is at fault and slots are what it waits for: size the workers by Little's law.
-
-    The batch goes along where it would be smaller than the workers, as the wait would only move there.
-    """
-    if not at_fault(look, Stage.ADMISSION_WAIT):
-        return reasons.NOT_AT_FAULT, "admission wait is not at fault"
-    if look.diagnosis.saturated:
-        return reasons.DEVICE_SATURATED, "more requests at once would only share a device that is full"
-    workers, batch = room(look, "numWorkers"), room(look, "batchSize")
-    if pages_short(look.observation, workers.now):
-        return reasons.PAGES_SHORT, f"requests wait while fewer than {workers.now} workers hold one"
-    needed = needed_per_engine(look)
-    most = workers.maximum if _can_grow(batch) else min(workers.maximum, max(batch.now, 1))
-    after = grown(workers.now, needed, most)
-    if after <= workers.now:
-        return reasons.AT_BOUND, f"numWorkers is {workers.now}, and more would wait for the batch"
-    values = [workers.to(after)]
-    if batch.now < after and _can_grow(batch):
-        values.append(batch.to(int(min(after, batch.maximum))))
-    wait = share(look.diagnosis, Stage.ADMISSION_WAIT) + _batch_share(look, batch, after)
-    return Proposal(
-        "workers-up",
-        tuple(values),
-        look.diagnosis.objective,
-        queue_gain(min(1.0, wait), workers.now, after, needed),
-        f"admission wait was {share(look.diagnosis, Stage.ADMISSION_WAIT):.0%} of request time; "
-        f"{needed:.1f} requests in work at once are needed per engine",
-    )
-
-
-def batch_up(look: Look) -> Found:
-    """Batch wait is at fault and rows are what it waits for."""
-    if not at_fault(look, Stage.BATCH_WAIT):
-        return reasons.NOT_AT_FAULT, "batch wait is not at fault"
-    if look.diagnosis.saturated:
-        return reasons.DEVICE_SATURATED, "more rows would gain under 10%"
-    batch, workers = room(look, "batchSize"), room(look, "numWorkers")
-    if batch.now >= workers.now:
-        return reasons.NOT_EFFECTIVE, f"batchSize {batch.now} already holds all {workers.now} workers"
-    needed = min(needed_per_engine(look), workers.now)
-    after = grown(batch.now, max(needed, batch.now + 1), min(batch.maximum, workers.now))
-    if after <= batch.now:
-        return reasons.AT_BOUND, f"batchSize is {batch.now}"
-    wait = share(look.diagnosis, Stage.BATCH_WAIT)
-    return Proposal(
-        "batch-up",
-        (batch.to(after),),
-        look.diagnosis.objective,
-        queue_gain(wait, batch.now, after, needed),
-        f"batch wait was {wait:.0%} of request time with {batch.now} rows for {workers.now} workers",
-    )
-
-
-def step_tokens_up(look: Look) -> Found:
-    """Prompts queue for their share of a step: the steps are full of prompt tokens."""
-    if not at_fault(look, Stage.PREFILL, Stage.BATCH_WAIT):
-        return reasons.NOT_AT_FAULT, "neither prefill nor batch wait is at fault"
-    tokens, counts = room(look, "maxStepTokens"), counts_of(look)
-    computed = counts.query_tokens - counts.hit_tokens + counts.output_tokens
-    per_step = computed / counts.steps if counts.steps else 0.0
-    if per_step < STEP_FULL * tokens.now:
-        return reasons.NOT_EFFECTIVE, f"steps do not fill {tokens.now} tokens"
-    after = int(min(tokens.now * 2, tokens.maximum))
-    if after <= tokens.now:
-        return reasons.AT_BOUND, f"maxStepTokens is {tokens.now}"
-    wait = share(look.diagnosis, Stage(look.diagnosis.stage))
-    return Proposal(
-        "step-tokens-up",
-        (tokens.to(after),),
-        look.diagnosis.objective,
-        ladder_gain(wait, tokens.now, after),
-        f"steps carried {per_step:.0f} of {tokens.now} tokens, and {look.diagnosis.stage} was {wait:.0%} of "
-        "request time",
-    )
-
-
-def _can_grow(knob: Room) -> bool:
-    return knob.tunable and knob.now < knob.maximum
-
-
-def _batch_share(look: Look, batch: Room, after: int) -> float:
-    """Batch wait that goes along when the batch grows with the workers."""
-    return share(look.diagnosis, Stage.BATCH_WAIT) if batch.now < after and _can_grow(batch) else 0.0
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
+REMEDIES: tuple[Remedy, ...] = (
+    Remedy(
+        "memory-emergency",
+        "first: memory is nearly exhausted, so the batch is cut on all replicas at once",
+        memory_emergency,
+        scope="everywhere",
+        knobs=("batchSize",),
+        urgent=True,
+    ),
+    Remedy(
         "memory-relief",
-        "first, since an engine that is killed for its memory loses its cache and every request",
-        cache_rules.memory_relief,
+        "urgent: an engine that is killed for its memory loses its cache and every request",
+        _by_context(memory_relief),
+        knobs=("maxMemoryMb", "maxTokens", "hostMemoryMb", "compressionRatio"),
+        drops="cached blocks beyond the smaller budget",
+        reversible=False,
+        urgent=True,
     ),
-    Rule("workers-up", "costs nothing but work, and idle capacity is the most common fault", workers_up),
-    Rule("batch-up", "as cheap; after the workers, which carry the batch along", batch_up),
-    Rule("step-tokens-up", "as hot, but a longer step delays every row in it", step_tokens_up),
-    Rule("prefetch-up", "costs bandwidth of the slow tiers", cache_rules.prefetch_up),
-    Rule(
+    Remedy(
+        "workers-up",
+        "costs nothing but work, and idle capacity is the most common fault",
+        _by_context(workers_up),
+        knobs=("numWorkers", "batchSize"),
+    ),
+    Remedy(
+        "workers-down",
+        "as cheap; fewer requests at once are each served faster, where that is enough for the load",
+        _by_context(workers_down),
+        knobs=("numWorkers",),
+    ),
+    Remedy(
+        "batch-up",
+        "as cheap; after the workers, which carry the batch along",
+        _by_context(batch_up),
+        knobs=("batchSize",),
+    ),
+    Remedy(
+        "step-tokens-up",
+        "a longer step delays every row in it",
+        _by_context(step_tokens_up),
+        knobs=("maxStepTokens",),
+    ),
+    Remedy(
+        "prefetch-up",
+        "costs bandwidth of the slower tiers",
+        _by_context(prefetch_up),
+        knobs=("prefetchSize", "enablePrefetch"),
+    ),
+    Remedy(
         "prefetch-down",
-        "after prefetch-up, so that one look never argues both ways",
-        cache_rules.prefetch_down,
+        "after prefetch-up, so that one decision never argues both ways",
+        _by_context(prefetch_down),
+        knobs=("prefetchSize",),
     ),
-    Rule(
-        "compression-looser", "costs memory, and blocks encoded before stay as they are", cache_rules.looser
+    Remedy(
+        "strategy-adaptive",
+        "costs no memory; the pages that are held stay",
+        _by_context(strategy_adaptive),
+        knobs=("cacheStrategy",),
     ),
-    Rule("cache-quota-up", "costs the most memory, and pays only as the cache fills", cache_rules.quota_up),
+    Remedy(
+        "compression-down",
+        "costs memory; blocks that are encoded stay as they are",
+        _by_context(compression_down),
+        knobs=("compressionRatio", "hostMemoryMb", "maxMemoryMb"),
+    ),
+    Remedy(
+        "compression-up",
+        "costs work of the codec; before a quota, which costs memory",
+        _by_context(compression_up),
+        knobs=("compressionRatio", "useCompression"),
+    ),
+    Remedy(
+        "cache-quota-up",
+        "costs the most memory, and helps only as the cache fills",
+        _by_context(quota_up),
+        knobs=("maxTokens", "hostMemoryMb", "maxMemoryMb"),
+    ),
+    Remedy(
+        "replicas-up",
+        "costs an accelerator: where the device is saturated or no knob promises relief",
+        replicas_up,
+        scope="replicas",
+        replicas=1,
+    ),
+    Remedy(
+        "replicas-down",
+        "last: one replica less after a long time in which fewer would have done",
+        replicas_down,
+        scope="replicas",
+        drops="the cache of the removed replica",
+        reversible=False,
+        replicas=-1,
+    ),
 )
-"""The rules in order of price."""
-
-BESIDE_RULES: tuple[tuple[str, str], ...] = (
-    ("memory-emergency", "memory is nearly exhausted: the batch is cut everywhere at once"),
-    ("replicas-up", "the device is saturated, or arrivals outrun completions: one more engine"),
-    ("replicas-down", "engines are idle for long: one engine less"),
-)
-"""What stands beside the ordered rules, for ``disabledRules``: name and what it does."""
+"""Every remedy: the urgent ones, then by price."""

@@ -1,26 +1,26 @@
-"""Simple predictors. Each says in its docstring what it assumes; the canary says what is true."""
+"""Predictors of gains. Each docstring states the assumption; the canary tests it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
+from kvpilot_engine.contract.knobs import GROWTH
 from kvpilot_engine.contract.metrics import Stage
+from kvpilot_operator.tuning.assess.capacity import count_for
 from kvpilot_operator.tuning.observation import Counts
 
-LEAST_GAIN = 0.05
+MIN_GAIN = 0.05
 """A proposal must promise at least this much."""
+
+MIN_RATIO = 1.2
+"""Capacity that a change of it must promise: engines differ by themselves, and less can hardly be proven."""
 
 HEADROOM = 2.0
 """Concurrency beyond the mean need: arrivals come in bursts, a backlog has to drain, and rows that share a
-step make each other slower. A slot too many costs nothing; one too few costs another experiment."""
+step slow each other down. A slot too many costs nothing; one too few costs another experiment."""
 
-SMALLEST_STEP, LARGEST_STEP = 2, 4
-"""A queue's servers at least double, as the load that made them short may still be rising, and grow at most
-fourfold in one change."""
-
-SENSIBLE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Values of small counts that are tried: powers of two, and their thirds, as finer steps measure alike."""
+MAX_STEP = 4
+"""Factor of one change of a count at most. It is at least GROWTH, since the load may still be rising."""
 
 
 def needed_concurrency(counts: Counts, arrivals: float) -> float:
@@ -31,7 +31,7 @@ def needed_concurrency(counts: Counts, arrivals: float) -> float:
             decode, preempted). Neither wait counts: both vanish once workers and batch suffice.
         arrivals: requests/s that come to one engine.
     """
-    ended = counts.judged - counts.outcomes.get("shed", 0.0)
+    ended = counts.ended
     if ended <= 0:
         return 0.0
     waits = (Stage.ADMISSION_WAIT, Stage.BATCH_WAIT)
@@ -39,22 +39,17 @@ def needed_concurrency(counts: Counts, arrivals: float) -> float:
     return arrivals * work / ended
 
 
-def sensible_at_least(wanted: float) -> int:
-    """The first sensible value at or above ``wanted``."""
-    return next((value for value in SENSIBLE if value >= wanted), SENSIBLE[-1])
-
-
 def grown(now: int, needed: float, maximum: float) -> int:
-    """The next value of a count that has to grow: sized by need, two- to fourfold, within its bound."""
-    wanted = max(needed * HEADROOM, now * SMALLEST_STEP)
-    return int(min(sensible_at_least(wanted), now * LARGEST_STEP, maximum))
+    """The next value of a count that has to grow: by need, two- to fourfold, within its bound."""
+    wanted = max(needed * HEADROOM, now * GROWTH)
+    return int(min(count_for(wanted), now * MAX_STEP, maximum))
 
 
 def queue_gain(share: float, now: int, after: int, needed: float) -> float:
     """Predicted relative fall of request time when a queue's servers grow from ``now`` to ``after``.
 
-    Little: the wait vanishes in proportion to the missing servers that are added. With enough servers on the
-    mean the wait comes from bursts, and falls at least as 1 - now / after.
+    Little's law: the wait vanishes in proportion to the missing servers that are added. With enough servers
+    on average the wait comes from bursts, and falls at least as 1 - now / after.
     """
     relief = (
         1.0 if after >= needed > now else (after - now) / (needed - now) if needed > now else 1 - now / after
@@ -78,11 +73,5 @@ def miss_gain(rate: float, ceiling: float, before: float, after: float) -> float
 
 
 def round_to(value: float, unit: int, *, up: bool = False) -> int:
-    """A whole number of units, at least one."""
+    """``value`` in whole units, at least one; rounded down, or up."""
     return max(1, math.ceil(value / unit) if up else math.floor(value / unit)) * unit
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean, 0 of nothing."""
-    known = tuple(values)
-    return sum(known) / len(known) if known else 0.0

@@ -1,0 +1,1 @@
+"""The engines port: one module per runtime."""

@@ -1,0 +1,1 @@
+"""The cluster port, over the API server."""

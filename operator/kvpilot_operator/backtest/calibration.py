@@ -1,0 +1,92 @@
+"""The device of a real engine, from the counters that the engine publishes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from kvpilot_operator.backtest.devices import Device
+from kvpilot_operator.tuning.observation import Counts
+
+TERMS = ("steps", "rows", "context of rows", "computed prompt tokens")
+"""What the time in steps is made of, in the order of a window's quantities."""
+
+MIN_SHARE = 1e-6
+"""Share of the squares of a quantity that the others must leave unexplained."""
+
+
+def calibrated(windows: Iterable[Counts]) -> Device:
+    """The device whose steps take what an engine's steps took in each of these windows.
+
+    A window of w steps with r rows in sum, d of them decoding, over requests of p prompt and a answer tokens
+    in the mean, of which n prompt tokens were computed, took ``base w + row r + context d (p + a / 2) +
+    prefill n``. The four costs are fitted by least squares, none below 0; each window weighs as its time,
+    because the scatter of a sum grows with it.
+
+    Args:
+        windows: of one engine without a queue, so that what arrives is computed; those in which no request
+            arrived or ended are left out.
+
+    Raises:
+        ValueError: there are fewer windows than costs, or they do not tell the costs apart.
+    """
+    found = [(item, _quantities(item)) for item in windows if item.arrivals > 0 and item.completed > 0]
+    if len(found) < len(TERMS):
+        raise ValueError(f"windows with steps: at least {len(TERMS)} are needed, got {len(found)}")
+    weights = [1.0 / item.busy_seconds for item, _ in found]
+    rows = [quantities for _, quantities in found]
+    base, row, context, prefill = _non_negative(rows, [item.busy_seconds for item, _ in found], weights)
+    return Device(base_s=base, row_s=row, prefill_s=prefill, context_s=context, noise=0.0)
+
+
+def _quantities(window: Counts) -> tuple[float, float, float, float]:
+    """Steps, rows, tokens that they attend to, and prompt tokens computed, each summed over the window."""
+    context = window.query_tokens / window.arrivals + window.output_tokens / window.completed / 2
+    decodes = window.output_tokens - window.arrivals  # the first token of an answer is that of the prefill
+    computed = window.query_tokens - window.hit_tokens
+    return window.steps, window.step_rows, context * decodes, computed
+
+
+def _non_negative(
+    rows: Sequence[Sequence[float]], wanted: Sequence[float], weights: Sequence[float]
+) -> list[float]:
+    """The x that minimises the weighted squares of ``rows x - wanted``; what would be below 0 is left out.
+
+    Raises:
+        ValueError: a column is zero throughout, or depends on the others.
+    """
+    columns = list(zip(*rows, strict=True))
+
+    def product(a: Sequence[float], b: Sequence[float]) -> float:
+        return sum(w * x * y for w, x, y in zip(weights, a, b, strict=True))
+
+    sizes = [math.sqrt(product(column, column)) for column in columns]
+    if nothing := [name for name, size in zip(TERMS, sizes, strict=True) if size <= 0]:
+        raise ValueError(f"windows: they show no {', '.join(nothing)}")
+    units = [[value / size for value in column] for column, size in zip(columns, sizes, strict=True)]
+    used = list(range(len(units)))
+    while True:
+        gram = [[product(units[i], units[j]) for j in used] for i in used]
+        found = _solved(gram, [product(units[i], wanted) for i in used])
+        if min(found) >= 0.0:
+            break
+        del used[found.index(min(found))]
+    costs = dict(zip(used, found, strict=True))
+    return [costs.get(i, 0.0) / size for i, size in enumerate(sizes)]
+
+
+def _solved(gram: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """The solution of normal equations, by elimination; their diagonal is 1.
+
+    Raises:
+        ValueError: they are singular.
+    """
+    lines = [[*line, value] for line, value in zip(gram, right, strict=True)]
+    for i, line in enumerate(lines):
+        if line[i] < MIN_SHARE:
+            raise ValueError(f"windows: they are too alike to tell {', '.join(TERMS)} apart")
+        for other in lines:
+            if other is not line:
+                factor = other[i] / line[i]
+                other[:] = [a - factor * b for a, b in zip(other, line, strict=True)]
+    return [line[-1] / line[i] for i, line in enumerate(lines)]

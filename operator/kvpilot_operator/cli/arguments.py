@@ -1,0 +1,83 @@
+"""Arguments and options that several commands share, and the completion of names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvpilot_operator.cli.output import Format
+
+if TYPE_CHECKING:
+    from kvpilot_operator.status.model import Status
+
+
+def complete_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of resources for the shell; nothing if none can be found quickly."""
+    from kvpilot_operator.cli.target import CommandError, find_all
+
+    given = context.params
+    try:
+        found = find_all(given.get("namespace") or "", given.get("run"))
+    except CommandError:
+        return []
+    return [target.key.name for target in found if target.key.name.startswith(incomplete)]
+
+
+def _status(context: typer.Context) -> Status | None:
+    """The status of the resource that the command line names so far; None if there is none."""
+    from kvpilot_operator.cli.status import status_of
+    from kvpilot_operator.cli.target import CommandError, find
+
+    given = context.params
+    # Before an option without its value the name is among the words that are not read yet.
+    name = given.get("name") or next(iter(context.args), "")
+    try:
+        return status_of(find(name, given.get("namespace") or "", given.get("run")))
+    except CommandError:
+        return None
+
+
+def complete_decisions(context: typer.Context, incomplete: str) -> list[str]:
+    """Decisions that wait for an approval, for the shell."""
+    status = _status(context)
+    waiting = status.tuning.pending if status and status.tuning else ()
+    return [item.id for item in waiting if not item.approved_by and item.id.startswith(incomplete)]
+
+
+def complete_generations(context: typer.Context, incomplete: str) -> list[str]:
+    """Generations that are kept, for the shell."""
+    status = _status(context)
+    kept = [str(item.number) for item in (status.tuning.generations if status and status.tuning else ())]
+    return [number for number in kept if number.startswith(incomplete)]
+
+
+def complete_knobs(incomplete: str) -> list[str]:
+    """Names of knobs for the shell."""
+    from kvpilot_operator.resource.fields import KNOBS
+
+    return [name for name in KNOBS if name.startswith(incomplete)]
+
+
+Name = Annotated[str, typer.Argument(help="Name of the KVCacheDeployment.", autocompletion=complete_names)]
+MaybeName = Annotated[
+    str, typer.Argument(help="Name of a KVCacheDeployment; all without it.", autocompletion=complete_names)
+]
+KnobName = Annotated[
+    str, typer.Argument(help="Name of the knob, e.g. numWorkers.", autocompletion=complete_knobs)
+]
+Namespace = Annotated[
+    str,
+    typer.Option(
+        "--namespace", "-n", help="Namespace in the cluster; a local run of that name is then ignored."
+    ),
+]
+Run = Annotated[
+    Path | None, typer.Option(help="Directory of local runs, or of this run; no cluster is asked.")
+]
+Output = Annotated[Format, typer.Option("--output", "-o", help="Output format.")]
+By = Annotated[
+    str | None, typer.Option(help="Who asks. Default: the user of the cluster, or of this machine.")
+]
+Reason = Annotated[str, typer.Option(help="Why, for those who read it later.")]

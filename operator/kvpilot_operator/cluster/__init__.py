@@ -1,0 +1,1 @@
+"""The operator process in a Kubernetes cluster: Kopf handlers, alerts, metrics, logs."""

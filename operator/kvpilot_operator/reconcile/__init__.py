@@ -1,0 +1,1 @@
+"""Reconciling one resource, and the queue that says which resource is next."""

@@ -1,0 +1,236 @@
+"""Checks of a valid manifest: what it asks for and can never get. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from typing import Literal
+
+from kvpilot_engine.contract import BLOCK_TOKENS
+from kvpilot_operator.resource.model import DeploymentSpec
+from kvpilot_operator.resource.resolve import base_config, not_yet_effective, policy_of
+from kvpilot_operator.tuning.configuration import value, within
+from kvpilot_operator.tuning.context import at_text, format_value
+from kvpilot_operator.tuning.permission.windows import opens_at
+from kvpilot_operator.tuning.policy import KnobBounds, Policy, Window
+from kvpilot_operator.tuning.rules.bands import ANY_KNOB, WAYS, Way, bands, cycles
+from kvpilot_operator.tuning.rules.memory import EMERGENCY_MEMORY
+from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
+
+YEAR_S = 366 * 86_400.0
+
+MIN_REQUEST_S = 0.005
+"""No request of a language model takes less: a few steps of a small model, s."""
+
+
+Severity = Literal["error", "warning", "info"]
+ORDER: tuple[Severity, ...] = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding: an error can never work, a warning rarely is meant, an info follows from what is asked."""
+
+    severity: Severity
+    field: str
+    message: str
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        return f"{self.severity}: {self.field}: {self.message}"
+
+    def as_json(self) -> dict[str, str]:
+        """For programs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    spec: DeploymentSpec
+    policy: Policy
+    base: dict[str, object]
+    now: float
+
+
+def lint(spec: DeploymentSpec, now: float) -> list[Finding]:
+    """All findings, the worst first.
+
+    Args:
+        now: s since the epoch; windows are checked from then on.
+
+    Raises:
+        ManifestError: the spec contradicts itself, so that the operator would refuse it.
+    """
+    base = base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
+    subject = _Subject(spec, policy_of(spec), base, now)
+    found = [finding for check in _CHECKS for finding in check(subject)]
+    return sorted(found, key=lambda finding: ORDER.index(finding.severity))
+
+
+def _rules(subject: _Subject) -> Iterator[Finding]:
+    """Rules that can never fire."""
+    policy = subject.policy
+    if policy.mode == "Off":
+        yield Finding("info", "spec.tuning.mode", "Off: no rule can ever fire")
+        return
+    for remedy in REMEDIES:
+        if remedy.name in policy.disabled_rules:
+            message = f"{remedy.name} can never fire: it is disabled"
+            yield Finding("info", "spec.tuning.disabledRules", message)
+        elif (why := _never(remedy, policy)) is not None:
+            field, message, asked = why
+            severity: Severity = "info" if asked else "warning"
+            yield Finding(severity, field, f"{remedy.name} can never fire: {message}")
+
+
+def _never(remedy: Remedy, policy: Policy) -> tuple[str, str, bool] | None:
+    """Field and reason why a rule can never fire, and whether that is asked for; None if it may."""
+    if not remedy.knobs:
+        return _never_scales(remedy, policy)
+    knobs = remedy.knobs if remedy.name in ANY_KNOB else remedy.knobs[:1]
+    stuck = [_stuck(policy.bounds.get(name), WAYS.get(remedy.name)) for name in knobs]
+    if not all(stuck):
+        return None
+    excluded = all(not policy.bounds[name].tune for name in knobs)
+    message = "; ".join(f"{name} {why}" for name, why in zip(knobs, stuck, strict=True))
+    return "spec.tuning.knobs", message, excluded
+
+
+def _stuck(bounds: KnobBounds | None, way: Way | None) -> str | None:
+    """Why a knob cannot be moved that way; None if it can."""
+    if bounds is None or not bounds.tune:
+        return "is excluded from tuning"
+    if bounds.minimum is not None and bounds.minimum == bounds.maximum:
+        return f"has min and max {bounds.minimum:g}"
+    if way is not None and bounds.direction == ("DownOnly" if way == "up" else "UpOnly"):
+        return f"has direction {bounds.direction}"
+    return None
+
+
+def _never_scales(remedy: Remedy, policy: Policy) -> tuple[str, str, bool] | None:
+    scaling = policy.scaling
+    if scaling is None:
+        return None  # a person or another autoscaler chooses the number: that is how it is asked for
+    if scaling.minimum == scaling.maximum and not scaling.schedules:
+        return "spec.scaling", f"min and max are {scaling.minimum}", False
+    if scaling.direction == ("InOnly" if remedy.replicas > 0 else "OutOnly"):
+        return "spec.scaling.direction", f"direction is {scaling.direction}", True
+    if scaling.gpu_limit is not None and remedy.replicas > 0 and scaling.gpu_limit <= scaling.minimum:
+        message = f"it allows {scaling.gpu_limit} replicas, as many as the minimum"
+        return "spec.tuning.budgets.maxGPUs", message, False
+    return None
+
+
+def _bases(subject: _Subject) -> Iterator[Finding]:
+    """Base values that the tuner may not choose itself."""
+    for name, bounds in subject.policy.bounds.items():
+        given = subject.base.get(name)
+        if given is None or not bounds.tune or within(bounds, given):
+            continue
+        yield Finding(
+            "error",
+            f"spec.engine.config.{name}",
+            f"{format_value(given)} is outside of the tuner's bounds {bounds.minimum:g} to "
+            f"{bounds.maximum:g}; widen them in spec.tuning.knobs, or give the knob tune: false there",
+        )
+
+
+def _bands(subject: _Subject) -> Iterator[Finding]:
+    """Thresholds that overlap, and pairs of rules that would undo each other."""
+    memory, field = subject.policy.objectives.memory, "spec.objectives.memory"
+    if memory > EMERGENCY_MEMORY:
+        yield Finding(
+            "warning",
+            field,
+            f"{memory:.0%} is above {EMERGENCY_MEMORY:.0%}, where memory-emergency cuts the batch at once: "
+            "memory-relief would come too late",
+        )
+    for one, other in cycles(bands(subject.policy)):
+        yield Finding(
+            "error", field, f"{one.rule} and {other.rule} would undo each other's change of {one.knob}"
+        )
+
+
+def _objectives(subject: _Subject) -> Iterator[Finding]:
+    """Objectives that nothing within the bounds can reach."""
+    wanted = subject.policy.objectives
+    if wanted.hit_rate >= 1:
+        message = "100% can never be met: the first tokens of every prompt are new once"
+        yield Finding("error", "spec.objectives.hitRate", message)
+    tokens, workers = _most(subject, "maxTokens"), value(subject.base, "numWorkers")
+    if wanted.hit_rate and tokens < workers * BLOCK_TOKENS:
+        yield Finding(
+            "error",
+            "spec.objectives.hitRate",
+            f"{wanted.hit_rate:.0%} is out of reach: maxTokens {tokens:g} holds less than a block of "
+            f"{BLOCK_TOKENS} tokens for each of {workers} workers, so requests evict each other's prefixes",
+        )
+    replicas = subject.spec.replicas or 0
+    if (scaling := subject.policy.scaling) is not None:
+        replicas = max([scaling.maximum, *(item.maximum or 0 for item in scaling.schedules)])
+        replicas = min(replicas, scaling.gpu_limit or replicas)
+    slots = replicas * _most(subject, "numWorkers")
+    if wanted.throughput and replicas and slots / wanted.throughput < MIN_REQUEST_S:
+        yield Finding(
+            "error",
+            "spec.objectives.throughput.target",
+            f"{wanted.throughput:g} requests/s are out of reach: {replicas} replicas with at most "
+            f"{_most(subject, 'numWorkers'):g} workers would have to end each request within "
+            f"{slots / wanted.throughput * 1000:.2g} ms",
+        )
+
+
+def _most(subject: _Subject, knob: str) -> float:
+    """The largest value that a knob can take by tuning."""
+    base, bounds = float(value(subject.base, knob)), subject.policy.bounds[knob]
+    if not bounds.tune or bounds.direction == "DownOnly" or subject.policy.mode == "Off":
+        return base
+    return max(base, float("inf") if bounds.maximum is None else bounds.maximum)
+
+
+def _windows(subject: _Subject) -> Iterator[Finding]:
+    """Windows that never or hardly open, and schedules without effect or against each other."""
+    for index, window in enumerate(subject.policy.maintenance):
+        yield from _rarely(window, f"spec.tuning.maintenanceWindows.{index}", subject.now)
+    scaling = subject.policy.scaling
+    if scaling is None:
+        return
+    for index, item in enumerate(scaling.schedules):
+        field = f"spec.scaling.schedules.{index}"
+        yield from _rarely(item.window, field, subject.now)
+        if item.minimum <= scaling.minimum and item.maximum is None:
+            message = f"min {item.minimum} has no effect: scaling.min is {scaling.minimum}"
+            yield Finding("warning", f"{field}.min", message)
+        if scaling.gpu_limit is not None and item.minimum > scaling.gpu_limit:
+            message = f"{item.minimum} is out of reach: budgets.maxGPUs allows {scaling.gpu_limit} replicas"
+            yield Finding("error", f"{field}.min", message)
+    for (first, one), (second, other) in permutations(enumerate(scaling.schedules), 2):
+        if one.maximum is not None and one.maximum < other.minimum:
+            message = f"max {one.maximum} is below min {other.minimum} of schedule {second}, which wins"
+            yield Finding("warning", f"spec.scaling.schedules.{first}.max", f"{message} while both are open")
+
+
+def _rarely(window: Window, field: str, now: float) -> Iterator[Finding]:
+    """A window that does not open within a year; a day that no month has is refused before."""
+    if (start := opens_at(window, now)) is None:
+        yield Finding("error", field, "it never opens")
+    elif start > now + YEAR_S:
+        yield Finding("warning", field, f"it does not open within a year: the next time is {at_text(start)}")
+
+
+def _idle_values(subject: _Subject) -> Iterator[Finding]:
+    """Given values without effect in this version."""
+    for notice in not_yet_effective(subject.spec):
+        yield Finding("warning", f"spec.engine.config.{notice.field}", notice.message)
+
+
+_CHECKS: tuple[Callable[[_Subject], Iterator[Finding]], ...] = (
+    _rules,
+    _bases,
+    _bands,
+    _objectives,
+    _windows,
+    _idle_values,
+)

@@ -1,0 +1,1 @@
+"""HTTP router of local mode: one port for all replicas of a deployment."""

@@ -1,0 +1,1 @@
+"""Experiments: the canary, its evidence, the verdict, and the emergency that needs none."""

@@ -1,0 +1,74 @@
+"""The rate at which replicas advance rows: what proves or refutes a change of capacity.
+
+A latency in a queue is the sum of everything that came before it: near saturation two equal engines differ by
+chance for minutes. Row-steps per second of stepping have no memory, and at a given number of rows they do not
+depend on the load: a replica shows what it can do as soon as it has worked with that many rows for a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from kvpilot_operator.tuning.observation import Counts
+from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
+
+SIZE_VARIANCE = 0.5
+"""Variance of ln(rate) times ended requests, since requests differ: 0 to 0.03 for chat, 0.3 on the Mooncake
+trace, 0.5 with log-normal sizes (sd 0.8) that a session shares."""
+
+MACHINES_DIFFER, SPEED_WANDERS = 0.15, 0.05
+"""Standard deviations of the log ratio of two equal engines: of their machines, and of one within minutes."""
+
+MIN_SECONDS, MIN_REQUESTS = 1.0, 4.0
+"""A bucket of rows shows a rate after so many seconds and so many requests' worth of row-steps."""
+
+CHUNK = "maxStepTokens"
+"""Knob that changes the row-steps of a request: a prompt in larger chunks takes fewer and longer ones."""
+
+
+def step_rate(counts: Counts, values: Sequence[KnobChange]) -> StepRate:
+    """The best rate that a window shows, over the buckets of rows; zeros without one.
+
+    Args:
+        values: the change that is judged. If it alters the row-steps of a request, the rate is requests per
+            second of stepping, else row-steps per second.
+    """
+    ended = counts.ended
+    if ended <= 0 or counts.step_rows <= 0:
+        return StepRate()
+    row_steps = counts.step_rows / ended
+    per_request = any(item.knob == CHUNK for item in values)
+    # The sizes of requests are in the rate a second time then, so they count half.
+    unit, part = (row_steps, 0.5) if per_request else (1.0, 1.0)
+    shown = [
+        StepRate(rows / seconds / unit, part * rows / row_steps)
+        for bucket, rows in counts.bucket_rows.items()
+        if (seconds := counts.bucket_seconds.get(bucket, 0.0)) >= MIN_SECONDS
+        and rows / row_steps >= MIN_REQUESTS
+    ]
+    return max(shown, key=lambda item: item.rate, default=StepRate())
+
+
+def difference(one: StepRate, other: StepRate) -> Effect | None:
+    """ln(one / other) with the variance of sampling alone; None while one of them shows nothing."""
+    if min(one.rate, other.rate) <= 0:
+        return None
+    return Effect(math.log(one.rate / other.rate), SIZE_VARIANCE * (1 / one.requests + 1 / other.requests))
+
+
+def corrected(now: Effect, before: Effect | None) -> Effect:
+    """The effect of the change alone: ``now`` without what the machines differed by before it.
+
+    The difference of the machines has a prior N(0, MACHINES_DIFFER^2); ``before`` measures it, so it is
+    subtracted as far as it is known, and what stays unknown is added to the variance.
+    """
+    prior = MACHINES_DIFFER**2
+    wander = SPEED_WANDERS**2
+    if before is None:
+        return Effect(now.log_ratio, now.variance + prior + wander)
+    noise = before.variance + wander
+    weight = prior / (prior + noise)
+    return Effect(
+        now.log_ratio - weight * before.log_ratio, now.variance + prior * noise / (prior + noise) + wander
+    )

@@ -1,0 +1,1 @@
+"""Rules: what each one cures, within which bounds, and what it predicts."""
