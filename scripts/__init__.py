@@ -1,1 +1,1 @@
-"""What make calls: the test cluster, the container images, generated files."""
+"""Programs behind the Makefile: test cluster, container images, generated files, test runs."""

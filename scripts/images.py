@@ -1,7 +1,7 @@
 """Builds the container images of the Dockerfile: `python -m scripts.images [operator|engine|all]`.
 
-With Docker where it runs, else daemonless with buildah (as root). An image is named by a hash of all that
-goes into it, and kept as an archive in the cache: what is unchanged is not built again.
+Builds with Docker if a daemon answers, else with buildah (as root). The tag of an image is a hash of its
+inputs and its archive stays in the cache, so an unchanged image is not built again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KEPT_ARCHIVES = 2
 
 
 def input_files(root: Path) -> Iterable[Path]:
-    """The files that the Dockerfile can see, in a stable order."""
+    """The files that the Dockerfile copies, in a stable order."""
     for name in INPUTS:
         top = root / name
         found = sorted(top.rglob("*")) if top.is_dir() else [top]
@@ -38,7 +38,7 @@ def input_files(root: Path) -> Iterable[Path]:
 
 
 def content_key(root: Path, target: str, base: str) -> str:
-    """Hash of everything that decides what is in an image."""
+    """Hash of all inputs of an image."""
     digest = hashlib.sha256(f"{target}\0{base}\0".encode())
     for file in input_files(root):
         digest.update(f"{file.relative_to(root)}\0".encode())
@@ -47,7 +47,7 @@ def content_key(root: Path, target: str, base: str) -> str:
 
 
 def docker_runs() -> bool:
-    """Whether a Docker daemon answers."""
+    """True if a Docker daemon answers."""
     if shutil.which("docker") is None:
         return False
     done = subprocess.run(["docker", "info"], capture_output=True, check=False, timeout=60)
@@ -91,7 +91,7 @@ def build(target: str, cache: Path, root: Path = REPO) -> Image:
 
 
 def buildah(cache: Path) -> list[str]:
-    """Buildah on a storage of our own, in a mount namespace of its own, since it leaves a mount behind."""
+    """Buildah with its storage in the cache; the private mount namespace removes the mount that it leaves."""
     storage = cache / "buildah"
     return [
         *("unshare", "--mount", "--propagation", "private", "nice", "-n", "10"),
@@ -105,7 +105,7 @@ def _build_with_buildah(target: str, reference: str, base: Image, out: Path, roo
     known = run([*tool, "images", "--format", "{{.Name}}:{{.Tag}}"], timeout_s=120).split()
     if base.reference not in known:
         run([*tool, "pull", "--quiet", f"docker-archive:{base.archive}"], timeout_s=300)
-    # The machine's certificates: it may stand behind a proxy that the image knows nothing of.
+    # Use the machine's certificates: it may be behind a proxy whose certificate the image does not have.
     certificates = ["--volume", f"{CA_BUNDLE}:{CA_BUNDLE}:ro"] if CA_BUNDLE.exists() else []
     options = ["--isolation", "chroot", "--pull-never", "--layers", "--target", target, "--tag", reference]
     command = [*tool, "bud", *options, "--build-arg", f"BASE={base.reference}", *certificates, str(root)]

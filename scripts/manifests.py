@@ -1,7 +1,7 @@
-"""Renders the chart to one file for `kubectl apply`: `python -m scripts.manifests [--set K=V ...]`.
+"""Render the chart to one file for `kubectl apply`: `python -m scripts.manifests [--set K=V ...]`.
 
-The keys in it are generated at the first rendering and kept by the next ones, as the file that is there holds
-them. Whoever publishes such a file sets `secret.existingSecret` instead.
+The first run generates the keys of the Secret; later runs reuse those in the existing file. To publish the
+file, set `secret.existingSecret` instead.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ KEYS = {"operator-key": "secret.operatorKey", "alerts-token": "secret.alertsToke
 
 
 class ManifestsError(Exception):
-    """The chart cannot be rendered: one sentence."""
+    """Helm could not render the chart; the message is Helm's."""
 
 
 def find_helm(repo: Path = REPO) -> str | None:
-    """Helm of the test cluster, of PATH, or of the cache that `make cluster-up` fills."""
+    """Path of Helm: of the test cluster, from PATH, or from the cache that `make cluster-up` fills."""
     state = repo / ".cluster" / "cluster.json"
     if state.is_file():
         helm = json.loads(state.read_text()).get("helm", "")
@@ -45,22 +45,22 @@ def find_helm(repo: Path = REPO) -> str | None:
 
 
 def render(helm: str, namespace: str, arguments: Sequence[str]) -> str:
-    """What `helm template` gives, after a Namespace and without the test hook.
+    """Output of `helm template` without the test hook, preceded by a Namespace.
 
     Raises:
-        ManifestsError: Helm refused, in its own words.
+        ManifestsError: Helm failed; the message is its error output.
     """
     command = [helm, "template", RELEASE, str(CHART), "--namespace", namespace, "--no-hooks", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
         raise ManifestsError(done.stderr.strip())
     head = yaml.safe_dump({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
-    note = "# Rendered by `make manifests` from charts/kvpilot. Holds keys: keep it to yourself.\n"
+    note = "# Rendered by `make manifests` from charts/kvpilot. Contains keys: do not publish it.\n"
     return note + head + done.stdout
 
 
 def kept_keys(previous: Path) -> list[str]:
-    """Arguments for Helm that set the keys of the file that is there."""
+    """Arguments for Helm that set the keys of an earlier output file; empty if there is none."""
     if not previous.is_file():
         return []
     documents: list[Any] = list(yaml.safe_load_all(previous.read_text(encoding="utf-8")))
@@ -75,9 +75,9 @@ def kept_keys(previous: Path) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Render; the exit code."""
+    """Write the file; exit code 0, or 2 if Helm is missing or fails."""
     parser = argparse.ArgumentParser(prog="python -m scripts.manifests", description=__doc__)
-    parser.add_argument("--namespace", default="kvpilot-system", help="where the operator lives")
+    parser.add_argument("--namespace", default="kvpilot-system", help="namespace of the operator")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file to write")
     parser.add_argument("--set", action="append", default=[], metavar="K=V", help="a value of the chart")
     parser.add_argument("--values", action="append", default=[], metavar="FILE", help="a file of values")

@@ -24,20 +24,22 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m scripts.cluster", description="A Kubernetes cluster for tests."
     )
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("build", help="build the programs that it and some tests need: minutes, once")
-    commands.add_parser("up", help="bring it up, or up to date, and write .cluster/cluster.json")
-    commands.add_parser("down", help="take it down and leave nothing behind")
-    commands.add_parser("status", help="exit code 0 when every process runs")
+    commands.add_parser(
+        "build", help="build the programs that the cluster and some tests need (minutes, once)"
+    )
+    commands.add_parser("up", help="start or update the cluster and write .cluster/cluster.json")
+    commands.add_parser("down", help="stop the cluster and remove everything that it left on the machine")
+    commands.add_parser("status", help="exit code 0 if every process runs")
     for verb in ("start", "stop"):
         commands.add_parser(verb, help=f"{verb} one process, such as prometheus").add_argument("name")
-    gpu = commands.add_parser("gpu", help="give the node this many nvidia.com/gpu")
+    gpu = commands.add_parser("gpu", help="make the node report this number of nvidia.com/gpu")
     gpu.add_argument("count", type=int)
     return top
 
 
 @contextmanager
 def exclusive(cache: Path) -> Iterator[None]:
-    """Only one command changes the cluster at a time; the others wait for it."""
+    """Lock the cluster, so that only one command at a time changes it; other commands wait."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as file:
         try:
@@ -77,7 +79,7 @@ def set_gpus(count: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command."""
+    """Run one command; 0, or the exit code of the `ClusterError` that ended it."""
     options = parser().parse_args(arguments)
     layout = Layout.default()
     cluster = KindCluster(layout) if images.docker_runs() else LocalCluster(layout)

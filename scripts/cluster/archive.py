@@ -1,4 +1,4 @@
-"""Writes a root file system as a docker-archive: the form that buildah, containerd and Docker all load."""
+"""Write a root file system as a docker-archive, the format that buildah, containerd and Docker load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def write_archive(out: Path, rootfs: Path, reference: str, entrypoint: Sequence[str] = ()) -> None:
-    """Wrap one uncompressed layer as an image named `reference`; appears at `out` whole or not at all."""
+    """Wrap one uncompressed layer as an image named `reference`; write `out` atomically."""
     config = json.dumps(
         {
             "architecture": _ARCHITECTURES.get(platform.machine(), platform.machine()),
@@ -43,7 +43,7 @@ def write_archive(out: Path, rootfs: Path, reference: str, entrypoint: Sequence[
 
 
 def write_single_file_layer(out: Path, program: Path) -> None:
-    """A layer holding one executable at the root, the same bytes each time."""
+    """Write a reproducible layer with one executable at the root."""
     with tarfile.open(out, "w") as tar:
         info = tarfile.TarInfo(program.name)
         info.size, info.mode = program.stat().st_size, 0o755

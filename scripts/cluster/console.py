@@ -1,4 +1,4 @@
-"""Progress lines with elapsed time, and the one exception that ends a command with a clear line."""
+"""Progress lines with elapsed time, and the exceptions that end a command with one line of error."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _started = time.monotonic()
 
 
 class ClusterError(Exception):
-    """Something of the cluster failed; the message is all that the user reads."""
+    """An operation on the cluster failed. The user sees only the message."""
 
     exit_code = 1
 
 
-class MissingPackagesError(ClusterError):
-    """The machine lacks packages that are not installed without being asked to."""
+class MachineNotReadyError(ClusterError):
+    """Root privileges or system packages are missing; nothing has been changed."""
 
     exit_code = 2
 

@@ -1,6 +1,6 @@
-"""etcd, API server, controller manager, scheduler and DNS: their flags and their identities.
+"""Flags and identities of etcd, API server, controller manager, scheduler and DNS.
 
-etcd starts empty each time: state of an earlier run would show nodes and pods that are no more.
+etcd starts empty each time: the state of an earlier run would contain nodes and pods that no longer exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scripts.cluster.layout import (
 )
 from scripts.cluster.process import run
 
-# component -> (user, group). The kubelet and kube-proxy have their usual rights; the rest is trusted.
+# component -> (user, group). The kubelet and kube-proxy have their usual rights; the others have all.
 IDENTITIES = {
     "admin": ("admin", "system:masters"),
     "kube-controller-manager": ("system:kube-controller-manager", "system:masters"),
@@ -37,7 +37,7 @@ ETCD_URL = "http://127.0.0.1:2379"
 
 
 def write_identities(layout: Layout) -> None:
-    """Make the service account key and a token per component."""
+    """Create the service account key and a token per component."""
     layout.pki.mkdir(parents=True, exist_ok=True)
     run(["openssl", "genrsa", "-out", layout.pki / "sa.key", "2048"])
     run(["openssl", "rsa", "-in", layout.pki / "sa.key", "-pubout", "-out", layout.pki / "sa.pub"])
@@ -52,7 +52,7 @@ def write_identities(layout: Layout) -> None:
 
 
 def write_kubeconfigs(layout: Layout) -> None:
-    """Write a kubeconfig per component; needs the certificate that the API server makes at its start."""
+    """Write a kubeconfig per component, with the certificate that the API server creates at its start."""
     layout.kubeconfigs.mkdir(parents=True, exist_ok=True)
     authority = base64.b64encode((layout.pki / "apiserver.crt").read_bytes()).decode()
     for line in (layout.pki / "tokens.csv").read_text().splitlines():
@@ -63,7 +63,7 @@ def write_kubeconfigs(layout: Layout) -> None:
 
 
 def kubeconfig(name: str, token: str, authority: str) -> str:
-    """A kubeconfig as JSON, which is YAML too; `authority` is the certificate in base64."""
+    """A kubeconfig as JSON, a subset of YAML; `authority` is the certificate in base64."""
     return json.dumps(
         {
             "apiVersion": "v1",
@@ -80,7 +80,7 @@ def kubeconfig(name: str, token: str, authority: str) -> str:
 
 
 def etcd(layout: Layout) -> list[str]:
-    """Arguments of etcd; without fsync, since nothing here outlives the cluster."""
+    """Arguments of etcd; no fsync, because the data need not survive the cluster."""
     peer = "http://127.0.0.1:2380"
     return [
         *("--data-dir", str(layout.run / "etcd"), "--unsafe-no-fsync", "--log-level=warn"),
@@ -117,7 +117,7 @@ def kube_apiserver(layout: Layout) -> list[str]:
 
 
 def kube_controller_manager(layout: Layout) -> list[str]:
-    """Arguments of the controller manager, with a client rate that does not slow scale tests."""
+    """Arguments of the controller manager, with a client rate limit high enough for scale tests."""
     return [
         f"--kubeconfig={layout.kubeconfigs / 'kube-controller-manager'}",
         "--leader-elect=false",
@@ -134,14 +134,14 @@ def kube_scheduler(layout: Layout) -> list[str]:
 
 
 def coredns(layout: Layout) -> list[str]:
-    """Arguments of CoreDNS, a plain process that the kubelet names to pods; it forwards nothing."""
+    """Arguments of CoreDNS, which runs as a process; the kubelet configures its address in pods."""
     file = layout.run / "Corefile"
     file.write_text(corefile(layout.kubeconfigs / "monitoring"))
     return ["-conf", str(file)]
 
 
 def corefile(kubeconfig_file: Path) -> str:
-    """The whole configuration: cluster names, and an answer on 127.0.0.1:8181 when ready."""
+    """CoreDNS configuration: cluster names without forwarding, and readiness on 127.0.0.1:8181."""
     plugins = [
         f"bind {NODE_IP}",
         "errors",
@@ -155,20 +155,20 @@ def corefile(kubeconfig_file: Path) -> str:
 
 
 def api_ready(layout: Layout) -> bool:
-    """Whether the API server says that it is ready."""
+    """True if the API server reports readiness."""
     try:
         return answers(f"{API_URL}/readyz", layout.pki / "apiserver.crt")
-    except OSError:  # the certificate is not there yet
+    except OSError:  # the API server has not written its certificate yet
         return False
 
 
 def service_ready(layout: Layout) -> bool:
-    """Whether the API server answers at its Service address too, so that kube-proxy works."""
+    """True if the API server answers at its Service address, which needs kube-proxy."""
     return answers(f"https://{API_SERVICE_IP}/readyz", layout.pki / "apiserver.crt")
 
 
 def answers(url: str, authority: Path | None = None) -> bool:
-    """Whether an URL answers 200 now; asked directly, whatever proxy the environment names."""
+    """True if a URL answers 200 now; ignores the proxies of the environment."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
     if authority:
         handlers.append(

@@ -1,6 +1,6 @@
-"""The cluster where Docker runs: kind, with Prometheus and Alertmanager as processes of this machine.
+"""The cluster with Docker: kind, with Prometheus and Alertmanager as processes of this machine.
 
-Routes to pods and Services go through the kind node, so that the same URLs work as without Docker.
+Routes to pods and Services go through the kind node, so that URLs are the same as without Docker.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ READY_SECONDS = 60.0
 
 
 def kind_config(mounts: list[str]) -> str:
-    """kind's configuration: one node, which sees the engine environment at its own paths."""
+    """kind's configuration: one node, with the engine environment mounted at the same paths."""
     extra = [{"hostPath": path, "containerPath": path, "readOnly": True} for path in mounts]
     return json.dumps(
         {
@@ -50,14 +50,14 @@ class KindCluster:
         return self._layout.kubeconfigs / "admin"
 
     def build(self) -> dict[str, Path]:
-        """As `local.LocalCluster.build`: kind's image brings the cluster itself, so these are fewer."""
+        """Like `local.LocalCluster.build`, with fewer programs: kind's image contains the control plane."""
         return build_all(self._layout.cache, WITH_DOCKER)
 
     def up(self) -> State:
-        """Bring the cluster up, or its images up to date.
+        """Start the cluster, or update its images if it runs.
 
         Raises:
-            ClusterError: something cannot be had, built or started.
+            ClusterError: a program or an image cannot be downloaded, built or started.
         """
         programs = self.build()
         operator = images.build("operator", self._layout.cache)
@@ -97,7 +97,7 @@ class KindCluster:
         return state
 
     def down(self) -> None:
-        """Delete the cluster, its routes and its processes; does nothing when nothing is there."""
+        """Delete the cluster, its routes and its processes; no error if there is none."""
         STATE_FILE.unlink(missing_ok=True)
         self.processes.stop_many(self.processes.names())
         if NODE in _docker("ps --all --format={{.Names}}").split():
@@ -107,7 +107,7 @@ class KindCluster:
         shutil.rmtree(self._layout.run, ignore_errors=True)
 
     def status(self) -> dict[str, bool]:
-        """Whether the node and the monitoring processes run."""
+        """True for each of the node and the monitoring processes that runs."""
         node = NODE in _docker("ps --format={{.Names}}").split()
         return {NODE: node} | {name: self.processes.running(name) for name in ("prometheus", "alertmanager")}
 
@@ -126,7 +126,7 @@ class KindCluster:
         self._route("replace", f"{POD_CIDR} via {address}", f"{SERVICE_CIDR} via {address}")
 
     def _route(self, verb: str, *routes: str) -> None:
-        """Change the machine's routes by a privileged container, so that this needs no root itself."""
+        """Change the machine's routes in a privileged container, which needs no root on the host."""
         image = _docker(f"inspect --format={{{{.Config.Image}}}} {NODE}")
         for route in routes:
             _docker(f"run --rm --privileged --network=host --entrypoint=ip {image} route {verb} {route}")

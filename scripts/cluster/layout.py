@@ -1,4 +1,4 @@
-"""Where everything of the cluster lives: addresses, names and paths, in one place."""
+"""Addresses, names and paths of the cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# A second cluster beside the first takes another slot, and another cache directory.
+# A second cluster on the same machine needs another slot and another cache directory.
 SLOT = int(os.environ.get("KVPILOT_CLUSTER_SLOT", "0"))
 SUFFIX = f"-{SLOT}" if SLOT else ""
 
@@ -36,7 +36,7 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths below one cache directory; `run` holds what lives only as long as the cluster."""
+    """Paths below one cache directory; `down` removes `run`."""
 
     cache: Path
 
@@ -47,12 +47,12 @@ class Layout:
 
     @property
     def containerd_root(self) -> Path:
-        """Image store; kept between runs, because importing the images again takes seconds."""
+        """Image store; survives `down`, because importing the images again takes seconds."""
         return self.cache / "containerd"
 
     @property
     def containerd_socket(self) -> Path:
-        """Where this cluster's own containerd listens."""
+        """Socket of this cluster's containerd."""
         return self.run / "containerd.sock"
 
     @property
@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def rules(self) -> Path:
-        """Prometheus loads every *.yaml here."""
+        """Directory of rule files; Prometheus loads every *.yaml in it."""
         return self.monitoring / "rules"
 
     @property
@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def host_record(self) -> Path:
-        """What `up` changed on the machine, for `down` to restore."""
+        """Record of what `up` changed on the machine; `down` restores it."""
         return self.run / "host.json"
 
     @staticmethod

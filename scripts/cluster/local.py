@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,11 @@ from scripts.cluster.base_image import Image, base_image, pause_image
 from scripts.cluster.build import build_all
 from scripts.cluster.console import ClusterError, say
 from scripts.cluster.layout import HOST_IP, NODE_IP, NODE_NAME, STATE_FILE, Layout
-from scripts.cluster.packages import BUILD_PACKAGES, NODE_PACKAGES, require
+from scripts.cluster.packages import BUILD_PACKAGES, NODE_PACKAGES, may_install, require
 from scripts.cluster.process import Processes, run
 from scripts.cluster.state import State, alertmanager_entry, engine_environment, prometheus_entry
 
-# Tests stop and start these; a stopped one is no reason to start the whole cluster anew.
+# Tests stop and start these; the cluster counts as healthy without them.
 OPTIONAL = ("prometheus", "alertmanager")
 CORE = (
     "etcd",
@@ -29,11 +30,12 @@ CORE = (
     "kube-proxy",
     "coredns",
 )
+PACKAGES = (*BUILD_PACKAGES, *NODE_PACKAGES)
 READY_SECONDS = 60.0
 
 
 class LocalCluster:
-    """One cluster per machine and user, whichever checkout started it."""
+    """One cluster per machine and user, shared by all checkouts."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -41,21 +43,23 @@ class LocalCluster:
         self.processes = Processes(layout.run / "processes", layout.logs)
 
     def build(self) -> dict[str, Path]:
-        """Build the programs that are missing; the path of each by name.
+        """Install missing packages if that is allowed, build missing programs; program paths by name.
 
         Raises:
-            ClusterError: no Go can be had, or a build failed.
+            ClusterError: packages cannot be installed, no Go is available, or a build failed.
         """
+        if may_install(os.environ):
+            require(PACKAGES)  # before the long build, so that the command fails at once without root
         return build_all(self._layout.cache)
 
     def up(self) -> State:
-        """Bring the cluster up, or bring one that is up to date.
+        """Start the cluster; restart it if its programs, images or this code changed.
 
         Raises:
-            ClusterError: something cannot be had, built or started; what was started is taken down again.
+            ClusterError: a step failed; the processes that this call started are stopped.
         """
         machine.require_root()
-        require((*BUILD_PACKAGES, *NODE_PACKAGES))
+        require(PACKAGES)
         programs = self.build()
         base = base_image(self._layout.images)
         pause = pause_image(self._layout.images, programs["pause"])
@@ -72,7 +76,7 @@ class LocalCluster:
             try:
                 self._start(programs, wanted, pause)
             except BaseException:
-                say("taking down what was started")
+                say("stopping the started processes")
                 self.down()
                 raise
             (self._layout.run / "fingerprint").write_text(fingerprint)
@@ -82,10 +86,10 @@ class LocalCluster:
         return state
 
     def down(self) -> None:
-        """Stop everything and restore the machine; does nothing when nothing is there."""
+        """Stop the cluster and restore the machine; no error if there is none."""
         machine.require_root()
         STATE_FILE.unlink(missing_ok=True)
-        # The API server first: the others then have nothing to finish.
+        # Stop the API server first, so that the others have nothing left to finish.
         self.processes.stop("kube-apiserver", grace_s=3)
         rest = [name for name in self.processes.names() if name not in ("containerd", machine.HOLDER)]
         self.processes.stop_many(rest, grace_s=3)
@@ -100,11 +104,11 @@ class LocalCluster:
             self._store.mark_clean()
 
     def status(self) -> dict[str, bool]:
-        """Which of the processes run."""
+        """True for each of the processes that runs."""
         return {name: self.processes.running(name) for name in (*CORE, *OPTIONAL)}
 
     def _reusable(self, fingerprint: str, programs: dict[str, Path]) -> bool:
-        """Whether a healthy cluster runs that was started by this very code."""
+        """True if a healthy cluster runs that this version of the code started."""
         written = self._layout.run / "fingerprint"
         if not written.exists() or written.read_text() != fingerprint:
             return False
@@ -166,14 +170,14 @@ class LocalCluster:
         return self._kubectl(kubectl, "get", "node", NODE_NAME, path) == "True"
 
     def _accounts_ready(self, kubectl: Path) -> bool:
-        """Pods need the default service account, and its certificate authority, to be created."""
+        """True if the default service account and its certificate authority exist, which every pod needs."""
         found = self._kubectl(
             kubectl, "get", "serviceaccount/default", "configmap/kube-root-ca.crt", "-n=default", "-o=name"
         )
         return len(found.split()) == 2
 
     def _dns_ready(self) -> bool:
-        """CoreDNS says so on a loopback address, which is the namespace's."""
+        """True if CoreDNS reports readiness on the loopback address of the network namespace."""
         fetch = "import urllib.request as r; r.urlopen('http://127.0.0.1:8181/ready', timeout=2)"
         try:
             run([*machine.enter_network(self.processes), "python3", "-c", fetch], timeout_s=10)
@@ -200,7 +204,7 @@ class LocalCluster:
 
 
 def _fingerprint(parts: list[str]) -> str:
-    """Hash of what a running cluster was started from: programs, images and the code of this package."""
+    """Hash of the inputs of a running cluster: programs, images and the code of this package."""
     digest = hashlib.sha256("\0".join(parts).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())

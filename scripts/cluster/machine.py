@@ -1,4 +1,4 @@
-"""What the cluster borrows from the machine and gives back: namespaces, link, cgroups, sysctls."""
+"""Changes to the machine that the cluster makes and reverts: namespaces, link, cgroups, sysctls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from scripts.cluster.console import ClusterError
+from scripts.cluster.console import ClusterError, MachineNotReadyError
 from scripts.cluster.layout import (
     CGROUP_NAME,
     CGROUP_ROOT,
@@ -29,7 +29,7 @@ from scripts.cluster.process import Processes, born, end, run
 
 HOLDER = "holder"
 
-# All pods together, beside the machine's other processes: by default they would share what one of those gets.
+# CPU weight of all pods together; by default they would share the weight of one process of the machine.
 POD_WEIGHT = {"cpu.shares": "8192", "cpu.weight": "800"}
 
 # The kubelet sets these for the whole machine.
@@ -42,25 +42,25 @@ KUBELET_SYSCTLS = (
     "kernel/keys/root_maxbytes",
 )
 
-# Directories that kubelet, containerd and CNI plugins use whatever their flags say. Inside the cluster's
-# mount namespace each is covered by an empty one of our own.
+# Directories that kubelet, containerd and CNI plugins use regardless of their flags. Inside the cluster's
+# mount namespace an empty directory of the cluster is mounted over each.
 COVERED = ("/var/lib/kubelet", "/var/lib/cni", "/var/log/containers", "/run/containerd")
 
 
 def require_root() -> None:
-    """A real node needs root.
+    """Check that the user is root, which a kubelet requires.
 
     Raises:
-        ClusterError: this is another user.
+        MachineNotReadyError: the user is not root.
     """
     if os.geteuid() != 0:
-        raise ClusterError(
-            "the cluster's node needs root when Docker does not run: use sudo, or start Docker"
+        raise MachineNotReadyError(
+            "without a Docker daemon the cluster's node needs root: run this as root, or start Docker"
         )
 
 
 def borrow(layout: Layout) -> None:
-    """Record what will change on the machine, before anything changes."""
+    """Record the present state of everything on the machine that `up` is going to change."""
     record = {
         "sysctls": {name: (Path("/proc/sys") / name).read_text().strip() for name in _present_sysctls()},
         "created": [path for path in COVERED if not Path(path).exists()],
@@ -87,7 +87,7 @@ def enter(processes: Processes) -> list[str]:
 
 
 def enter_network(processes: Processes) -> list[str]:
-    """Command prefix that runs a program in the cluster's network alone, with the machine's files."""
+    """Command prefix that runs a program in the cluster's network with the machine's mounts."""
     return ["nsenter", f"--net=/proc/{_holder_pid(processes)}/ns/net", "--"]
 
 
@@ -99,7 +99,7 @@ def _holder_pid(processes: Processes) -> int:
 
 
 def create_namespaces(layout: Layout, processes: Processes) -> None:
-    """Start the process that holds the namespaces open, and join them to the machine by a veth pair."""
+    """Start the process that holds the namespaces open, and connect them to the machine with a veth pair."""
     _refuse_taken_addresses()
     processes.start(
         HOLDER, ["unshare", "--net", "--mount", "--propagation", "slave", "--", "sleep", "infinity"]
@@ -113,7 +113,7 @@ def create_namespaces(layout: Layout, processes: Processes) -> None:
         f"address add {HOST_IP}/{LINK_PREFIX} dev {HOST_LINK}",
         f"link set {HOST_LINK} up",
     )
-    # Local processes need some route to Service addresses, which kube-proxy then translates.
+    # Without a route a local process cannot send to a Service address, which kube-proxy translates later.
     _batch_ip(
         enter(processes),
         "link set lo up",
@@ -144,9 +144,7 @@ def _refuse_taken_addresses() -> None:
     ours = {POD_CIDR, SERVICE_CIDR}
     taken = [route["dst"] for route in routes if route["dst"] in ours or route.get("dev") == HOST_LINK]
     if taken:
-        raise ClusterError(
-            f"the machine has a route to {taken[0]} already, which the cluster needs for itself"
-        )
+        raise ClusterError(f"the machine already has a route to {taken[0]}, an address range of the cluster")
 
 
 def _batch_ip(prefix: Sequence[str], *commands: str) -> None:
@@ -161,7 +159,7 @@ def kill_pods() -> None:
 
 
 def give_back(layout: Layout, processes: Processes) -> None:
-    """End every process of the cluster and restore the machine. Safe to repeat, and after a crash."""
+    """End every process of the cluster and restore the machine; idempotent, works after a crash."""
     _kill_members(layout, processes)
     run(["sh", "-c", f"ip link delete {HOST_LINK} 2>/dev/null || true"])
     _remove_cgroups()
@@ -172,13 +170,13 @@ def give_back(layout: Layout, processes: Processes) -> None:
             if current.read_text().strip() != value:
                 current.write_text(value)
         for path in record["created"]:
-            # Only the empty mount point is ours; what somebody else put there since is not.
+            # Keep a mount point into which others have put files.
             subprocess.run(["rmdir", "--ignore-fail-on-non-empty", path], check=False, capture_output=True)
     shutil.rmtree(layout.run, ignore_errors=True)
 
 
 def _kill_members(layout: Layout, processes: Processes) -> None:
-    """Kill what is in the pods' cgroups or the cluster's namespaces, and orphaned shims, until all ended."""
+    """Kill all processes of the pods' cgroups and the cluster's namespaces, and orphaned shims."""
     record = processes.record(HOLDER)
     alive = record is not None and born(record.pid) == record.born
     namespaces = {_namespace(record.pid, kind) for kind in ("net", "mnt")} if alive and record else set()
@@ -202,7 +200,7 @@ def _members(namespaces: set[str]) -> set[int]:
 
 
 def _shims(layout: Layout) -> set[int]:
-    """Supervisors of our containerd's containers; they outlive it, and the namespaces' holder."""
+    """Process ids of this containerd's shims; they survive containerd and the holder of the namespaces."""
     socket, found = str(layout.containerd_socket).encode(), set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -223,14 +221,14 @@ def _namespace(pid: int, kind: str) -> str:
 
 
 def _cgroup_parents() -> list[Path]:
-    """Where a top-level cgroup is made: the root on version 2, each controller on version 1."""
+    """Parents of a top-level cgroup: the root on version 2, each controller on version 1."""
     if (CGROUP_ROOT / "cgroup.controllers").exists():
         return [CGROUP_ROOT]
     return [p for p in CGROUP_ROOT.iterdir() if (p / "cgroup.procs").exists() and not p.is_symlink()]
 
 
 def _cgroups() -> Iterable[Path]:
-    """Our cgroups, children before parents."""
+    """The cluster's cgroups, children before parents."""
     for parent in _cgroup_parents():
         for directory, _, _ in os.walk(parent / CGROUP_NAME, topdown=False):
             yield Path(directory)

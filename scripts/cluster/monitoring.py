@@ -1,4 +1,4 @@
-"""Prometheus and Alertmanager as plain processes beside the control plane."""
+"""Prometheus and Alertmanager as processes next to the control plane."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PART_OF = "kvpilot"
 
 
 def prometheus_config(kubeconfig: Path, rules: Path) -> str:
-    """Prometheus' configuration as JSON, which is YAML too: kvpilot's pods, found by their labels.
+    """Prometheus' configuration as JSON, a subset of YAML; it discovers kvpilot's pods by their labels.
 
-    Of an engine pod the container port named `http` is scraped, of an operator pod the one named `metrics`,
-    each second. Every sample says namespace, pod, pod_uid, kvpilot_name and component.
+    Each second it scrapes the container port `http` of engine pods and `metrics` of operator pods. Every
+    sample has the labels namespace, pod, pod_uid, kvpilot_name and component.
     """
     pod, label = "__meta_kubernetes_pod", "__meta_kubernetes_pod_label"
     component = f"{label}_app_kubernetes_io_component"
@@ -59,13 +59,13 @@ def prometheus_config(kubeconfig: Path, rules: Path) -> str:
 
 
 def alertmanager_config() -> str:
-    """Alertmanager's first configuration: it sends nothing to nobody. Tests rewrite the file and reload."""
+    """Alertmanager's first configuration, without receivers. Tests rewrite the file and reload."""
     route = {"receiver": "nobody", "group_wait": "1s", "group_interval": "5s", "repeat_interval": "1m"}
     return json.dumps({"route": route, "receivers": [{"name": "nobody"}]}, indent=1)
 
 
 def prometheus(layout: Layout, kubeconfig: Path) -> list[str]:
-    """Write Prometheus' files; return its arguments. It reloads on POST /-/reload."""
+    """Write Prometheus' files; return its arguments, which allow POST /-/reload."""
     layout.rules.mkdir(parents=True, exist_ok=True)
     layout.prometheus_file.write_text(prometheus_config(kubeconfig, layout.rules))
     return [
@@ -77,7 +77,7 @@ def prometheus(layout: Layout, kubeconfig: Path) -> list[str]:
 
 
 def alertmanager(layout: Layout) -> list[str]:
-    """Write Alertmanager's files; return its arguments. Alone, so it does not gossip."""
+    """Write Alertmanager's files; return its arguments, which switch clustering off."""
     layout.monitoring.mkdir(parents=True, exist_ok=True)
     layout.alertmanager_file.write_text(alertmanager_config())
     return [

@@ -1,4 +1,4 @@
-"""The real node: containerd, kubelet and kube-proxy on this machine, every path of theirs our own."""
+"""The node: containerd, kubelet and kube-proxy on this machine, with all their paths below the cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scripts.cluster.layout import CGROUP_NAME, CLUSTER_DOMAIN, NODE_IP, NODE_NA
 from scripts.cluster.process import run
 
 CNI_PLUGINS = "/usr/lib/cni"
-# In the image store when it was left in order; without it the store is thrown away and filled again.
+# A marker in the image store after a clean shutdown; without it the store is deleted and filled again.
 CLEAN_MARK = "kvpilot-clean"
 
 
 def containerd_config(layout: Layout, pause: str) -> str:
-    """containerd's configuration: the CRI plugin with runc, cgroupfs, and every path our own."""
+    """containerd's configuration: the CRI plugin with runc and cgroupfs, all paths below the cache."""
     return f"""version = 2
 root = "{layout.containerd_root}"
 state = "{layout.run / "containerd"}"
@@ -54,7 +54,7 @@ SystemdCgroup = false
 
 
 def cni_config(layout: Layout) -> str:
-    """A bridge with the pod network's addresses; not masqueraded, since nothing outside is reachable."""
+    """A bridge for the pod network; no masquerading, because nothing outside is reachable."""
     bridge = {
         "type": "bridge",
         "bridge": "kvpilot-pods",
@@ -72,7 +72,7 @@ def cni_config(layout: Layout) -> str:
 
 
 def kubelet_config(layout: Layout) -> str:
-    """The kubelet's configuration: no pod is evicted, no image dropped, for the machine's full disk."""
+    """The kubelet's configuration; a full disk of the machine evicts no pod and deletes no image."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -102,7 +102,7 @@ def kubelet_config(layout: Layout) -> str:
                 "imagefs.available": "0%",
                 "imagefs.inodesFree": "0%",
             },
-            # Only the API server and this machine can reach the kubelet.
+            # No authentication: only the API server and this machine can reach the kubelet.
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
         },
@@ -111,7 +111,7 @@ def kubelet_config(layout: Layout) -> str:
 
 
 def kube_proxy_config(layout: Layout) -> str:
-    """kube-proxy by nftables; masqueraded, so that a pod reaches itself through its Service on one bridge."""
+    """kube-proxy's configuration: nftables; with masquerading a pod can reach itself through its Service."""
     return json.dumps(
         {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -133,10 +133,10 @@ def kube_proxy_config(layout: Layout) -> str:
 
 
 def containerd(layout: Layout, pause: str) -> list[str]:
-    """Write containerd's files; return its arguments. A store not left in order is thrown away."""
+    """Write containerd's files; return its arguments. Delete an image store without a clean shutdown."""
     mark = layout.containerd_root / CLEAN_MARK
     if layout.containerd_root.exists() and not mark.exists():
-        say("the image store was not left in order by the last run: filling it again")
+        say("the last run did not shut the image store down cleanly: filling it again")
         shutil.rmtree(layout.containerd_root)
     mark.unlink(missing_ok=True)
     (layout.run / "cni").mkdir(parents=True, exist_ok=True)
@@ -168,23 +168,23 @@ def kube_proxy(layout: Layout) -> list[str]:
 
 
 class ImageStore:
-    """The node's images, through containerd's own client."""
+    """The node's images, managed with containerd's client."""
 
     def __init__(self, layout: Layout) -> None:
         self._ctr = ["ctr", "--address", str(layout.containerd_socket), "--namespace", "k8s.io"]
         self._layout = layout
 
     def answers(self) -> bool:
-        """Whether containerd serves."""
+        """True if containerd answers."""
         done = subprocess.run([*self._ctr, "version"], capture_output=True, check=False, timeout=20)
         return done.returncode == 0
 
     def references(self) -> set[str]:
-        """Names of the images it has."""
+        """Names of the images in the store."""
         return set(run([*self._ctr, "images", "list", "--quiet"]).split())
 
     def load(self, images: Iterable[Image]) -> None:
-        """Import what is missing, and drop former versions of the same images."""
+        """Import missing images and remove earlier versions of them."""
         known = self.references()
         wanted = {image.reference: image for image in images}
         for reference, image in wanted.items():
@@ -196,9 +196,9 @@ class ImageStore:
             run([*self._ctr, "images", "remove", *old])
 
     def empty_of_containers(self) -> None:
-        """Remove every container that is left; the images stay for the next start."""
+        """Remove all remaining containers; the images stay for the next start."""
         if tasks := run([*self._ctr, "tasks", "list", "--quiet"]).split():
-            # A task whose shim is gone already cannot be removed, and need not be.
+            # Errors are ignored: a task whose shim has ended cannot be removed and needs no removal.
             subprocess.run(
                 [*self._ctr, "tasks", "remove", "--force", *tasks],
                 capture_output=True,
@@ -209,5 +209,5 @@ class ImageStore:
             run([*self._ctr, "containers", "remove", *containers])
 
     def mark_clean(self) -> None:
-        """Say that the store can be used again; containerd must have ended."""
+        """Mark the store as reusable; containerd must have ended."""
         (Path(self._layout.containerd_root) / CLEAN_MARK).touch()

@@ -1,13 +1,13 @@
-"""The Debian packages that the node and the image builds need: checked always, installed only when asked."""
+"""Debian packages of the node and the image builds: always checked, installed only on request."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from scripts.cluster.console import ClusterError, MissingPackagesError, say
+from scripts.cluster.console import ClusterError, MachineNotReadyError, say
 from scripts.cluster.process import run
 
 BUILD_PACKAGES = ("buildah", "mmdebstrap", "openssl")
@@ -25,7 +25,7 @@ NODE_PACKAGES = (
 
 
 def missing(wanted: Iterable[str]) -> list[str]:
-    """Those of the wanted packages that are not installed."""
+    """The packages of `wanted` that are not installed."""
     if shutil.which("dpkg-query") is None:
         raise ClusterError("no dpkg on this machine: without Docker the cluster needs Debian 12 or newer")
     done = subprocess.run(
@@ -40,26 +40,39 @@ def missing(wanted: Iterable[str]) -> list[str]:
 
 
 def may_install(environment: Mapping[str, str]) -> bool:
-    """System packages are the user's business: only CI=true or INSTALL=1 allows to install them."""
+    """True if system packages may be installed: only with CI=true or INSTALL=1."""
     return environment.get("CI", "").lower() == "true" or environment.get("INSTALL") == "1"
 
 
-def require(wanted: Iterable[str]) -> None:
-    """Make sure that packages are there.
+def as_root(command: Sequence[str], user_id: int, sudo: str | None) -> list[str]:
+    """The command as this user runs it with root privileges; ``sudo`` is the path of sudo, if there is one.
 
     Raises:
-        MissingPackagesError: some are missing and installing was not asked for; names the exact command.
+        MachineNotReadyError: the user is not root and the machine has no sudo.
+    """
+    if user_id == 0:
+        return list(command)
+    if sudo is None:
+        raise MachineNotReadyError("INSTALL=1 needs root or sudo, and this user has neither: run it as root")
+    return [sudo, *command]
+
+
+def require(wanted: Iterable[str]) -> None:
+    """Ensure that packages are installed; install the missing ones if that is allowed.
+
+    Raises:
+        MachineNotReadyError: packages are missing and installing them was not requested or is not possible.
     """
     lacking = missing(wanted)
     if not lacking:
         return
     command = ["apt-get", "install", "-y", "--no-install-recommends", *lacking]
     if not may_install(os.environ):
-        raise MissingPackagesError(
+        raise MachineNotReadyError(
             f"missing system packages; install them with\n  sudo {' '.join(command)}\n"
             "or run this again with INSTALL=1"
         )
-    say(f"installing {', '.join(lacking)}")
-    frontend = ["env", "DEBIAN_FRONTEND=noninteractive"]
+    frontend = as_root(["env", "DEBIAN_FRONTEND=noninteractive"], os.geteuid(), shutil.which("sudo"))
+    say(f"installing system packages with apt-get: {', '.join(lacking)}")
     run([*frontend, "apt-get", "update", "-qq"], timeout_s=300)
     run([*frontend, *command], timeout_s=900)

@@ -1,4 +1,4 @@
-"""Long-lived processes owned by process id: start, stop, wait for them, and show why one failed."""
+"""Long-lived processes identified by process id and start time: start, stop, wait, show the log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_LINES = 15
 
 @dataclass(frozen=True)
 class Record:
-    """A started process. `born` (clock ticks since boot) tells it from a later one with the same id."""
+    """A started process; its id and `born` (clock ticks since boot) together are unique."""
 
     name: str
     argv: tuple[str, ...]
@@ -28,7 +28,7 @@ class Record:
 
 
 def born(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot; None when there is none, or only a zombie."""
+    """Start time of a live process in clock ticks since boot; None if it has ended or is a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -38,18 +38,18 @@ def born(pid: int) -> int | None:
 
 
 class Processes:
-    """The processes whose records are in one directory."""
+    """The processes recorded in one directory."""
 
     def __init__(self, records: Path, logs: Path) -> None:
         self._records = records
         self._logs = logs
 
     def log(self, name: str) -> Path:
-        """The file that a process writes its output to."""
+        """The file with the output of a process."""
         return self._logs / f"{name}.log"
 
     def record(self, name: str) -> Record | None:
-        """What was started under this name, running or not."""
+        """The record of a process, running or not; None if the name is unknown."""
         try:
             data = json.loads((self._records / f"{name}.json").read_text())
         except FileNotFoundError:
@@ -57,19 +57,19 @@ class Processes:
         return Record(data["name"], tuple(data["argv"]), data["pid"], data["born"])
 
     def names(self) -> list[str]:
-        """Every name ever started here, oldest first."""
+        """All recorded names, oldest first."""
         files = sorted(self._records.glob("*.json"), key=lambda p: p.stat().st_mtime)
         return [file.stem for file in files]
 
     def running(self, name: str) -> bool:
-        """Whether the process started under this name still lives."""
+        """True if the process with this name is alive."""
         record = self.record(name)
         return record is not None and born(record.pid) == record.born
 
     def start(self, name: str, argv: Sequence[str]) -> Record:
-        """Start a process in a session of its own, so that it outlives this command."""
+        """Start a process in its own session, so that it survives this command."""
         if self.running(name):
-            raise ClusterError(f"{name} is running already")
+            raise ClusterError(f"{name} is already running")
         self._records.mkdir(parents=True, exist_ok=True)
         self._logs.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("wb") as log:
@@ -87,28 +87,28 @@ class Processes:
         return record
 
     def restart(self, name: str) -> Record:
-        """Start again, with the same arguments, what was stopped."""
+        """Start a stopped process again with the same arguments."""
         record = self.require(name)
         return record if self.running(name) else self.start(name, record.argv)
 
     def require(self, name: str) -> Record:
-        """What was started under this name.
+        """The record of a process.
 
         Raises:
-            ClusterError: nothing was; names what was.
+            ClusterError: the name is unknown; the message lists the known names.
         """
         if record := self.record(name):
             return record
         raise ClusterError(
-            f"process {name!r} is unknown, allowed: {', '.join(self.names()) or 'none, it is down'}"
+            f"process {name!r} is unknown, allowed: {', '.join(self.names()) or 'none, the cluster is down'}"
         )
 
     def stop(self, name: str, grace_s: float = 10.0) -> None:
-        """End a process by SIGTERM, by SIGKILL after `grace_s`; nothing happens when it does not run."""
+        """End a process with SIGTERM, and with SIGKILL after `grace_s`; no error if it does not run."""
         self.stop_many([name], grace_s)
 
     def stop_many(self, names: Sequence[str], grace_s: float = 10.0) -> None:
-        """End several at once: each gets `grace_s` after SIGTERM, all in parallel."""
+        """End several processes in parallel, each with `grace_s` between SIGTERM and SIGKILL."""
         records = [r for r in map(self.record, names) if r is not None and born(r.pid) == r.born]
         for record in records:
             end(record.pid, signal.SIGTERM)
@@ -123,21 +123,23 @@ class Processes:
             time.sleep(POLL_SECONDS / 5)
 
     def wait(self, what: str, ready: Callable[[], bool], timeout_s: float, name: str) -> None:
-        """Poll `ready` until it holds.
+        """Poll `ready` until it returns true.
 
         Raises:
-            ClusterError: `name` ended meanwhile, or the time is over; with the last lines of its log.
+            ClusterError: `name` ended or the time is over; the message contains the last lines of its log.
         """
         deadline = time.monotonic() + timeout_s
         while not ready():
             if not self.running(name):
-                raise ClusterError(f"{name} ended before {what}; {self.log_tail(name)}")
+                raise ClusterError(f"{name} ended while waiting until {what}; {self.log_tail(name)}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"{what}: not after {timeout_s:.0f} s; {self.log_tail(name)}")
+                raise ClusterError(
+                    f"timed out after {timeout_s:.0f} s while waiting until {what}; {self.log_tail(name)}"
+                )
             time.sleep(POLL_SECONDS)
 
     def log_tail(self, name: str) -> str:
-        """Where the log is, and its last lines."""
+        """Path of the log and its last lines."""
         log = self.log(name)
         if not log.exists():
             return f"no log at {log}"
@@ -148,12 +150,12 @@ class Processes:
 
 
 def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without proxy settings: all that the cluster talks to is on this machine."""
+    """The environment without proxy settings: all peers of the cluster are on this machine."""
     return {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
 
 
 def end(pid: int, with_signal: signal.Signals) -> None:
-    """Signal a process that may be gone already."""
+    """Signal a process that may have ended."""
     try:
         os.kill(pid, with_signal)
     except ProcessLookupError:
@@ -164,7 +166,7 @@ def run(command: Sequence[str | Path], timeout_s: float = 60.0, stdin: str | Non
     """Run a short command and return its output.
 
     Raises:
-        ClusterError: it failed or took longer than `timeout_s`.
+        ClusterError: the command failed or took longer than `timeout_s`.
     """
     argv = [str(part) for part in command]
     try:

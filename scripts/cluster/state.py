@@ -1,4 +1,4 @@
-"""The one file that the end-to-end tests read: what is where in the cluster that is up."""
+"""`.cluster/cluster.json`, the file that describes the running cluster to the end-to-end tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripts.cluster.layout import REPO, STATE_FILE, Layout
 
 @dataclass(frozen=True)
 class EngineEnvironment:
-    """What an engine pod mounts in place of a real engine image, several GiB large.
+    """Mounts of an engine pod that replace a real engine image, which would have several GiB.
 
     `mounts` are directories of the node, for hostPath volumes, read-only at the same paths, `python` in them.
     """
@@ -26,8 +26,8 @@ class EngineEnvironment:
 class State:
     """Contents of `.cluster/cluster.json`. Paths are absolute; URLs are reachable from this machine.
 
-    `exec_prefix` runs a command inside the cluster's network (empty on kind), `host_ip` is this machine as
-    pods see it. The engine's environment is for pods on `images["engine_host"]`.
+    `exec_prefix` runs a command inside the cluster's network (empty on kind); pods reach this machine at
+    `host_ip`. The engine environment is for pods with the image `images["engine_host"]`.
     """
 
     provider: str
@@ -45,7 +45,7 @@ class State:
     amtool: str
 
     def write(self, file: Path = STATE_FILE) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -53,22 +53,22 @@ class State:
 
 
 def engine_environment() -> EngineEnvironment:
-    """The interpreter that runs this, and the directories that it needs to be the same elsewhere."""
+    """The running interpreter and the directories that it needs on the node."""
     python = Path(sys.executable)
-    # The packages and not the whole checkout: its own folder may be closed to the pods' user.
+    # Mount the packages, not the checkout: the pods' user may have no access to its parent directory.
     sources = {REPO / "engine", REPO / "operator"}
     needed = {Path(sys.prefix), Path(sys.base_prefix), python.resolve().parents[1], *sources}
     return EngineEnvironment(str(python), [str(path) for path in outermost(needed)])
 
 
 def outermost(paths: Iterable[Path]) -> list[Path]:
-    """The paths that are not below another one of them, sorted."""
+    """The sorted paths without those below another one of them."""
     unique = sorted(set(paths))
     return [path for path in unique if not any(other in path.parents for other in unique)]
 
 
 def prometheus_entry(layout: Layout, host: str, program: Path) -> dict[str, str]:
-    """Where Prometheus is, given the address that it is reached at, and which program it is."""
+    """Entry of Prometheus in the state file: URL at `address`, files and program."""
     return {
         "program": str(program),
         "url": f"http://{host}:9090",
@@ -78,5 +78,5 @@ def prometheus_entry(layout: Layout, host: str, program: Path) -> dict[str, str]
 
 
 def alertmanager_entry(layout: Layout, host: str) -> dict[str, str]:
-    """Where Alertmanager is, given the address that it is reached at."""
+    """Entry of Alertmanager in the state file: URL at `address` and files."""
     return {"url": f"http://{host}:9093", "config": str(layout.alertmanager_file)}

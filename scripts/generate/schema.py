@@ -1,8 +1,8 @@
-"""From a pydantic model to the structural schema that an API server accepts.
+"""Convert a pydantic model to the structural schema that an API server accepts.
 
-What a CustomResourceDefinition refuses is rewritten: references are inlined, the null arm of an optional
-field goes, ``const`` becomes ``enum``, an exclusive bound of an integer an inclusive one, and closed objects
-lose ``additionalProperties`` (the API server itself prunes or refuses unknown fields).
+A CustomResourceDefinition does not allow all of JSON Schema: references are inlined, the null variant of an
+optional field is dropped, ``const`` becomes ``enum``, an exclusive bound of an integer becomes inclusive, and
+closed objects lose ``additionalProperties`` (the API server itself prunes or refuses unknown fields).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DROPPED = frozenset({"$defs", "title", "examples", "const", "anyOf", "allOf", "
 
 
 class UnsupportedSchemaError(Exception):
-    """A model holds something that a structural schema cannot express."""
+    """A structural schema cannot express a field of the model."""
 
 
 def structural_schema(model: type[BaseModel], without_defaults: frozenset[str] = frozenset()) -> Schema:
@@ -54,19 +54,21 @@ class _Rewriter:
                 for name, item in whole["properties"].items()
             }
             if not result["properties"]:
-                del result["properties"]  # as the API server does, so that an apply finds no difference
+                del result[
+                    "properties"
+                ]  # the API server does the same; so a repeated apply finds no difference
             if not optional and not result.get("required") and (inner := _defaults_inside(result)):
                 result["default"] = inner
         elif result.get("type") == "object":
             self._free_form(result, whole, path)
         if "items" in whole:
             result["items"] = self.rewrite(whole["items"], f"{path}[]")
-        if "type" not in result:
+        if "type" not in result and not result.get("x-kubernetes-preserve-unknown-fields"):
             raise UnsupportedSchemaError(f"{path}: has no type: {dict(node)}")
         return result
 
     def _flattened(self, node: Mapping[str, Any], path: str) -> tuple[Schema, bool]:
-        """References and unions resolved; True when null was one of the union."""
+        """The schema with references and unions resolved, and True if null was one of the union."""
         whole, optional = dict(node), False
         for _ in range(8):
             if "$ref" in whole:
@@ -88,8 +90,8 @@ class _Rewriter:
         value = result.get("default")
         described = any(path == p or path.startswith(f"{p}.") for p in self._without_defaults)
         if described and value is not None:
-            told = str(value).lower() if isinstance(value, bool) else value
-            result["description"] = f"{result.get('description', '')} Default: {told}.".strip()
+            reported = str(value).lower() if isinstance(value, bool) else value
+            result["description"] = f"{result.get('description', '')} Default: {reported}.".strip()
         if described or value is None or value == []:
             result.pop("default", None)
 
@@ -105,12 +107,12 @@ class _Rewriter:
 
 
 def _defaults_inside(result: Schema) -> Schema:
-    """What an absent object is filled in with: whole, as rules judge it before its fields have theirs."""
+    """Default of an absent object: complete, because rules run before the defaults of its fields apply."""
     return {name: item["default"] for name, item in result["properties"].items() if "default" in item}
 
 
 def _bounds(result: Schema) -> None:
-    """Exclusive bounds: inclusive ones for integers, OpenAPI's boolean form for numbers."""
+    """Convert exclusive bounds: inclusive for integers, OpenAPI's boolean form for numbers."""
     for exclusive, inclusive, step in (
         ("exclusiveMinimum", "minimum", 1),
         ("exclusiveMaximum", "maximum", -1),
@@ -125,7 +127,7 @@ def _bounds(result: Schema) -> None:
 
 
 def _multiples(result: Schema) -> None:
-    """A multiple of a fraction becomes a rule: the API server takes the factor of a whole value for zero."""
+    """Convert a fractional ``multipleOf`` to a rule: for integral values the API server truncates it to 0."""
     factor = result.get("multipleOf")
     if result.get("type") != "number" or factor is None or factor >= 1:
         return

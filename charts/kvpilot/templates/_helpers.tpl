@@ -56,6 +56,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [kvpilot.io] # an alert that was verified becomes an override; an expired one is deleted
   resources: [kvcacheoverrides]
   verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [kvpilot.io] # whether an override is in force, and why not
+  resources: [kvcacheoverrides/status]
+  verbs: [update]
 - apiGroups: [apps]
   resources: [deployments]
   verbs: [get, create, patch]
@@ -66,7 +69,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   resources: [configmaps]
   verbs: [get, create, patch]
 - apiGroups: [""]
-  resources: [services, serviceaccounts] # get: an object of that name that is somebody else's is left alone
+  resources: [services, serviceaccounts] # get: an object of that name with another owner is left alone
   verbs: [get, list, watch, create, patch]
 - apiGroups: [""]
   resources: [secrets]
@@ -74,12 +77,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch]
-- apiGroups: [autoscaling] # one that also scales the engines is told, and not fought
+- apiGroups: [autoscaling] # one that also scales the engines is reported
   resources: [horizontalpodautoscalers]
   verbs: [list]
 - apiGroups: [""]
-  resources: [pods]
-  verbs: [get, list, watch]
+  resources: [pods] # the coldest goes first at a scale-in; an outlier is replaced where the resource allows it
+  verbs: [get, list, watch, patch, delete]
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]

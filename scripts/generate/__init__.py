@@ -1,0 +1,1 @@
+"""Generate the CustomResourceDefinitions and the reference pages from the models."""
