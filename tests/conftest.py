@@ -1,13 +1,18 @@
-"""The order of the tests."""
+"""Order of the tests, and threads of their own process."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+# As in the core of an engine: tests run side by side, and threads that wait for each other would spin.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-@pytest.hookimpl(trylast=True)  # after those that are not asked for have left
+
+@pytest.hookimpl(trylast=True)  # after deselection
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with long tests first, told by their timeouts: what begins last, ends a parallel run."""
+    """Run files with long timeouts first: a long test that starts last prolongs a parallel run."""
 
     def timeout_s(item: pytest.Item) -> float:
         mark = item.get_closest_marker("timeout")

@@ -7,11 +7,11 @@ import random
 import socket
 
 PORTS = range(20_000, 30_000)
-"""Below those of outgoing connections and node ports: one of them could take it before the program does."""
+"""Below the ranges of outgoing connections and node ports, which could take a port meanwhile."""
 
 
 def free_port() -> int:
-    """A port that nothing listens on at the moment, for a program that must be told one."""
+    """A port that is free now, for a program that cannot choose one itself."""
     while True:
         port = random.SystemRandom().choice(PORTS)
         with contextlib.suppress(OSError), socket.socket() as probe:

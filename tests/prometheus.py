@@ -1,4 +1,4 @@
-"""A Prometheus that a test starts and may stop."""
+"""A Prometheus process for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass
 class Prometheus:
-    """A process on a loopback port; what it stores and logs is in ``folder``, and a second start finds it."""
+    """Prometheus on a loopback port; its data and log are in ``folder`` and survive a restart."""
 
     program: Path
     config: Path
@@ -35,7 +35,7 @@ class Prometheus:
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)  # a suspended one would never end
+            self.process.send_signal(signal.SIGCONT)  # a suspended process would never end
             self.process.terminate()
             self.process.wait(20)
             self.process = None

@@ -1,4 +1,4 @@
-"""Helm, and the chart rendered by it."""
+"""Fixtures for Helm and the rendered chart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Render = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture(scope="session")
 def helm() -> str:
-    """The path of Helm; without it the tests are skipped, and with CI=true they fail."""
+    """Path of Helm; without it the tests are skipped, or fail if CI=true."""
     found = find_helm()
     if found is None:
         reason = "no helm: `make programs` builds it, or install it"
@@ -28,7 +28,7 @@ def helm() -> str:
 
 @pytest.fixture(scope="session")
 def template(helm: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`helm template` with values given as `--set` arguments."""
+    """Runs `helm template` with the given `--set` arguments."""
 
     def run(*values: str) -> subprocess.CompletedProcess[str]:
         chosen = [part for value in values for part in ("--set", value)]
@@ -40,7 +40,7 @@ def template(helm: str) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
-    """The objects that the chart gives."""
+    """The objects that the chart renders."""
 
     def run(*values: str) -> list[dict[str, Any]]:
         done = template(*values)

@@ -1,4 +1,4 @@
-"""The chart: what it gives, what it refuses, and what it may do."""
+"""The chart: its objects, refused values, and the operator's permissions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import yaml
 from scripts.manifests import CHART, REPO, find_helm, kept_keys, main
 
-# Helm and promtool come with `make cluster-up`, so these run after it.
+# Needs Helm and promtool, which `make cluster-up` builds.
 pytestmark = pytest.mark.e2e
 
 Render = Callable[..., list[dict[str, Any]]]
@@ -33,14 +33,14 @@ def container(items: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def test_it_lints(helm: str) -> None:
+def test_chart_passes_helm_lint(helm: str) -> None:
     done = subprocess.run(
         [helm, "lint", "--strict", str(CHART)], capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_one_operator_that_is_gone_before_the_next_one_starts(render: Render) -> None:
+def test_only_one_operator_runs_at_a_time(render: Render) -> None:
     items = render()
     workload = of_kind(items, "Deployment")["spec"]
     assert (workload["replicas"], workload["strategy"]) == (1, {"type": "Recreate"})
@@ -51,11 +51,11 @@ def test_one_operator_that_is_gone_before_the_next_one_starts(render: Render) ->
     assert env["KVPILOT_OPERATOR_KEY_FILE"] == "/etc/kvpilot-keys/operator-key"
     assert env["KVPILOT_ALERTS_TOKEN_FILE"] == "/etc/kvpilot-keys/alerts-token"
     assert (env["KVPILOT_NAMESPACES"], env["KVPILOT_PACE_SCALE"]) == ("", "1")
-    assert env["USER"], "Kopf asks for the name of the user"
+    assert env["USER"], "Kopf needs the name of the user"
     assert operator["args"] == ["--metrics-port", "8080", "--alerts-port", "8081"]
 
 
-def test_it_runs_under_the_restricted_standard(render: Render) -> None:
+def test_pod_conforms_to_the_restricted_standard(render: Render) -> None:
     items = render()
     pod = of_kind(items, "Deployment")["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -67,7 +67,7 @@ def test_it_runs_under_the_restricted_standard(render: Render) -> None:
     }
 
 
-def test_it_may_write_secrets_and_never_read_them(render: Render) -> None:
+def test_operator_may_write_secrets_but_not_read_them(render: Render) -> None:
     rules = of_kind(render(), "ClusterRole", "kvpilot")["rules"]
     verbs = {
         (group, item): set(rule["verbs"])
@@ -77,27 +77,43 @@ def test_it_may_write_secrets_and_never_read_them(render: Render) -> None:
     }
     assert verbs["", "secrets"] == {"create", "patch"}
     assert verbs["kvpilot.io", "kvcachedeployments"] == {"get", "list", "watch"}
-    assert verbs["", "pods"] == {"get", "list", "watch"}
+    assert verbs["kvpilot.io", "kvcacheoverrides/status"] == {"update"}
+    # A scale-in marks the coldest pods, and an outlier is replaced where the resource allows it.
+    assert verbs["", "pods"] == {"get", "list", "watch", "patch", "delete"}
     assert verbs["policy", "poddisruptionbudgets"] == {"get", "list", "watch", "create", "patch"}
     assert verbs["events.k8s.io", "events"] == {"create"}
     assert not [key for key, allowed in verbs.items() if "*" in allowed or "*" in key]
-    assert not [key for key, allowed in verbs.items() if "delete" in allowed and key[1] != "kvcacheoverrides"]
+    deletes = {key[1] for key, allowed in verbs.items() if "delete" in allowed}
+    assert deletes == {"kvcacheoverrides", "pods"}
 
 
-def test_with_namespaces_there_is_a_role_in_each_and_no_cluster_role(render: Render) -> None:
+def test_namespaces_get_a_role_each_and_no_cluster_role(render: Render) -> None:
     items = render("watchNamespaces={team-a,team-b}", "rbac.aggregate=false")
-    assert {i["metadata"]["namespace"] for i in items if i["kind"] == "Role"} == {"team-a", "team-b"}
+    roles = {i["metadata"]["namespace"]: i for i in items if i["kind"] == "Role"}
+    assert set(roles) == {"team-a", "team-b", "kvpilot-system"}
+    assert roles["kvpilot-system"]["rules"] == [
+        {
+            "apiGroups": [""],
+            "resources": ["configmaps"],
+            "resourceNames": ["kvpilot-tuning"],
+            "verbs": ["get"],
+        }
+    ]
     assert not [i for i in items if i["kind"].startswith("ClusterRole")]
     env = {item["name"]: item.get("value") for item in container(items)["env"]}
     assert env["KVPILOT_NAMESPACES"] == "team-a,team-b"
 
 
-def test_overrides_are_granted_to_nobody_by_aggregation(render: Render) -> None:
-    edit = of_kind(render(), "ClusterRole", "kvpilot-edit")
-    assert "kvcacheoverrides" not in {item for rule in edit["rules"] for item in rule["resources"]}
+def test_who_may_edit_may_create_overrides_and_who_may_view_may_read_them(render: Render) -> None:
+    def verbs(role: str) -> set[str]:
+        rules = of_kind(render(), "ClusterRole", role)["rules"]
+        return {verb for rule in rules if "kvcacheoverrides" in rule["resources"] for verb in rule["verbs"]}
+
+    assert verbs("kvpilot-edit") == {"create", "patch", "delete"}
+    assert verbs("kvpilot-view") == {"get", "list", "watch"}
 
 
-def test_definitions_are_installed_kept_or_left_out(render: Render) -> None:
+def test_definitions_are_installed_kept_or_omitted(render: Render) -> None:
     items = render()
     definition = of_kind(items, "CustomResourceDefinition", "kvcachedeployments.kvpilot.io")
     plain = yaml.safe_load((REPO / "crds" / "kvcachedeployments.yaml").read_text())
@@ -111,7 +127,7 @@ def test_definitions_are_installed_kept_or_left_out(render: Render) -> None:
     assert not [i for i in render("crds.install=false") if i["kind"] == "CustomResourceDefinition"]
 
 
-def test_sources_are_what_the_operator_reads(render: Render) -> None:
+def test_operator_can_read_the_sources_file(render: Render) -> None:
     data = of_kind(
         render("sources.eu.url=https://p.example.com", "sources.eu.scrapeInterval=5s"), "ConfigMap"
     )
@@ -120,7 +136,7 @@ def test_sources_are_what_the_operator_reads(render: Render) -> None:
     assert sources["default"]["url"].startswith("http://")
 
 
-def test_keys_are_generated_given_or_left_to_a_secret_of_yours(render: Render) -> None:
+def test_keys_are_generated_or_given_or_in_an_existing_secret(render: Render) -> None:
     keys = of_kind(render(), "Secret")["data"]
     assert len(base64.b64decode(keys["operator-key"])) >= 32
     assert keys["operator-key"] != of_kind(render(), "Secret")["data"]["operator-key"]
@@ -133,7 +149,7 @@ def test_keys_are_generated_given_or_left_to_a_secret_of_yours(render: Render) -
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "reported"),
     [
         ("foo=1", "additional properties 'foo' not allowed"),
         ("image.tagg=1", "additional properties 'tagg' not allowed"),
@@ -154,10 +170,10 @@ def test_keys_are_generated_given_or_left_to_a_secret_of_yours(render: Render) -
         ("secret.operatorKey=short", "does not match pattern"),
     ],
 )
-def test_unknown_keys_and_bad_values_are_refused(template: Template, value: str, told: str) -> None:
+def test_unknown_keys_and_bad_values_are_refused(template: Template, value: str, reported: str) -> None:
     done = template(value)
     assert done.returncode != 0
-    assert told in done.stderr
+    assert reported in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -172,7 +188,7 @@ def test_unknown_keys_and_bad_values_are_refused(template: Template, value: str,
         ),
     ],
 )
-def test_values_that_the_operator_takes_are_accepted(template: Template, value: str) -> None:
+def test_values_that_the_operator_accepts_are_valid(template: Template, value: str) -> None:
     assert template(value).returncode == 0
 
 
@@ -188,7 +204,7 @@ def test_every_object_of_the_schema_is_closed_or_open_on_purpose() -> None:
     assert open_ones == ["global", "affinity", "podSecurityContext", "securityContext"]
 
 
-def test_monitors_put_on_the_labels_that_the_operator_asks_for(render: Render) -> None:
+def test_monitors_add_the_labels_that_the_operator_queries(render: Render) -> None:
     assert not [i for i in render() if i["kind"] in {"PodMonitor", "PrometheusRule"}]
     items = render("podMonitor.enabled=true", "podMonitor.interval=5s", "podMonitor.additionalLabels.team=a")
     engines = of_kind(items, "PodMonitor", "kvpilot-engines")
@@ -199,7 +215,17 @@ def test_monitors_put_on_the_labels_that_the_operator_asks_for(render: Render) -
     assert engines["spec"]["namespaceSelector"] == {"any": True}
 
 
-def test_every_alert_has_a_runbook_that_is_there(render: Render) -> None:
+def test_the_kill_switch_reaches_the_operator(render: Render) -> None:
+    def env(*values: str) -> dict[str, str]:
+        given = container(render(*values))["env"]
+        return {item["name"]: item["value"] for item in given if item["name"].startswith("KVPILOT_TUNING")}
+
+    watched = {"KVPILOT_TUNING_CONFIGMAP": "kvpilot-system/kvpilot-tuning"}
+    assert env() == {"KVPILOT_TUNING": "on", **watched}
+    assert env("tuning=off") == {"KVPILOT_TUNING": "off", **watched}
+
+
+def test_every_alert_has_an_existing_runbook(render: Render) -> None:
     rule = of_kind(render("prometheusRule.enabled=true"), "PrometheusRule")
     alerts = [item for group in rule["spec"]["groups"] for item in group["rules"]]
     assert {item["alert"] for item in alerts} >= {
@@ -209,6 +235,7 @@ def test_every_alert_has_a_runbook_that_is_there(render: Render) -> None:
         "LowCacheHitRate",
         "HighMemoryUsage",
         "LowThroughput",
+        "ThroughputBelowFloor",
         "HighLoadRequiresScaling",
         "LowUtilizationScaleDown",
     }
@@ -220,7 +247,7 @@ def test_every_alert_has_a_runbook_that_is_there(render: Render) -> None:
         assert f"\n## {item['alert']}\n" in runbook
 
 
-def test_prometheus_takes_the_rules() -> None:
+def test_promtool_accepts_the_rules() -> None:
     helm = find_helm()
     beside = sorted(Path(helm).parents[1].glob("prometheus-*/promtool")) if helm else []
     promtool = shutil.which("promtool") or (str(beside[-1]) if beside else None)
@@ -234,13 +261,13 @@ def test_prometheus_takes_the_rules() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_one_file_for_kubectl_keeps_its_keys(helm: str, tmp_path: Path) -> None:
+def test_manifest_file_keeps_its_keys(helm: str, tmp_path: Path) -> None:
     file = tmp_path / "dist" / "install.yaml"
     assert main(["--output", str(file), "--namespace", "ops"]) == 0
     first = [item for item in yaml.safe_load_all(file.read_text()) if item]
     assert first[0] == {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "ops"}}
     assert not [i for i in first if "helm.sh/hook" in (i["metadata"].get("annotations") or {})]
-    assert file.stat().st_mode & 0o077 == 0, "it holds keys"
+    assert file.stat().st_mode & 0o077 == 0, "it contains keys"
     assert main(["--output", str(file), "--namespace", "ops", "--set", "image.tag=next"]) == 0
     second = [item for item in yaml.safe_load_all(file.read_text()) if item]
     assert of_kind(second, "Secret")["data"] == of_kind(first, "Secret")["data"]
@@ -248,7 +275,7 @@ def test_one_file_for_kubectl_keeps_its_keys(helm: str, tmp_path: Path) -> None:
     assert kept_keys(tmp_path / "none.yaml") == []
 
 
-def test_a_bad_value_of_the_one_file_is_exit_2(
+def test_invalid_value_of_the_manifest_file_exits_2(
     helm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--output", str(tmp_path / "x.yaml"), "--set", "foo=1"]) == 2

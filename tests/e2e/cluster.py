@@ -1,4 +1,4 @@
-"""The cluster of `make cluster-up` as end-to-end tests use it, and waiting for what it shows."""
+"""Access to the cluster of `make cluster-up`, and waiting for its state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def cluster_state() -> dict[str, Any]:
-    """What `.cluster/cluster.json` says; without it the tests are skipped, and with CI=true they fail."""
+    """Content of `.cluster/cluster.json`; without the file the tests are skipped, or fail if CI=true."""
     if not STATE_FILE.exists():
         reason = "no cluster: run `make cluster-up`"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
@@ -43,7 +43,7 @@ def cluster_state() -> dict[str, Any]:
 
 
 def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
-    """The first true value of ``probe``; fails with what it said last."""
+    """The first true value of ``probe``; a failure shows its last value."""
     deadline, last = time.monotonic() + within_s, None
     while time.monotonic() < deadline:
         last = probe()
@@ -56,7 +56,7 @@ def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
 def http(
     url: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout_s: float = 10
 ) -> str:
-    """One request, without the proxies of the environment."""
+    """Body of the answer to one request, which ignores the proxies of the environment."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(url, data, headers or {}), timeout=timeout_s) as answer:
         return answer.read().decode()
@@ -64,16 +64,16 @@ def http(
 
 @dataclass
 class Cluster:
-    """The cluster of `.cluster/cluster.json`: written to by kubectl, read through one ``kubectl proxy``.
+    """The cluster of `.cluster/cluster.json`: writes use kubectl, reads use one ``kubectl proxy``.
 
-    What tests wait for they ask for again and again, and each kubectl takes a tenth of a second of a CPU.
+    Tests poll for changes, and each call of kubectl costs 0.1 s of CPU time.
     """
 
     state: dict[str, Any]
     proxy: str = ""
 
     def command(self, *arguments: str) -> list[str]:
-        """A kubectl to start by oneself, such as a watch."""
+        """Command line of kubectl for the caller to start, such as a watch."""
         return [self.state["kubectl"], f"--kubeconfig={self.state['kubeconfig']}", *arguments]
 
     def kubectl(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
@@ -89,13 +89,17 @@ class Cluster:
         )
 
     def get(self, kind: str, name: str, namespace: str) -> dict[str, Any]:
-        """The object; {} when there is none."""
+        """The object; {} if there is none."""
         try:
             return json.loads(http(f"{self._url(kind, namespace)}/{name}"))
         except urllib.error.HTTPError as error:
             if error.code != HTTPStatus.NOT_FOUND:
                 raise
             return {}
+
+    def status(self, namespace: str, name: str = "chat") -> dict[str, Any]:
+        """Status of a resource; {} until the first one is written, after its objects are made."""
+        return self.get("kvcd", name, namespace).get("status", {})
 
     def list(self, kind: str, namespace: str, selector: str = "") -> list[dict[str, Any]]:
         query = urllib.parse.urlencode({"labelSelector": selector})
@@ -105,16 +109,16 @@ class Cluster:
         return f"{self.proxy}/{API_PATHS[kind].format(f'namespaces/{namespace}')}"
 
     def replicas(self, namespace: str) -> int | None:
-        """What the workload of `chat` asks for; None without one."""
+        """``spec.replicas`` of the Deployment of `chat`; None if there is none."""
         return self.get("deployment", "chat", namespace).get("spec", {}).get("replicas")
 
     def pods(self, namespace: str, name: str = "chat") -> list[dict[str, Any]]:
-        """Engine pods that are not going."""
+        """Engine pods that are not terminating."""
         pods = self.list("pod", namespace, f"kvpilot.io/name={name}")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def engines(self, namespace: str) -> list[tuple[str, int]]:
-        """UIDs and restarts of the engine pods."""
+        """UID and number of restarts of each engine pod."""
         return sorted(
             (pod["metadata"]["uid"], sum(s["restartCount"] for s in pod["status"]["containerStatuses"]))
             for pod in self.pods(namespace)
@@ -126,13 +130,13 @@ class Cluster:
 
 
 def condition(item: dict[str, Any], name: str) -> dict[str, Any]:
-    """A condition of a resource; {} when it is not there."""
+    """A condition of a resource; {} if there is none."""
     found = [c for c in item.get("status", {}).get("conditions", ()) if c["type"] == name]
     return found[0] if found else {}
 
 
 def trusted(cluster: Cluster, namespace: str, name: str = "chat") -> bool:
-    """Whether every ready engine of the resource is measured."""
+    """True if the metrics of every ready replica of the resource are trusted."""
     item = cluster.get("kvcd", name, namespace)
     return (
         condition(item, "MetricsTrusted").get("status") == "True"

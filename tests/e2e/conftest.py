@@ -1,9 +1,11 @@
-"""What every end-to-end test needs: the cluster of `make cluster-up`, a namespace, an operator, load."""
+"""Fixtures of the end-to-end tests: the cluster of `make cluster-up`, a namespace, an operator, load."""
 
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ from scripts.cluster.layout import REPO
 from tests.e2e.cluster import Cluster, cluster_state, eventually, trusted
 from tests.e2e.operators import PACE_SCALE, Operator, Release
 from tests.e2e.traffic import Load, Scene, Users
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -32,25 +36,25 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def definitions(cluster: Cluster) -> None:
-    """Our kinds, as `crds/` has them."""
+    """The CustomResourceDefinitions of `crds/`."""
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(REPO / "crds"))
     cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(REPO / "crds"))
 
 
 @pytest.fixture
 def namespace(cluster: Cluster, definitions: None, tmp_path: Path) -> Iterator[str]:
-    """A namespace of one test; what was in it at the end is described in the test's folder."""
+    """A namespace for one test; its final content is described in the test's folder."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     yield name
-    told = cluster.kubectl("describe", "kvcd,kvco,deployments,pods", f"--namespace={name}", check=False)
-    (tmp_path / "described.txt").write_text(told)
+    reported = cluster.kubectl("describe", "kvcd,kvco,deployments,pods", f"--namespace={name}", check=False)
+    (tmp_path / "described.txt").write_text(reported)
     cluster.kubectl("delete", "namespace", name, "--wait=false")
 
 
 @pytest.fixture
 def operator(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that runs, and is stopped in the end whatever a test did to it."""
+    """A running operator, stopped after the test."""
     made = Operator(cluster, namespace, tmp_path)
     made.start()
     yield made
@@ -59,8 +63,25 @@ def operator(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Opera
 
 
 @pytest.fixture
+def kvpilot(cluster: Cluster, namespace: str, tmp_path: Path) -> Command:
+    """Runs a command as a user of the cluster; ``fails`` is its expected exit code."""
+    program = str(Path(sys.executable).parent / "kvpilot")
+    environment = {**os.environ, "KUBECONFIG": str(cluster.state["kubeconfig"])}
+
+    def run(verb: str, *arguments: str, fails: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [program, verb, *arguments, "-n", namespace],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == fails, f"{verb}: {done.stdout}{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture
 def chart_values(cluster: Cluster) -> dict[str, Any]:
-    """The operator's image as it was built for the cluster, and Prometheus as pods reach it."""
+    """Chart values: the operator image in the cluster, and the URL of Prometheus for pods."""
     repository, _, tag = cluster.state["images"]["operator"].rpartition(":")
     return {
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
@@ -71,14 +92,14 @@ def chart_values(cluster: Cluster) -> dict[str, Any]:
 
 @pytest.fixture
 def release(cluster: Cluster, chart_values: dict[str, Any], tmp_path: Path) -> Iterator[Release]:
-    """The chart in a namespace that is deleted afterwards; its pods' logs are kept in the test's folder."""
+    """The chart in a namespace that is deleted afterwards; logs of its pods go to the test's folder."""
     values = tmp_path / "values.yaml"
     values.write_text(yaml.safe_dump(chart_values))
     made = Release(cluster, f"kvpilot-{uuid.uuid4().hex[:6]}", values)
     cluster.kubectl("create", "namespace", made.namespace)
     yield made
-    told = cluster.kubectl("describe", "pods", f"--namespace={made.namespace}", check=False)
-    (tmp_path / "operator.txt").write_text(told)
+    reported = cluster.kubectl("describe", "pods", f"--namespace={made.namespace}", check=False)
+    (tmp_path / "operator.txt").write_text(reported)
     for pod in made.pods():
         log = cluster.kubectl("logs", f"--namespace={made.namespace}", pod["metadata"]["name"], check=False)
         (tmp_path / f"{pod['metadata']['name']}.log").write_text(log)
@@ -87,7 +108,7 @@ def release(cluster: Cluster, chart_values: dict[str, Any], tmp_path: Path) -> I
 
 @pytest.fixture
 def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
-    """A KVCacheDeployment of the built-in model whose pods use this machine's environment."""
+    """Makes KVCacheDeployments of the built-in model, whose pods use this machine's environment."""
     engine = cluster.state["engine"]
     mounts = [{"name": f"host-{i}", "path": path} for i, path in enumerate(engine["mounts"])]
     container = {
@@ -97,14 +118,14 @@ def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
             {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
             {"name": "OMP_NUM_THREADS", "value": "1"},
         ],
-        # So little that no test is kept from the node by the pods of another one, those going included.
+        # Small, so that pods of an earlier test, even terminating ones, do not fill the node.
         "resources": {"requests": {"memory": "64Mi", "cpu": "50m"}, "limits": {"memory": "2Gi"}},
         "volumeMounts": [{"name": m["name"], "mountPath": m["path"], "readOnly": True} for m in mounts],
     }
     volumes = [{"name": m["name"], "hostPath": {"path": m["path"], "type": "Directory"}} for m in mounts]
 
     def make(name: str = "chat", *, nowhere: bool = False, **spec: Any) -> dict[str, Any]:
-        """``nowhere`` leaves pods unscheduled."""
+        """A resource; with ``nowhere`` no node matches its pods, so they stay unscheduled."""
         placed = {"nodeSelector": {"kvpilot.io/no-such-node": "true"}} if nowhere else {}
         tuning = {"pace": "Fast", **spec.pop("tuning", {})}
         config = {"dtype": "float32", "device": "cpu", "cacheStrategy": "lru", **spec.pop("config", {})}
@@ -134,7 +155,7 @@ def manifest(cluster: Cluster, namespace: str) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def load(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Load]:
-    """Load on the Service of `chat`; ask for it after the resource is there."""
+    """Load on the Service of `chat`, whose URL must be set after the resource exists."""
     made = Load("", tmp_path)
     yield made
     made.stop()
@@ -142,20 +163,22 @@ def load(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[Load]:
 
 @pytest.fixture
 def serve(cluster: Cluster, namespace: str, load: Load) -> Callable[[dict[str, Any]], None]:
-    """Apply a resource, wait until it serves and is measured, and point the load at its Service."""
+    """Apply a resource, wait until its metrics are trusted, and point the load at its Service."""
 
     def apply(document: dict[str, Any]) -> None:
         cluster.apply(document)
-        eventually(lambda: trusted(cluster, namespace), 150, "its engines serve and are measured")
+        eventually(
+            lambda: trusted(cluster, namespace), 150, "its replicas serve and their metrics are trusted"
+        )
         address = cluster.get("service", "chat", namespace)["spec"]["clusterIP"]
         load.url = f"http://{address}:8000"
 
     return apply
 
 
-SHORT, USERS = 8, 16
-"""Tokens of an answer: few, so that even a busy machine serves enough requests to judge by. Users: eight for
-each engine, so that an answer takes four times what the objective allows, or twice on a faster machine."""
+ANSWER_TOKENS, USERS = 8, 16
+"""Few tokens: even a busy machine completes enough requests for a verdict. Eight users per replica, so
+that an answer takes about four times the objective's limit, or twice on a faster machine."""
 
 EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000)
 
@@ -164,14 +187,16 @@ EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 
 def overload(
     cluster: Cluster, namespace: str, manifest: Callable[..., dict[str, Any]], serve: Any, load: Load
 ) -> Iterator[Callable[[], Scene]]:
-    """Makes the scene, once an operator runs; the users leave in the end."""
+    """Makes the scene of an overload that a knob cures; the users stop after the test."""
     made: list[Scene] = []
 
     def begin() -> Scene:
         config = {"numWorkers": 1, "batchSize": 16, "maxTokens": 16384, "maxQueue": 10000}
         quiet = {"config": config, "replicas": 2}
         serve(manifest(tuning={"mode": "Off"}, **quiet))
-        alone = max(load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], SHORT))
+        alone = max(
+            load.one_at_a_time([pod["status"]["podIP"] for pod in cluster.pods(namespace)], ANSWER_TOKENS)
+        )
         edge = next(edge for edge in EDGES_MS if edge >= alone * 2000)
         limits = {
             "latency": {"p50Ms": edge, "p95Ms": EDGES_MS[min(EDGES_MS.index(edge) + 3, 15)]},
@@ -181,7 +206,7 @@ def overload(
         }
         cluster.apply(manifest(objectives=limits, **quiet))
         uids = sorted(pod["metadata"]["uid"] for pod in cluster.pods(namespace))
-        made.append(Scene(cluster, namespace, uids, Users(load.url, USERS, SHORT)))
+        made.append(Scene(cluster, namespace, uids, Users(load.url, USERS, ANSWER_TOKENS)))
         made[0].users.start()
         return made[0]
 

@@ -18,9 +18,12 @@ from tests.e2e.cluster import Cluster, eventually, http
 from tests.ports import free_port
 
 PACE_SCALE = 0.4
-"""Of pace Fast: windows of 4 and 24 s, the shortest that a scrape each second allows."""
+"""Factor on pace Fast: windows of 4 and 24 s, the shortest with a scrape each second."""
 
 ALERTS_TOKEN = "e2e-alerts-token"
+
+SWITCH = "tuning-switch"
+"""ConfigMap in the operator's namespace that switches tuning off."""
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Operator:
     ports: dict[str, int] = field(default_factory=dict)
 
     def start(self, prometheus: str | None = None, pace_scale: float = PACE_SCALE) -> None:
-        """``prometheus`` is the URL of another one than the cluster's."""
+        """Start it and wait for /healthz; ``prometheus`` is a URL that replaces the cluster's."""
         self.ports = {"metrics": free_port(), "alerts": free_port()}
         url = prometheus or self.cluster.state["prometheus"]["url"]
         sources = {"default": {"url": url, "scrapeInterval": "1s"}}
@@ -51,6 +54,7 @@ class Operator:
             f"--pace-scale={pace_scale}",
             f"--metrics-port={self.ports['metrics']}",
             f"--alerts-port={self.ports['alerts']}",
+            f"--tuning-configmap={self.namespace}/{SWITCH}",
         ]  # fmt: skip
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log)
@@ -70,13 +74,13 @@ class Operator:
         return True
 
     def metrics(self, name: str) -> dict[str, float]:
-        """Series of its own page by their labels as text."""
+        """Values of one metric of the operator by label text."""
         page = http(f"http://127.0.0.1:{self.ports['metrics']}/metrics")
         found = re.findall(rf"^{name}(\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
         return {labels: float(value) for labels, value in found}
 
     def lines(self) -> list[dict[str, Any]]:
-        """What it logged."""
+        """The parsed log lines."""
         lines = []
         for line in self.log.read_text().splitlines():
             with contextlib.suppress(ValueError):
@@ -84,13 +88,13 @@ class Operator:
         return lines
 
     def stop(self) -> int:
-        """As Kubernetes does: SIGTERM, then wait; its exit code."""
+        """Send SIGTERM, as Kubernetes does, and wait; its exit code."""
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(30)
 
     def kill(self) -> None:
-        """As a node that loses power."""
+        """Send SIGKILL, as if the node lost power."""
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(10)
@@ -98,7 +102,7 @@ class Operator:
 
 @dataclass
 class Release:
-    """The operator by Helm in a namespace of its own."""
+    """The operator, installed by Helm in its own namespace."""
 
     cluster: Cluster
     namespace: str

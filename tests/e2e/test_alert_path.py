@@ -1,4 +1,4 @@
-"""A real Alertmanager fires: boost, more pods, expiry, decay."""
+"""An alert of a real Alertmanager: boost, more replicas, expiry, decay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
 @pytest.fixture
 def alerting(cluster, namespace, operator) -> Iterator[None]:
-    """A rule that fires while requests take longer than 50 ms, and Alertmanager's way to the operator."""
+    """An alert rule for requests longer than 50 ms, and an Alertmanager route to the operator."""
     rules = Path(cluster.state["prometheus"]["rules_dir"]) / f"{namespace}.yaml"
     config = Path(cluster.state["alertmanager"]["config"])
     before = config.read_text()
@@ -48,7 +48,7 @@ def reload(cluster: Any) -> None:
         http(f"{cluster.state[name]['url']}/-/reload", data=b"")
 
 
-def test_an_alert_rescales_and_its_boost_decays(
+def test_alert_boosts_replicas_and_the_boost_decays(
     cluster, namespace, operator, manifest, serve, load, alerting
 ) -> None:
     limits = {"latency": {"p50Ms": 50}, "throughput": {"target": 0}, "hitRate": "0%"}
@@ -68,22 +68,21 @@ def test_an_alert_rescales_and_its_boost_decays(
     assert override["spec"]["boost"] == {"minReplicas": 2}
     assert override["spec"]["reason"].startswith("alert CriticalLatency")
     eventually(lambda: cluster.replicas(namespace) == 2, 30, "two replicas")
-    assert override["metadata"]["name"] in cluster.get("kvcd", "chat", namespace)["status"]["overrides"]
+    assert override["metadata"]["name"] in cluster.status(namespace)["overrides"]
     reasons = [event["reason"] for event in cluster.list("event", namespace)]
-    assert "AlertBoost" in reasons
+    assert reasons.count("AlertBoost") == 1
     eventually(
         lambda: operator.metrics("kvpilot_operator_alerts_total").get('{result="boosted"}') == 1,
         10,
-        "counted, once it is answered",
+        "the operator has counted the notification",
     )
     load.stop()
 
     eventually(lambda: not cluster.list("kvco", namespace), 120, "resolved, expired and deleted")
     eventually(lambda: cluster.replicas(namespace) == 1, 150, "idle: back to one replica")
-    assert len(reasons) == len(set(reasons)) or reasons.count("AlertBoost") == 1
 
 
-def test_without_the_token_nothing_happens(cluster, namespace, operator) -> None:
+def test_notification_without_the_token_is_refused(cluster, namespace, operator) -> None:
     import urllib.error
 
     with pytest.raises(urllib.error.HTTPError, match="401"):

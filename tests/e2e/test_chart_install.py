@@ -1,4 +1,4 @@
-"""The chart on a real control plane: install, upgrade, uninstall beside engines that run; kubectl alone."""
+"""The chart on a real control plane: install, upgrade and uninstall with running replicas; kubectl apply."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from scripts.cluster.layout import REPO
 from tests.e2e.cluster import eventually
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
-# Alone: definitions come and go, and the operators serve all namespaces.
+# Alone: these tests add and remove definitions, and their operators watch all namespaces.
 pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def definitions(cluster) -> None:
-    """None of ours: the chart brings them, and Helm adopts none that others applied."""
+    """No definitions: the chart installs them, and Helm does not adopt existing ones."""
     cluster.kubectl("delete", "--ignore-not-found", "--wait=true", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
 @pytest.fixture
 def release(cluster, definitions, release) -> Iterator[Any]:
-    """And what is not in its namespace, or is kept by the chart on purpose, is gone afterwards."""
+    """Also removes cluster-wide objects and those that the chart keeps on purpose."""
     yield release
     cluster.kubectl("delete", "clusterrole,clusterrolebinding", "-l=app.kubernetes.io/instance=kvpilot")
     cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
-def test_install_upgrade_and_uninstall_beside_a_running_deployment(
+def test_install_upgrade_and_uninstall_with_a_running_resource(
     cluster, namespace, release, manifest, serve
 ) -> None:
     release.install()
@@ -55,37 +55,35 @@ def test_install_upgrade_and_uninstall_beside_a_running_deployment(
             row["value"][1] for row in cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
         ] == ["2"],
         90,
-        "the new operator pushes the new base, hot",
+        "the new operator applies the new base configuration hot",
     )  # fmt: skip
     assert cluster.engines(namespace) == running
 
     release.uninstall()
-    eventually(lambda: not release.pods(), 20, "the operator ends at once, within its grace")
+    eventually(lambda: not release.pods(), 20, "the operator ends within its grace period")
     assert cluster.engines(namespace) == running
     assert cluster.get("kvcd", "chat", namespace)["metadata"]["name"] == "chat", "definitions are kept"
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
-    eventually(lambda: not cluster.pods(namespace), 60, "nothing is stuck without an operator")
+    eventually(lambda: not cluster.pods(namespace), 60, "deletion needs no operator")
 
 
-def test_an_operator_that_comes_before_the_definitions_waits_for_them(
-    cluster, namespace, operator, manifest
-) -> None:
-    def told() -> list[dict[str, Any]]:
+def test_operator_waits_for_the_definitions(cluster, namespace, operator, manifest) -> None:
+    def reported() -> list[dict[str, Any]]:
         return [line for line in operator.lines() if line.get("event") == "definitions_missing"]
 
-    (line,) = eventually(told, 20, "it says what is missing")
+    (line,) = eventually(reported, 20, "the log names the missing definitions")
     assert line["missing"] == ["KVCacheDeployment", "KVCacheOverride"]
     try:
         cluster.kubectl("apply", "--server-side", "-f", str(REPO / "crds"))
         cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(REPO / "crds"))
         cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
         eventually(lambda: cluster.pods(namespace), 30, "an engine pod is asked for")
-        assert len(told()) == 1
+        assert len(reported()) == 1
     finally:
         cluster.kubectl("delete", "--ignore-not-found", "--timeout=60s", "-f", str(REPO / "crds"))
 
 
-def test_kubectl_apply_alone_installs_it(
+def test_kubectl_apply_installs_the_operator(
     cluster, definitions, chart_values, namespace, manifest, tmp_path
 ) -> None:
     values, install = tmp_path / "values.yaml", tmp_path / "install.yaml"

@@ -1,4 +1,4 @@
-"""Apply, ready, scraped, deleted: with the operator there, and with it gone."""
+"""Life of a resource: apply, ready, scraped, deleted, with and without a running operator."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def leftovers(cluster: Any, namespace: str) -> list[str]:
     ]
 
 
-def looks_without_a_write(cluster: Any, namespace: str, operator: Any, wanted: int = 4) -> bool:
-    """Several looks in a row leave the resource as it is."""
+def reconciles_without_a_write(cluster: Any, namespace: str, operator: Any, wanted: int = 4) -> bool:
+    """True if ``wanted`` reconciles in a row leave the resource unchanged."""
 
     def version() -> str:
         return cluster.get("kvcd", "chat", namespace)["metadata"]["resourceVersion"]
 
-    def looks() -> float:
+    def results() -> float:
         return operator.metrics("kvpilot_operator_step_seconds_count")['{step="decide"}']
 
-    before, first = version(), looks()
-    while looks() < first + wanted and version() == before:
+    before, first = version(), results()
+    while results() < first + wanted and version() == before:
         time.sleep(0.2)
     return version() == before
 
@@ -60,15 +60,17 @@ def test_apply_ready_scraped_and_deleted(cluster, namespace, operator, manifest)
     assert row["metric"]["kvpilot_name"] == "chat"
     reasons = {event["reason"] for event in cluster.list("event", namespace)}
     assert "Serving" in reasons
-    eventually(lambda: looks_without_a_write(cluster, namespace, operator), 60, "at rest it writes nothing")
+    eventually(
+        lambda: reconciles_without_a_write(cluster, namespace, operator), 60, "no writes in a steady state"
+    )
 
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
     eventually(lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
     assert operator.stop() == 0
 
 
-def test_what_keeps_engines_from_serving_is_told_in_ready(cluster, namespace, operator, manifest) -> None:
-    def told(words: str) -> bool:
+def test_ready_says_why_replicas_do_not_serve(cluster, namespace, operator, manifest) -> None:
+    def reported(words: str) -> bool:
         found = condition(cluster.get("kvcd", "chat", namespace), "Ready")
         return found.get("status") == "False" and words in found["message"]
 
@@ -79,14 +81,14 @@ def test_what_keeps_engines_from_serving_is_told_in_ready(cluster, namespace, op
     }
     cluster.apply({**quota, "spec": {"hard": {"pods": "0"}}})
     cluster.apply(manifest(scaling={"min": 1, "max": 1}, config={"numHeads": 3}))
-    eventually(lambda: told("exceeded quota: none"), 40, "the quota")
+    eventually(lambda: reported("exceeded quota: none"), 40, "the quota")
     cluster.kubectl("delete", "resourcequota", "none", f"--namespace={namespace}")
-    eventually(lambda: told("num_heads: 3 differs from the model's 8"), 150, "the engine's last words")
+    eventually(
+        lambda: reported("num_heads: 3 differs from the model's 8"), 150, "the engine's last log lines"
+    )
 
 
-def test_delete_while_the_operator_is_down_leaves_nothing_stuck(
-    cluster, namespace, operator, manifest
-) -> None:
+def test_delete_succeeds_while_the_operator_is_down(cluster, namespace, operator, manifest) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 1}))
     eventually(lambda: cluster.pods(namespace), 30, "a pod")
     operator.kill()
@@ -94,7 +96,9 @@ def test_delete_while_the_operator_is_down_leaves_nothing_stuck(
     eventually(lambda: not leftovers(cluster, namespace), 60, "everything it owned is gone")
 
 
-def test_a_bad_spec_is_a_condition_and_leaves_what_runs(cluster, namespace, operator, manifest) -> None:
+def test_invalid_spec_is_reported_and_changes_no_running_replica(
+    cluster, namespace, operator, manifest
+) -> None:
     bad = manifest(objectives={"latency": {"p50Ms": 500, "p95Ms": 1000}}, scaling={"min": 1, "max": 1})
     bad["spec"]["objectives"]["latency"] = {"p95Ms": 50}
     bad["spec"]["profile"] = "production"
@@ -108,7 +112,7 @@ def refusal(cluster: Any, namespace: str) -> str:
         found = condition(cluster.get("kvcd", "chat", namespace), "Ready")
         return found if found.get("reason") == "InvalidSpec" else {}
 
-    return str(eventually(refused, 20, "a condition that names the fault")["message"])
+    return str(eventually(refused, 20, "a condition that names the error")["message"])
 
 
 @pytest.mark.parametrize(
@@ -121,15 +125,15 @@ def refusal(cluster: Any, namespace: str) -> str:
         ({"nodeSelectr": {"a": "b"}}, ("spec.template", "nodeSelectr")),
     ],
 )
-def test_a_template_that_the_api_server_refuses_is_a_condition(
+def test_template_that_the_api_server_refuses_is_reported(
     cluster, namespace, operator, manifest, part, named
 ) -> None:
     document = manifest(scaling={"min": 1, "max": 1}, nowhere=True)
     right = json.dumps({"spec": {"template": {"spec": dict.fromkeys(part)}}})
     document["spec"]["template"]["spec"].update(part)
     cluster.apply(document)
-    told = refusal(cluster, namespace)
-    assert all(item in told for item in named), told
+    reported = refusal(cluster, namespace)
+    assert all(item in reported for item in named), reported
     cluster.kubectl("patch", "kvcd", "chat", f"--namespace={namespace}", "--type=merge", f"--patch={right}")
     eventually(lambda: cluster.pods(namespace), 30, "the corrected template is rolled out")
 
@@ -142,38 +146,34 @@ def test_a_template_that_the_api_server_refuses_is_a_condition(
         ("Secret", "chat-admin", {"data": {"token": "dGhlaXJz"}}),
     ],
 )
-def test_what_is_somebody_elses_is_neither_taken_nor_deleted(
+def test_objects_of_others_are_neither_adopted_nor_deleted(
     cluster, namespace, operator, manifest, kind, name, content
 ) -> None:
     theirs = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": namespace}, **content}
     cluster.apply(theirs)
     before = cluster.get(kind.lower(), name, namespace)
     cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
-    told = refusal(cluster, namespace)
-    assert told.startswith(f"metadata.name: {kind} {name} exists and is not this resource's"), told
+    reported = refusal(cluster, namespace)
+    assert reported.startswith(f"metadata.name: {kind} {name} exists and is not this resource's"), reported
     cluster.kubectl("delete", "kvcd", "chat", f"--namespace={namespace}", "--timeout=20s")
     assert cluster.get(kind.lower(), name, namespace) == before
 
 
-def test_a_deployment_that_was_deleted_by_hand_comes_back_as_large(
-    cluster, namespace, operator, manifest
-) -> None:
+def test_deleted_deployment_is_recreated_with_its_size(cluster, namespace, operator, manifest) -> None:
     def uid() -> str:
         return str(cluster.get("deployment", "chat", namespace)["metadata"]["uid"])
 
     cluster.apply(manifest(scaling={"min": 1, "max": 4}, nowhere=True), boost(namespace))
-    eventually(
-        lambda: cluster.get("kvcd", "chat", namespace).get("status", {}).get("replicas") == 3, 40, "boosted"
-    )
+    eventually(lambda: cluster.status(namespace).get("replicas") == 3, 40, "boosted")
     first = uid()
     cluster.kubectl("delete", "deployment", "chat", f"--namespace={namespace}")
-    eventually(lambda: cluster.replicas(namespace) == 3, 30, "made again")
+    eventually(lambda: cluster.replicas(namespace) == 3, 30, "the Deployment is recreated")
     assert uid() != first
-    decisions = cluster.get("kvcd", "chat", namespace)["status"]["decisions"]
-    assert [item["outcome"] for item in decisions] == ["ScaledOut"], "nothing was decided about the loss"
+    decisions = cluster.status(namespace)["decisions"]
+    assert [item["outcome"] for item in decisions] == ["ScaledOut"], "the deletion causes no decision"
 
 
-def test_other_owned_objects_that_were_deleted_or_edited_by_hand_are_put_right_at_once(
+def test_other_owned_objects_are_restored_after_a_manual_deletion_or_edit(
     cluster, namespace, operator, manifest
 ) -> None:
     cluster.apply(manifest(scaling={"min": 1, "max": 1}, nowhere=True))
@@ -186,14 +186,14 @@ def test_other_owned_objects_that_were_deleted_or_edited_by_hand_are_put_right_a
                 cluster.get(kind, name, namespace).get("metadata", {}).get("uid") not in {None, before}
             ),
             20,
-            f"{kind} {name} is made again",
+            f"{kind} {name} is recreated",
         )
     token = cluster.get("secret", "chat-admin", namespace)["data"]
     cluster.kubectl(
         "patch", "secret", "chat-admin", f"--namespace={namespace}", '--patch={"data":{"token":"dGhlaXJz"}}'
     )
     eventually(
-        lambda: cluster.get("secret", "chat-admin", namespace)["data"] == token, 20, "the token is ours again"
+        lambda: cluster.get("secret", "chat-admin", namespace)["data"] == token, 20, "the token is restored"
     )
 
 

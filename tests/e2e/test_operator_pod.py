@@ -1,4 +1,4 @@
-"""The operator as a pod, installed by the chart for one namespace, and lost in the middle of a change."""
+"""The operator as a pod, installed by the chart for one namespace and killed during a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.e2e.cluster import eventually
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 
-def test_an_operator_pod_killed_within_a_canary_leaves_a_whole_configuration(
+def test_operator_pod_killed_during_a_canary_leaves_a_consistent_configuration(
     cluster, namespace, release, overload
 ) -> None:
     release.install(

@@ -1,4 +1,4 @@
-"""Requests to engine pods: an open loop, a closed one, and the scene in which a knob cures a breach."""
+"""Load on engine pods: open loop, closed loop, and the scene in which a knob cures a breach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def complete(url: str, prompt: str, output_tokens: int) -> float:
-    """One completion by an engine; the seconds it took."""
+    """Seconds of one completion by an engine."""
     body = {"model": "builtin/tiny-llama", "prompt": prompt, "max_tokens": output_tokens}
     started = time.monotonic()
     http(f"{url}/v1/completions", json.dumps(body).encode(), JSON, timeout_s=120)
@@ -38,7 +38,7 @@ class Load:
     process: subprocess.Popen[bytes] | None = None
 
     def one_at_a_time(self, hosts: Collection[str], output_tokens: int = 16) -> list[float]:
-        """Seconds per request of each engine with one request in it, all engines busy: what it can do now."""
+        """Mean seconds per request of each engine, with one request at a time in every engine."""
 
         def ask(host: str) -> float:
             times = [
@@ -73,10 +73,10 @@ class Load:
 
 @dataclass
 class Users:
-    """A closed loop: users who ask again as soon as they have their answer.
+    """A closed loop: users who send the next request as soon as they have their answer.
 
-    However fast the machine is at the moment, queues are as long as there are users: no load is too light to
-    breach an objective or too heavy to be cured, and both arms of a comparison see the same.
+    The number of users determines the length of queues, whatever the speed of the machine. So the load always
+    breaches the objective, is always curable, and is the same for both arms of a comparison.
     """
 
     url: str
@@ -108,7 +108,7 @@ class Users:
 
 @dataclass
 class Scene:
-    """Two engines with one worker each, and more users than they serve in time."""
+    """Two replicas with one worker slot each, and more users than they can serve within the objective."""
 
     cluster: Cluster
     namespace: str
@@ -117,18 +117,18 @@ class Scene:
 
     @property
     def status(self) -> dict[str, Any]:
-        return self.cluster.get("kvcd", "chat", self.namespace).get("status", {})
+        return self.cluster.status(self.namespace)
 
     def outcomes(self) -> list[str]:
         return [f"{item['rule']}: {item['outcome']}" for item in self.status.get("decisions", ())]
 
     def generation(self, uid: str) -> float:
-        """Of the configuration that an engine runs, as it says itself."""
+        """Generation of the configuration that an engine reports."""
         rows = self.cluster.prometheus(f'kvpilot_config_generation{{pod_uid="{uid}"}}')
         return float(rows[0]["value"][1])
 
     def wait_for(self, state: str) -> None:
-        """Until the status says that state of the tuner, as soon as it is written."""
+        """Watch the status until the tuner is in that state."""
         watch = subprocess.Popen(
             self.cluster.command(
                 "get", "kvcd", "chat", f"--namespace={self.namespace}", "--watch",
@@ -150,7 +150,7 @@ class Scene:
         assert seen[-1:] == [state], f"the change never came to {state}: {seen}; {self.outcomes()}"
 
     def ended(self) -> bool:
-        """No change is in flight, and every engine runs the last known good configuration."""
+        """True if no change is in flight and every engine runs the last known good configuration."""
         held = yaml.safe_load(
             self.cluster.get("configmap", "chat-config", self.namespace)["data"]["config.yaml"]
         )

@@ -1,4 +1,4 @@
-"""The guides' code, a real engine for each of their configurations, a real PostgreSQL, a real Redis."""
+"""Code of the guides, an engine for each of their configurations, PostgreSQL and Redis."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPLACED_IMPORTS = {
 
 
 class Snippets:
-    """Code blocks by name. Every one that a guide holds must be run by a test."""
+    """Code blocks by name; records which ones tests have run."""
 
     def __init__(self) -> None:
         self._code: dict[str, str] = {}
@@ -47,7 +47,7 @@ class Snippets:
         return set(self._code)
 
     def text(self, name: str) -> str:
-        """The block as written, import lines aside."""
+        """The block as written, except for replaced import lines."""
         self.used.add(name)
         code = self._code[name]
         for line, ours in REPLACED_IMPORTS.items():
@@ -55,12 +55,12 @@ class Snippets:
         return code
 
     def run(self, name: str, **scope: Any) -> dict[str, Any]:
-        """Run a block with these names in scope; the names after it."""
+        """Run a block with these names in scope; all names in scope afterwards."""
         exec(compile(self.text(name), name, "exec"), scope)
         return scope
 
     async def run_async(self, name: str, **scope: Any) -> dict[str, Any]:
-        """Run a block that awaits at its top level."""
+        """Like `run`, for a block with a top-level await."""
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         await eval(compile(self.text(name), name, "exec", flags=flags), scope)
         return scope
@@ -85,7 +85,7 @@ def configs(snippets: Snippets) -> dict[str, KVCacheConfig]:
 
 @pytest.fixture(scope="session")
 def engines(configs: dict[str, KVCacheConfig]) -> Iterator[dict[str, KVCacheEngine]]:
-    """Both started at once, since starting takes seconds."""
+    """Both engines, started in parallel because each start takes seconds."""
     with ThreadPoolExecutor() as pool:
         running = dict(zip(configs, pool.map(KVCacheEngine, configs.values()), strict=True))
     yield running
@@ -99,7 +99,7 @@ def engine(engines: dict[str, KVCacheEngine]) -> KVCacheEngine:
 
 
 def missing(program: str, package: str) -> None:
-    """Install a package where that is allowed, else skip with the command that a user may run."""
+    """Install a package if that is allowed, else skip the test and print the command."""
     command = ["apt-get", "install", "-y", "--no-install-recommends", package]
     if not MAY_INSTALL:
         pytest.skip(f"{program} is not installed; install it with `{' '.join(command)}`, or set INSTALL=1")
@@ -112,7 +112,7 @@ def missing(program: str, package: str) -> None:
 
 
 def program(name: str, package: str, *elsewhere: str) -> str:
-    """Path of a program, from PATH or one of the patterns ``elsewhere``; installs its package if need be."""
+    """Path of a program, from PATH or a glob of ``elsewhere``; installs its package if it is missing."""
 
     def find() -> str | None:
         found = [str(path) for pattern in elsewhere for path in sorted(Path("/").glob(pattern))]
@@ -121,7 +121,7 @@ def program(name: str, package: str, *elsewhere: str) -> str:
     if find() is None:
         missing(name, package)
     path = find()
-    assert path is not None, f"{package} was installed, yet there is no {name}"
+    assert path is not None, f"{package} is installed but contains no {name}"
     return path
 
 
@@ -156,7 +156,7 @@ def daemon(command: list[str], port: int, user: str | None = None) -> Iterator[N
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A directory that another user can be given: pytest's own are for this user only."""
+    """A directory that another user may own; pytest's directories are accessible to this user only."""
     path = Path(tempfile.mkdtemp(prefix="kvpilot-test-"))
     path.chmod(0o755)
     yield path
@@ -164,7 +164,7 @@ def home() -> Iterator[Path]:
 
 
 def other_user() -> str | None:
-    """PostgreSQL refuses to run as root: the user to run it as then."""
+    """The user to run PostgreSQL as if this user is root, because it refuses to run as root."""
     if os.geteuid() != 0:
         return None
     known = {entry.pw_name for entry in pwd.getpwall()}
@@ -173,7 +173,7 @@ def other_user() -> str | None:
 
 @pytest.fixture
 def postgres_url(home: Path) -> Iterator[str]:
-    """A PostgreSQL of this test alone."""
+    """URL of a PostgreSQL for this test."""
     where = "usr/lib/postgresql/*/bin"
     initdb = program("initdb", "postgresql", f"{where}/initdb")
     server = program("postgres", "postgresql", f"{where}/postgres")
@@ -203,7 +203,7 @@ def postgres_url(home: Path) -> Iterator[str]:
 
 @pytest.fixture
 def redis_server(home: Path) -> Iterator[None]:
-    """A Redis of this test alone on port 6379, which the guide's code has written into it."""
+    """A Redis for this test on port 6379, which is a constant in the guide's code."""
     server = program("redis-server", "redis-server")
     if listening(6379):
         trouble = "port 6379 is taken by a server that is not this test's; stop it to run this test"

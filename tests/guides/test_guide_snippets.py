@@ -1,4 +1,4 @@
-"""Everything that the code of both guides does, as written there, import lines aside."""
+"""Runs the code of both guides as written, except for import lines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from kvpilot_engine import ConfigWarning, KVCacheConfig, KVCacheEngine
 
-# Two engines start, and a thousand requests are served.
+# Starts two engines and serves a thousand requests.
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
 
 
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
         ),
     ],
 )
-async def test_config_of_both_examples_serves_requests(  # noqa: PLR0917
+async def test_configurations_of_both_examples_serve_requests(  # noqa: PLR0917
     snippets: Any,
     configs: dict[str, KVCacheConfig],
     engines: dict[str, KVCacheEngine],
@@ -41,7 +42,7 @@ async def test_config_of_both_examples_serves_requests(  # noqa: PLR0917
     assert {field: getattr(config, field) for field in fields} == fields
     with pytest.warns(ConfigWarning) as caught:
         KVCacheConfig(**{field: getattr(config, field) for field in config.model_fields_set})
-    assert len(caught) == 1, "what has no effect yet is said once"
+    assert len(caught) == 1, "a field without effect warns once"
     for each in warned:
         assert each in str(caught[0].message)
     results = await asyncio.gather(
@@ -50,10 +51,10 @@ async def test_config_of_both_examples_serves_requests(  # noqa: PLR0917
     assert [result["output_tokens"] for result in results] == [16] * 8
 
 
-async def test_high_traffic_settings_are_taken_hot(engine: KVCacheEngine) -> None:
+async def test_high_traffic_settings_apply_hot(engine: KVCacheEngine) -> None:
     """The guide's list for high traffic: num_workers=32, prefetch_size=16, batch_size=20."""
     report = await engine.apply({"num_workers": 32, "prefetch_size": 16, "batch_size": 20})
-    assert report.changed == ["batchSize"], "the others were in the example already"
+    assert report.changed == ["batchSize"], "the example already has the others"
 
 
 async def test_throughput_benchmark_runs_a_thousand_at_once(
@@ -61,11 +62,15 @@ async def test_throughput_benchmark_runs_a_thousand_at_once(
 ) -> None:
     await engine.apply({"batch_size": 20})
     scope = snippets.run("throughput benchmark")
-    failed = engine.get_stats()["failed_requests"]
+    before = engine.get_stats()
+    began = time.perf_counter()
     throughput = await scope["benchmark_throughput"](engine)
+    seconds = time.perf_counter() - began
+    assert throughput == pytest.approx(1000 / seconds, rel=0.05)
     assert capsys.readouterr().out == f"Throughput: {throughput:.2f} req/s\n"
-    assert throughput > 0
-    assert engine.get_stats()["failed_requests"] == failed
+    after = engine.get_stats()
+    assert after["total_requests"] - before["total_requests"] == 1000
+    assert after["failed_requests"] == before["failed_requests"]
 
 
 @pytest.mark.parametrize("name", ["latency benchmark", "check latency"])
@@ -74,26 +79,35 @@ async def test_latency_snippets(
 ) -> None:
     scope = snippets.run(name, time=time)
     function = scope.get("benchmark_latency") or scope["check_latency"]
+    began = time.perf_counter()
     await function(engine, num_requests=20)
+    total_ms = 1000 * (time.perf_counter() - began)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["P50", "P95", "P99"]
     p50, p95, p99 = (float(line.split(": ")[1].removesuffix("ms")) for line in lines)
-    assert 0 < p50 <= p95 <= p99
+    assert 0 < p50 <= p95 <= p99 <= total_ms
+    assert 10 * p50 <= total_ms, "of 20 sequential requests, half take at least p50 each"
 
 
 async def test_throughput_check(
     snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scope = snippets.run("check throughput", asyncio=asyncio)
+    began = time.perf_counter()
     await scope["check_throughput"](engine, num_requests=200)
-    assert float(capsys.readouterr().out.removeprefix("Throughput: ").removesuffix(" req/s\n")) > 0
+    seconds = time.perf_counter() - began
+    printed = float(capsys.readouterr().out.removeprefix("Throughput: ").removesuffix(" req/s\n"))
+    assert printed == pytest.approx(200 / seconds, rel=0.05)
 
 
 def test_memory_check(snippets: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     snippets.run("check memory", torch=torch)["check_memory"]()
-    assert capsys.readouterr().out.startswith("Memory usage: ")
+    printed = float(
+        capsys.readouterr().out.splitlines()[0].removeprefix("Memory usage: ").removesuffix(" MB")
+    )
+    assert printed == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.1)
 
 
 async def test_cache_check(snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,9 +117,9 @@ async def test_cache_check(snippets: Any, engine: KVCacheEngine, capsys: pytest.
     shared = "A system prompt that all requests of this hour share, word for word. " * 8
     for i in range(40):
         await engine.process_request({"text": f"{shared}Question {i}", "max_length": 1})
-    queried_before = engine.get_stats()["hit_rate"]
     check(engine)
-    assert capsys.readouterr().out.startswith(f"Cache hit rate: {queried_before:.2%}")
+    printed = capsys.readouterr().out.splitlines()[0]
+    assert float(printed.removeprefix("Cache hit rate: ").removesuffix("%")) > 50
 
 
 async def test_parallel_and_sequential_snippet(snippets: Any, engine: KVCacheEngine) -> None:
@@ -116,11 +130,14 @@ async def test_parallel_and_sequential_snippet(snippets: Any, engine: KVCacheEng
     assert [result["output_tokens"] for result in scope["results"]] == [4] * 12
 
 
-async def test_analyzer_snippet(snippets: Any, engine: KVCacheEngine) -> None:
+async def test_analyzer_snippet(snippets: Any, engines: dict[str, KVCacheEngine]) -> None:
+    engine = engines["memory"]  # no test sends it shared prefixes, so its hit rate is a bottleneck
     await engine.process_request({"text": "Something to analyse"})
     scope = snippets.run("analyzer", engine=engine)
+    assert "low_hit_rate" in {each["type"] for each in scope["bottlenecks"]}
     for each in scope["bottlenecks"]:
         assert set(each) == {"type", "severity", "current_value", "recommendation"}
+    assert scope["recommendations"]
     for each in scope["recommendations"]:
         assert set(each) == {"priority", "action", "description", "expected_impact"}
     assert scope["report"]["summary"]["total_requests"] > 0
@@ -157,7 +174,7 @@ def test_redis_snippet_against_a_real_redis(snippets: Any, redis_server: Any) ->
 
 
 def test_every_block_of_both_guides_was_run(snippets: Any, request: pytest.FixtureRequest) -> None:
-    """The last test of this file: a block that no test runs is a failure."""
+    """Last test of this file: fails if no test ran one of the blocks."""
     here = [item for item in request.session.items if item.path == request.path]
     if len(here) < 14:
         pytest.skip("only some of this file's tests were selected")

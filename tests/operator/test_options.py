@@ -1,4 +1,4 @@
-"""Output files: what cannot be written is told before a run, or at its end in one line."""
+"""Output files: a file that cannot be written is reported before a run, or at its end in one line."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kvpilot_operator.load.command import check_files, write_file
-from kvpilot_operator.load.workload import LoadError
+from kvpilot_operator.options import OptionError, check_files, write_file
 
 
 def test_a_file_that_cannot_be_written_is_refused() -> None:
     path = Path("/proc/x.json")
     message = "--json: cannot be written: No such file or directory, got /proc/x.json"
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(OptionError, match=message):
         check_files({}, {"--json": path})
 
 
@@ -29,6 +28,6 @@ def test_the_check_leaves_files_as_they_are(tmp_path: Path) -> None:
 
 def test_a_file_that_could_not_be_written_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert not write_file("kvpilot load", Path("/proc/x.json"), "{}")
-    told = capsys.readouterr()
-    assert told.err == "kvpilot load: /proc/x.json: cannot be written: No such file or directory\n"
-    assert told.out == ""
+    reported = capsys.readouterr()
+    assert reported.err == "kvpilot load: /proc/x.json: cannot be written: No such file or directory\n"
+    assert reported.out == ""

@@ -1,4 +1,4 @@
-"""What `make cluster-up` promises to the end-to-end tests, and that nothing of it stays behind."""
+"""Properties of the cluster of `make cluster-up` on which end-to-end tests rely, and its clean removal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from scripts.cluster.layout import REPO, cache_dir
 from scripts.cluster.machine import COVERED, KUBELET_SYSCTLS
 from tests.e2e.cluster import cluster_state, eventually, http
 
-# Alone: they stop what others need, and change what the node has.
+# Alone: these tests stop processes that others need and change the resources of the node.
 pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 ENGINE_LABELS = {
     "app.kubernetes.io/part-of": "kvpilot",
     "app.kubernetes.io/component": "engine",
     "kvpilot.io/name": "probe",
 }
-# Stands in for an engine: imports torch from the machine's environment, serves metrics on the engine's port.
+# Replaces an engine: imports torch from the machine's environment, serves metrics on the engine's port.
 PROBE = (
     "import torch, kvpilot_engine, prometheus_client, threading; "
     "print('imported', torch.__version__, flush=True); "
@@ -93,7 +93,7 @@ def engine_pod(cluster: dict[str, Any]) -> str:
     )
 
 
-def test_an_engine_pod_runs_the_machines_environment_and_is_scraped(cluster, kubectl, namespace):
+def test_engine_pod_uses_the_machines_environment_and_is_scraped(cluster, kubectl, namespace):
     kubectl("apply", f"--namespace={namespace}", "-f", "-", stdin=engine_pod(cluster))
     kubectl("wait", f"--namespace={namespace}", "pod/probe", "--for=condition=Ready", "--timeout=60s")
     assert "imported" in kubectl("logs", f"--namespace={namespace}", "probe")
@@ -122,7 +122,7 @@ def test_no_packet_of_a_pod_leaves_the_machine(cluster, kubectl, namespace):
     assert "Network is unreachable" in kubectl("logs", f"--namespace={namespace}", "probe")
 
 
-def test_the_node_reports_the_gpus_that_it_is_given(cluster, kubectl):
+def test_node_reports_the_configured_gpus(cluster, kubectl):
     def allocatable() -> str | None:
         node = json.loads(kubectl("get", "node", cluster["node"], "-o=json"))
         return node["status"]["allocatable"].get("nvidia.com/gpu")
@@ -134,7 +134,7 @@ def test_the_node_reports_the_gpus_that_it_is_given(cluster, kubectl):
         eventually(lambda count=count: allocatable() == count, 5, f"{count} GPUs")
 
 
-def test_prometheus_can_be_stopped_and_started(cluster):
+def test_prometheus_stops_and_starts_again(cluster):
     def ready() -> bool:
         try:
             return "Ready" in http(f"{cluster['prometheus']['url']}/-/ready")
@@ -157,7 +157,7 @@ def test_prometheus_can_be_stopped_and_started(cluster):
 
 
 def machine() -> dict[str, Any]:
-    """What of the machine a cluster could leave changed; the first cluster, while it runs, does not."""
+    """State of the machine that a cluster may change, without that of the first cluster."""
     return {
         "mounts": sorted(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()),
         "links": sorted(path.name for path in Path("/sys/class/net").iterdir()),
@@ -183,8 +183,8 @@ def processes_of(marker: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_cluster_leaves_nothing_behind(cluster, tmp_path):
-    """A second cluster beside the first comes up, runs a pod, and is gone."""
+def test_cluster_leaves_nothing_behind(cluster, tmp_path):
+    """A second cluster starts next to the first, runs a pod, and is removed without traces."""
     if cluster["provider"] != "local":
         pytest.skip("kind removes its own containers")
     cache = tmp_path / "kvpilot"

@@ -1,4 +1,4 @@
-"""The generated definitions: what an API server accepts, in step with the models and with the chart."""
+"""The generated definitions: structural schemas, equal to the committed files and those of the chart."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from scripts.generate import definitions
+from scripts.generate.schema import UnsupportedSchemaError, structural_schema
 
 from kvpilot_engine.contract import KVCacheConfig
-from kvpilot_operator import crd
-from kvpilot_operator.schema import UnsupportedSchemaError, structural_schema
 
-DEPLOYMENT = crd.deployment_definition()["spec"]["versions"][0]
+DEPLOYMENT = definitions.deployment_definition()["spec"]["versions"][0]
 SCHEMA = DEPLOYMENT["schema"]["openAPIV3Schema"]
 SPEC = SCHEMA["properties"]["spec"]
 
@@ -39,21 +39,24 @@ def rules(node: dict[str, Any]) -> list[str]:
     return [rule["rule"] for rule in node.get("x-kubernetes-validations", [])]
 
 
-def test_what_is_committed_is_what_the_models_say() -> None:
-    assert crd.main(["--check"]) == 0, "run `make generate` and commit"
+def test_committed_files_match_the_models() -> None:
+    assert definitions.main(["--check"]) == 0, "run `make generate` and commit"
 
 
-@pytest.mark.parametrize("definition", [crd.deployment_definition(), crd.override_definition()])
-def test_the_schema_is_structural(definition: dict[str, Any]) -> None:
+DEFINITIONS = (definitions.deployment_definition(), definitions.override_definition())
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_schema_is_structural(definition: dict[str, Any]) -> None:
     refused = {"$ref", "$defs", "anyOf", "const", "title", "examples", "patternProperties"}
     for node in nodes(definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]):
-        assert "type" in node
+        assert "type" in node or node["x-kubernetes-preserve-unknown-fields"] is True
         assert not refused & node.keys()
         assert not ("properties" in node and "additionalProperties" in node)
         assert isinstance(node.get("exclusiveMinimum", True), bool)
 
 
-def test_every_field_of_the_engines_configuration_is_there_without_a_default() -> None:
+def test_engine_configuration_has_every_field_and_no_default() -> None:
     config = at("spec.engine.config")["properties"]
     assert set(config) == {info.alias for info in KVCacheConfig.model_fields.values()}
     assert not [name for name, node in config.items() if "default" in node]
@@ -62,7 +65,7 @@ def test_every_field_of_the_engines_configuration_is_there_without_a_default() -
     assert config["blockSize"]["enum"] == [128]
 
 
-def test_a_fraction_that_must_be_a_multiple_is_a_rule() -> None:
+def test_fractional_multiple_becomes_a_rule() -> None:
     """``multipleOf: 0.01`` makes the API server refuse the whole number 1."""
     ratio = at("spec.engine.config.compressionRatio")
     assert "multipleOf" not in ratio
@@ -70,7 +73,7 @@ def test_a_fraction_that_must_be_a_multiple_is_a_rule() -> None:
     assert (ratio["minimum"], ratio["exclusiveMinimum"], ratio["maximum"]) == (0.0, True, 1.0)
 
 
-def test_defaults_reach_objects_that_are_left_out() -> None:
+def test_absent_objects_have_defaults() -> None:
     assert at("spec.rollout")["default"] == {"maxSurge": 0, "maxUnavailable": 1, "drainSeconds": 120}
     assert at("spec.engine")["default"]["model"]["source"] == "builtin/tiny-llama"
     assert "default" not in at("spec.scaling")
@@ -78,7 +81,7 @@ def test_defaults_reach_objects_that_are_left_out() -> None:
     assert not [node for node in nodes(SCHEMA["properties"]["status"]) if "default" in node]
 
 
-def test_rules_say_what_the_models_say() -> None:
+def test_rules_express_the_models_constraints() -> None:
     assert rules(SPEC) == ["has(self.scaling) != has(self.replicas)"]
     assert rules(at("spec.scaling")) == ["self.min <= self.max"]
     assert rules(at("spec.engine.model")) == ["self == oldSelf"]
@@ -92,7 +95,7 @@ def test_rules_say_what_the_models_say() -> None:
     assert at("spec.template.spec")["x-kubernetes-preserve-unknown-fields"] is True
 
 
-def test_columns_names_and_scale() -> None:
+def test_columns_names_and_scale_subresource() -> None:
     shown = [c["name"] for c in DEPLOYMENT["additionalPrinterColumns"] if c.get("priority", 0) == 0]
     assert shown == ["Mode", "SLO", "Ready", "LastAction", "Age"]
     assert DEPLOYMENT["subresources"]["scale"] == {
@@ -100,39 +103,37 @@ def test_columns_names_and_scale() -> None:
         "statusReplicasPath": ".status.replicas",
         "labelSelectorPath": ".status.selector",
     }
-    short = [
-        d["spec"]["names"]["shortNames"] for d in (crd.deployment_definition(), crd.override_definition())
-    ]
+    short = [d["spec"]["names"]["shortNames"] for d in DEFINITIONS]
     assert short == [["kvcd"], ["kvco"]]
-    assert crd.deployment_definition()["spec"]["names"]["categories"] == ["all"]
+    assert definitions.deployment_definition()["spec"]["names"]["categories"] == ["all"]
 
 
-def test_it_is_small_enough_for_kubectl_apply() -> None:
-    text = (crd.REPOSITORY / "crds" / "kvcachedeployments.yaml").read_text()
+def test_definition_is_small_enough_for_kubectl_apply() -> None:
+    text = (definitions.REPOSITORY / "crds" / "kvcachedeployments.yaml").read_text()
     assert len(text.encode()) < 262_144 / 2
 
 
-def test_the_chart_holds_the_same_definition() -> None:
+def test_chart_contains_the_same_definition() -> None:
     for plural in ("kvcachedeployments", "kvcacheoverrides"):
-        plain = yaml.safe_load((crd.REPOSITORY / "crds" / f"{plural}.yaml").read_text())
-        template = (crd.REPOSITORY / f"charts/kvpilot/templates/crds/{plural}.yaml").read_text()
+        plain = yaml.safe_load((definitions.REPOSITORY / "crds" / f"{plural}.yaml").read_text())
+        template = (definitions.REPOSITORY / f"charts/kvpilot/templates/crds/{plural}.yaml").read_text()
         body = re.sub(r"^\s*\{\{.*\}\}\n", "", template, flags=re.MULTILINE)
         assert yaml.safe_load(body)["spec"] == plain["spec"]
 
 
-def test_drift_is_an_error_that_names_the_file(
+def test_check_names_a_file_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(crd, "REPOSITORY", tmp_path)
-    assert crd.main([]) == 0
-    assert crd.main(["--check"]) == 0
+    monkeypatch.setattr(definitions, "REPOSITORY", tmp_path)
+    assert definitions.main([]) == 0
+    assert definitions.main(["--check"]) == 0
     (tmp_path / "crds" / "kvcacheoverrides.yaml").write_text("edited by hand\n")
-    assert crd.main(["--check"]) == 1
+    assert definitions.main(["--check"]) == 1
     assert "differs from the models: crds/kvcacheoverrides.yaml" in capsys.readouterr().err
-    assert crd.main(["--chekc"]) == 2
+    assert definitions.main(["--chekc"]) == 2
 
 
-def test_a_union_that_a_definition_cannot_hold_is_named() -> None:
+def test_union_that_a_schema_cannot_express_is_named() -> None:
     class Odd(BaseModel):
         size: int | str
 

@@ -1,4 +1,4 @@
-"""What names an image: everything that the Dockerfile sees, and nothing else."""
+"""The tag of an image depends on the Dockerfile's inputs and on nothing else."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def key(root: Path, target: str = "operator", base: str = "base:1") -> str:
     return images.content_key(root, target, base)
 
 
-def test_the_name_follows_the_content(tree: Path):
+def test_tag_depends_on_the_content(tree: Path):
     before = key(tree)
     assert key(tree, target="engine") != before
     assert key(tree, base="base:2") != before
@@ -29,7 +29,7 @@ def test_the_name_follows_the_content(tree: Path):
     assert key(tree) != before
 
 
-def test_the_name_ignores_what_the_build_does_not_see(tree: Path):
+def test_tag_ignores_files_outside_the_build(tree: Path):
     before = key(tree)
     (tree / "engine" / "package" / "__pycache__").mkdir()
     (tree / "engine" / "package" / "__pycache__" / "module.pyc").write_text("")
@@ -38,13 +38,13 @@ def test_the_name_ignores_what_the_build_does_not_see(tree: Path):
     assert key(tree) == before
 
 
-def test_a_moved_file_is_a_change(tree: Path):
+def test_moved_file_changes_the_tag(tree: Path):
     before = key(tree)
     (tree / "engine" / "package" / "module.py").rename(tree / "engine" / "package" / "other.py")
     assert key(tree) != before
 
 
-def test_an_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         images.main(["engin"])
     assert ended.value.code == 2

@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 
 from kvpilot_engine import KVCacheConfig, KVCacheEngine, PerformanceAnalyzer
-from kvpilot_engine.analyzer import Targets
+from kvpilot_engine.api.analyzer import Targets
 from kvpilot_engine.contract.metrics import Stage
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
 
 
 class Recorded:
-    """An engine as it was measured."""
+    """An engine with recorded figures."""
 
     def __init__(self, stage: str = "decode", **figures: Any) -> None:
         self.config = KVCacheConfig(num_workers=4, batch_size=2, prefetch_size=4, max_tokens=4096)
         stages = {each.value: {"mean_ms": 1.0, "p95_ms": 2.0, "share": 0.02} for each in Stage}
         stages[stage] = {"mean_ms": 90.0, "p95_ms": 400.0, "share": 0.9}
         engine = {
-            "kvpilot_prefix_query_tokens_total": 1000.0, "kvpilot_step_marginal_gain": 0.5,
-            "kvpilot_steps_total": 100.0, "kvpilot_step_rows_total": 180.0,
-            "kvpilot_cache_bytes{tier=pool}": 900 * 2.0**20, **figures.pop("engine", {}),
+            "kvpilot_prefix_query_tokens_total": {"": 1000.0}, "kvpilot_step_marginal_gain": {"": 0.5},
+            "kvpilot_steps_total": {"": 100.0}, "kvpilot_step_rows_total": {"": 180.0},
+            "kvpilot_cache_bytes": {"pool": 900 * 2.0**20}, **figures.pop("engine", {}),
         }  # fmt: skip
         self._stats: dict[str, Any] = {
             "total_requests": 100, "failed_requests": 0, "cancelled_requests": 0,
@@ -40,7 +40,7 @@ class Recorded:
 
 
 SLOW = {"p95_latency": 1200.0}
-SATURATED = {"step_utilization": 0.97, "engine": {"kvpilot_step_marginal_gain": 0.03}}
+SATURATED = {"step_utilization": 0.97, "engine": {"kvpilot_step_marginal_gain": {"": 0.03}}}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ SATURATED = {"step_utilization": 0.97, "engine": {"kvpilot_step_marginal_gain": 
         ),
     ],
 )
-def test_bottleneck_and_remedy_with_their_figures(
+def test_bottleneck_and_remedy_state_their_figures(
     recorded: Recorded, kind: str, severity: str, action: str, figures: list[str]
 ) -> None:
     analyzer = PerformanceAnalyzer(recorded)
@@ -142,13 +142,13 @@ def test_no_remedy_goes_beyond_a_bound_or_has_no_effect(
     assert advice["action"] == action
 
 
-def test_a_cache_at_its_least_is_not_told_to_shrink() -> None:
-    recorded = Recorded(memory_usage=0.9, engine={"kvpilot_cache_bytes{tier=pool}": 90 * 2.0**20})
+def test_cache_at_its_minimum_is_not_advised_to_shrink() -> None:
+    recorded = Recorded(memory_usage=0.9, engine={"kvpilot_cache_bytes": {"pool": 90 * 2.0**20}})
     (advice,) = PerformanceAnalyzer(recorded).get_optimization_recommendations()
     assert advice["action"] == "memory_limit"
 
 
-def test_nothing_is_said_of_an_engine_that_meets_its_targets_or_did_nothing() -> None:
+def test_engine_that_meets_its_targets_or_is_idle_has_no_bottleneck() -> None:
     assert PerformanceAnalyzer(Recorded()).identify_bottlenecks() == []
     assert "Every target is met." in PerformanceAnalyzer(Recorded()).generate_performance_report()["text"]
     idle = PerformanceAnalyzer(Recorded(total_requests=0, hit_rate=0.0))
@@ -157,14 +157,14 @@ def test_nothing_is_said_of_an_engine_that_meets_its_targets_or_did_nothing() ->
     assert PerformanceAnalyzer(Recorded(throughput=1.0)).identify_bottlenecks() == [], "idle is no breach"
 
 
-def test_worst_comes_first() -> None:
+def test_bottlenecks_are_sorted_by_severity() -> None:
     recorded = Recorded("batch_wait", p95_latency=600.0, failed_requests=50)
     kinds = [each["type"] for each in PerformanceAnalyzer(recorded).identify_bottlenecks()]
     assert kinds == ["errors", "latency_batch_wait"]
 
 
-async def test_following_the_advice_cures_a_real_engine(engine: KVCacheEngine) -> None:
-    """One worker, forty requests: the analyser names the worker; its advice shortens the wait."""
+async def test_following_the_advice_shortens_the_wait_of_a_real_engine(engine: KVCacheEngine) -> None:
+    """One worker slot, forty requests: the analyzer names num_workers, and its advice shortens the wait."""
     engine.update_config(num_workers=1)
 
     async def burst() -> float:

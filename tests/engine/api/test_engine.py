@@ -1,4 +1,4 @@
-"""KVCacheEngine: one request, many at once, wrong ones, and everything around them."""
+"""KVCacheEngine: requests, batches, errors, changes, statistics and shutdown."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvpilot_engine.errors import (
     RequestTimeoutError,
     StartError,
 )
-from kvpilot_engine.models import ModelError, load_model
+from kvpilot_engine.model.loading import ModelError, load_model
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
 
 
-async def test_result_says_what_was_done(engine: KVCacheEngine) -> None:
+async def test_result_reports_tokens_latency_and_stages(engine: KVCacheEngine) -> None:
     request = {
         "text": "What is a page? " * 10,
         "priority": 1,
@@ -45,7 +45,7 @@ async def test_result_says_what_was_done(engine: KVCacheEngine) -> None:
     assert 0.5 * first["latency_ms"] < sum(first["stages_ms"].values()) <= first["latency_ms"]
 
 
-async def test_sixteen_new_tokens_and_greedy_by_default(engine: KVCacheEngine) -> None:
+async def test_default_is_sixteen_new_tokens_greedy(engine: KVCacheEngine) -> None:
     results = await asyncio.gather(*(engine.process_request({"text": "Defaults"}) for _ in range(3)))
     assert [result["output_tokens"] for result in results] == [16, 16, 16]
     assert len({result["text"] for result in results}) == 1
@@ -65,12 +65,14 @@ async def test_sixteen_new_tokens_and_greedy_by_default(engine: KVCacheEngine) -
         ({"text": "a", "priority": "high"}, "priority: should be a valid integer, got 'high'"),
         ({"text": "a", "seed": 2**63}, "seed: should be less than 9223372036854775808, got 92233"),
         ({"text": "a", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1"),
-        ({"text": "a", "maxlength": 3}, "maxlength: unknown key, must be one of text, priority, session_id"),
+        ({"text": "a", "maxlength": 3}, "maxlength: unknown key, must be one of temperature, top_p, seed"),
         ({"text": "\ud800"}, "text"),
         ("just text", "request: must be a mapping, got str"),
     ],
 )  # fmt: skip
-async def test_wrong_request_is_one_clear_error(engine: KVCacheEngine, request_: Any, message: str) -> None:
+async def test_invalid_request_is_refused_by_field(
+    engine: KVCacheEngine, request_: Any, message: str
+) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await engine.process_request(request_)
     assert message in str(caught.value)
@@ -84,8 +86,8 @@ def test_engine_outlives_event_loops(engine: KVCacheEngine) -> None:
     assert len({asyncio.run(ask("The same")) for _ in range(3)}) == 1
 
 
-async def test_a_thousand_at_once_all_finish(engine: KVCacheEngine) -> None:
-    """The core's queue takes 48; the others wait in front of it."""
+async def test_thousand_concurrent_requests_all_finish(engine: KVCacheEngine) -> None:
+    """The core admits 48; the others wait in the admission queue."""
     requests = [{"text": f"Request {i}", "max_length": 4} for i in range(1000)]
     results = await asyncio.gather(*map(engine.process_request, requests))
     assert [result["output_tokens"] for result in results] == [4] * 1000
@@ -93,7 +95,7 @@ async def test_a_thousand_at_once_all_finish(engine: KVCacheEngine) -> None:
     assert (stats["waiting_for_queue"], stats["active_requests"]) == (0, 0)
 
 
-async def test_cancelled_request_frees_what_it_held(engine: KVCacheEngine) -> None:
+async def test_cancelled_request_frees_its_pages(engine: KVCacheEngine) -> None:
     before = engine.get_stats()
     tasks = [
         asyncio.create_task(engine.process_request({"text": f"Cancelled {i}", "max_length": 5000}))
@@ -111,7 +113,7 @@ async def test_cancelled_request_frees_what_it_held(engine: KVCacheEngine) -> No
     assert (await engine.process_request({"text": "Still here"}))["output_tokens"] == 16
 
 
-async def test_urgent_requests_go_first(engine: KVCacheEngine) -> None:
+async def test_requests_of_higher_priority_run_first(engine: KVCacheEngine) -> None:
     engine.update_config(num_workers=1, max_queue=1)
     order: list[str] = []
 
@@ -127,14 +129,14 @@ async def test_urgent_requests_go_first(engine: KVCacheEngine) -> None:
     assert order.index("urgent") <= 4, order
 
 
-async def test_time_limit(engine: KVCacheEngine) -> None:
+async def test_request_beyond_its_time_limit_raises(engine: KVCacheEngine) -> None:
     engine.update_config(request_timeout_s=0.2)
     with pytest.raises(RequestTimeoutError, match=r"0\.2"):
         await engine.process_request({"text": "Slow", "max_length": 4000})
     engine.update_config(request_timeout_s=60)
 
 
-async def test_batch_keeps_the_order_and_serves_equals_once(engine: KVCacheEngine) -> None:
+async def test_batch_keeps_the_order_and_serves_equal_requests_once(engine: KVCacheEngine) -> None:
     before = engine.get_stats()["total_requests"]
     requests = [{"text": text, "priority": i} for i, text in enumerate(["a", "b", "c"])]
     requests += [{"text": "a", "priority": 0}]
@@ -147,7 +149,7 @@ async def test_batch_keeps_the_order_and_serves_equals_once(engine: KVCacheEngin
     assert await engine.process_batch([]) == []
 
 
-async def test_batch_with_a_wrong_request_sends_nothing(engine: KVCacheEngine) -> None:
+async def test_batch_with_an_invalid_request_sends_nothing(engine: KVCacheEngine) -> None:
     before = engine.get_stats()["total_requests"]
     with pytest.raises(InvalidRequestError, match=r"requests\.1: max_length: should be greater"):
         await engine.process_batch([{"text": "fine"}, {"text": "wrong", "max_length": 0}])
@@ -174,7 +176,7 @@ async def test_stats_follow_requests(engine: KVCacheEngine) -> None:
     assert 0 < stats["memory_usage"] < 1
     assert stats["memory_bytes"] / stats["memory_limit_bytes"] == pytest.approx(stats["memory_usage"])
     assert stats["gpu_utilization"] == 0.0
-    assert stats["engine"]["kvpilot_output_tokens_total"] > 0
+    assert stats["engine"]["kvpilot_output_tokens_total"][""] > 0
     assert sum(stage["share"] for stage in stats["stages"].values()) == pytest.approx(1.0)
 
 
@@ -187,7 +189,7 @@ async def test_hot_change_keeps_the_cache(engine: KVCacheEngine) -> None:
     assert (await engine.process_request({"text": text}))["cached_tokens"] == (len(text) - 1) // 16 * 16
 
 
-async def test_hot_change_without_effect_is_said_once(engine: KVCacheEngine) -> None:
+async def test_hot_change_without_effect_warns_once(engine: KVCacheEngine) -> None:
     with pytest.warns(ConfigWarning, match="^enable_gc: has no effect yet") as caught:
         engine.update_config(enable_gc=False, prefetch_size=9)
     assert [warning.filename for warning in caught] == [__file__]
@@ -196,7 +198,7 @@ async def test_hot_change_without_effect_is_said_once(engine: KVCacheEngine) -> 
     engine.update_config(enable_gc=True, cache_strategy="lru")
 
 
-async def test_a_hot_change_takes_what_the_constructor_takes(engine: KVCacheEngine) -> None:
+async def test_hot_change_accepts_the_values_of_the_constructor(engine: KVCacheEngine) -> None:
     report = engine.update_config(dtype=torch.float32, num_workers=np.int64(15))
     assert report.changed == ["numWorkers"]
     assert engine.config.num_workers == 15
@@ -212,7 +214,9 @@ async def test_a_hot_change_takes_what_the_constructor_takes(engine: KVCacheEngi
         ({"bogus": 1}, "invalid", "bogus"),
     ],
 )
-def test_refused_change(engine: KVCacheEngine, changes: dict[str, Any], code: str, message: str) -> None:
+def test_refused_change_changes_nothing_and_names_the_field(
+    engine: KVCacheEngine, changes: dict[str, Any], code: str, message: str
+) -> None:
     before = engine.config
     with pytest.raises(ChangeRefusedError, match=message) as caught:
         engine.update_config(**changes)
@@ -220,7 +224,7 @@ def test_refused_change(engine: KVCacheEngine, changes: dict[str, Any], code: st
     assert engine.config == before
 
 
-def test_validation_and_health(engine: KVCacheEngine) -> None:
+def test_validation_and_health_status(engine: KVCacheEngine) -> None:
     assert engine.validate_configuration() == {"valid": True, "errors": [], "warnings": []}
     wrong = engine.validate_configuration({"num_workers": 900})
     assert not wrong["valid"]
@@ -230,12 +234,12 @@ def test_validation_and_health(engine: KVCacheEngine) -> None:
     assert engine.get_health_status()["status"] == "healthy"
 
 
-def test_a_model_that_does_not_fit_the_configuration() -> None:
+def test_model_that_contradicts_the_configuration_is_refused() -> None:
     with pytest.raises(StartError, match="num_heads"):
         KVCacheEngine(KVCacheConfig(dtype="float32", num_heads=3), inproc=True)
 
 
-def test_weights_that_were_cut_off_are_named(tmp_path: Path) -> None:
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     (tmp_path / "model.safetensors").write_bytes((1000).to_bytes(8, "little") + b"{")
     with pytest.raises(ModelError, match=r"model\.safetensors is broken"):
@@ -260,7 +264,7 @@ async def test_in_process_engine_shut_down_under_load_ends_every_request() -> No
     assert engine.get_health_status()["status"] == "unhealthy"
 
 
-async def test_requests_that_outlive_the_limit_of_a_shutdown_are_told_so() -> None:
+async def test_requests_beyond_the_shutdown_timeout_get_an_error() -> None:
     engine = KVCacheEngine(KVCacheConfig(dtype="float32"), inproc=True)
     tasks = [
         asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 3000})) for i in range(3)

@@ -1,13 +1,14 @@
-"""KVCacheConfig takes each value as what it is, under one name."""
+"""KVCacheConfig: types, names and updates."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from kvpilot_engine.contract import KVCacheConfig, config_errors
+from kvpilot_engine.contract import VERSION, KVCacheConfig, config_errors
 from kvpilot_engine.contract.config import QUIET
 
 BASE = KVCacheConfig.model_validate({"numWorkers": 8}, context=QUIET)
@@ -25,7 +26,7 @@ BASE = KVCacheConfig.model_validate({"numWorkers": 8}, context=QUIET)
         ({"numWorkers": 4, "num_workers": 9}, "config: numWorkers is given twice, also as num_workers"),
     ],
 )
-def test_a_value_of_another_type_or_a_name_given_twice_is_refused(values: dict[str, Any], line: str) -> None:
+def test_value_of_wrong_type_and_duplicate_name_are_refused(values: dict[str, Any], line: str) -> None:
     for take in (lambda: KVCacheConfig.model_validate(values, context=QUIET), lambda: BASE.updated(values)):
         with pytest.raises(ValidationError) as raised:
             take()
@@ -33,14 +34,14 @@ def test_a_value_of_another_type_or_a_name_given_twice_is_refused(values: dict[s
 
 
 @pytest.mark.parametrize("config", [None, 5, True, "lru", []])
-def test_what_is_no_mapping_is_refused_in_one_line(config: Any) -> None:
+def test_config_that_is_no_mapping_is_refused_in_one_line(config: Any) -> None:
     with pytest.raises(ValidationError) as raised:
         KVCacheConfig.model_validate(config)
     (line,) = config_errors(raised.value)
     assert line.startswith("config: Input should be")
 
 
-def test_a_size_beyond_any_machine_is_refused_before_memory_is_asked_for() -> None:
+def test_size_beyond_any_machine_is_refused_before_allocation() -> None:
     with pytest.raises(ValidationError) as raised:
         KVCacheConfig.model_validate({"maxTokens": 10**12}, context=QUIET)
     assert config_errors(raised.value) == [
@@ -48,9 +49,13 @@ def test_a_size_beyond_any_machine_is_refused_before_memory_is_asked_for() -> No
     ]
 
 
-def test_an_update_takes_either_spelling_and_keeps_the_rest() -> None:
+def test_update_accepts_either_spelling_and_keeps_other_fields() -> None:
     assert BASE.updated({"num_workers": 9}).num_workers == 9
     assert BASE.updated({"numWorkers": 9}).num_workers == 9
     both = BASE.updated({"batchSize": 2})
     assert both.model_dump(exclude_unset=True) == {"num_workers": 8, "batch_size": 2}
     assert BASE.updated({"compressionRatio": 1, "maxTokens": 1024.0}).max_tokens == 1024
+
+
+def test_version_of_the_contract_is_that_of_the_distribution() -> None:
+    assert version("kvpilot") == VERSION

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from kvpilot_engine import protocol
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_engine.engine import Engine
+from kvpilot_engine.core.engine import Engine
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.model.determinism import self_check
+from kvpilot_engine.model.loading import LoadedModel, load_model
+from kvpilot_engine.model.runner import ModelRunner, measure_decode
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -31,16 +34,16 @@ class Driver:
 
     engine: Engine
     tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    finished: dict[str, protocol.Finished] = field(default_factory=dict)
+    finished: dict[str, messages.Finished] = field(default_factory=dict)
     logits: dict[str, dict[int, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
 
     def submit(self, name: str, prompt: list[int], new: int = 8, **rest: Any) -> None:
-        self.engine.submit(protocol.Generate(id=name, prompt=prompt, max_new_tokens=new, **rest))
+        self.engine.submit(messages.Generate(id=name, prompt=prompt, max_new_tokens=new, **rest))
 
     def step(self) -> None:
         for message in self.engine.step():
             assert message.id not in self.finished, f"{message.id} went on after its end"
-            if isinstance(message, protocol.Tokens):
+            if isinstance(message, messages.Tokens):
                 self.tokens[message.id] += message.ids
             else:
                 self.finished[message.id] = message
@@ -58,30 +61,62 @@ class Driver:
             self.engine.cache.wait(1.0)
             self.engine.cache.poll()
 
-    def ask(self, name: str, prompt: list[int], new: int = 8, **rest: Any) -> protocol.Finished:
+    def ask(self, name: str, prompt: list[int], new: int = 8, **rest: Any) -> messages.Finished:
         self.submit(name, prompt, new, **rest)
         self.run()
         return self.finished[name]
 
     def apply(
         self, generation: int = 1, epoch: int = 0, **values: Any
-    ) -> protocol.Applied | protocol.Refused:
-        return self.engine.apply(protocol.Apply("change", epoch, generation, values))
+    ) -> messages.Applied | messages.Refused:
+        return self.engine.apply(messages.Apply("change", epoch, generation, values))
 
-    def counter(self, name: str) -> float:
-        return self.engine.sample("s").counters[name]
+    def counter(self, name: str, label: str = "") -> float:
+        return self.engine.sample("s").counters[name][label]
 
-    def gauge(self, name: str) -> float:
-        return self.engine.sample("s").gauges[name]
+    def gauge(self, name: str, label: str = "") -> float:
+        return self.engine.sample("s").gauges[name][label]
 
 
 MakeEngine = Callable[..., Driver]
 
 
+@pytest.fixture(scope="session")
+def kept() -> dict[str, Callable[..., Any]]:
+    """What most of a start is spent on, each kept for later engines: functions by their names in the engine.
+
+    Engines share the weights, which nothing writes, the check that they are deterministic, and the measured
+    curve of decode steps.
+    """
+    models: dict[Any, LoadedModel] = {}
+    checked: set[Any] = set()
+    curves: dict[Any, dict[int, float]] = {}
+
+    def load(name: str, config: KVCacheConfig, revision: str) -> LoadedModel:
+        key = name, config.device, config.dtype, config.deterministic, revision
+        if key not in models:
+            models[key] = load_model(name, config, revision)
+        return models[key]
+
+    def check(runner: ModelRunner) -> None:
+        if runner.model.module not in checked:
+            self_check(runner)
+        checked.add(runner.model.module)
+
+    def measure(runner: ModelRunner) -> dict[int, float]:
+        key = runner.model.device, runner.model.dtype
+        if key not in curves:
+            curves[key] = measure_decode(runner)
+        return curves[key]
+
+    return {"load_model": load, "self_check": check, "measure_decode": measure}
+
+
 @pytest.fixture
-def make_engine() -> Iterator[MakeEngine]:
+def make_engine(kept: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
     """``make_engine(model=..., clock=..., **config)``; integrity is checked when the test ends."""
-    torch.set_num_threads(1)
+    for name, function in kept.items():
+        monkeypatch.setattr(f"kvpilot_engine.core.engine.{name}", function)
     drivers: list[Driver] = []
 
     def make(

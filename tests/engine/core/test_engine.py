@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-from kvpilot_engine import protocol
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.models import load_model
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.model.loading import load_model
 
 Prompt = Callable[[int, int], list[int]]
 Make = Callable[..., Any]
@@ -182,17 +184,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_requests_end_with_one_clear_line(make_engine: Make) -> None:
     driver = make_engine(max_tokens=4096)
     for name, (change, _) in BAD.items():
-        driver.engine.submit(protocol.Generate(**{"id": name, "prompt": [65], "max_new_tokens": 1, **change}))
+        driver.engine.submit(messages.Generate(**{"id": name, "prompt": [65], "max_new_tokens": 1, **change}))
     driver.run()
     for name, (_, reason) in BAD.items():
-        assert (driver.finished[name].reason, driver.finished[name].message) == ("invalid", reason)
+        end = "too_large" if name == "pool" else "invalid"
+        assert (driver.finished[name].reason, driver.finished[name].message) == (end, reason)
     assert driver.ask("good", [65], 1).reason == "length"
 
 
 def test_an_answer_without_a_limit_goes_on_to_what_the_cache_holds(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(max_tokens=512)
-    driver.engine.submit(protocol.Generate(id="open", prompt=prompt(509), max_new_tokens=None))
-    driver.engine.submit(protocol.Generate(id="full", prompt=prompt(512), max_new_tokens=None))
+    driver.engine.submit(messages.Generate(id="open", prompt=prompt(509), max_new_tokens=None))
+    driver.engine.submit(messages.Generate(id="full", prompt=prompt(512), max_new_tokens=None))
     driver.run()
     assert (driver.finished["open"].reason, driver.finished["open"].output_tokens) == ("length", 3)
     assert driver.finished["full"].message == (
@@ -218,7 +221,7 @@ def test_a_request_times_out_wherever_it_is(make_engine: Make, prompt: Prompt) -
     assert driver.finished["patient"].reason == "length"
 
 
-def test_a_client_that_leaves_frees_its_pages(make_engine: Make, prompt: Prompt) -> None:
+def test_abort_frees_the_pages_of_a_request(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(num_workers=2)
     for i in range(4):
         driver.submit(str(i), prompt(200, i), 1000)
@@ -235,19 +238,19 @@ def test_a_client_that_leaves_frees_its_pages(make_engine: Make, prompt: Prompt)
 
 
 def test_no_page_left_preempts_the_youngest_of_lowest_priority(make_engine: Make, prompt: Prompt) -> None:
-    """3 x (50 + 110) tokens in a pool of 384: someone must give way, and nobody notices."""
+    """3 x (100 + 45) tokens in a pool of 384: someone must give way, and nobody notices."""
     driver = make_engine(max_tokens=384)
-    driver.submit("old", prompt(50, 0), 110)
-    driver.submit("urgent", prompt(50, 1), 110, priority=5)
-    driver.submit("young", prompt(50, 2), 110)
+    driver.submit("old", prompt(100, 0), 45)
+    driver.submit("urgent", prompt(100, 1), 45, priority=5)
+    driver.submit("young", prompt(100, 2), 45)
     driver.run()
     assert driver.counter(names.PREEMPTIONS_TOTAL) >= 1
     assert driver.finished["young"].stages["preempted"] > 0
     assert "preempted" not in driver.finished["urgent"].stages
     assert "preempted" not in driver.finished["old"].stages
     for i, name in enumerate(("old", "urgent", "young")):
-        assert is_greedy(prompt(50, i), driver.tokens[name]), name
-        assert driver.finished[name].output_tokens == 110
+        assert is_greedy(prompt(100, i), driver.tokens[name]), name
+        assert driver.finished[name].output_tokens == 45
 
 
 def test_many_waiting_requests_in_a_small_pool_all_finish(make_engine: Make, prompt: Prompt) -> None:
@@ -282,11 +285,13 @@ def test_a_prompt_without_pages_waits_for_admission(make_engine: Make, prompt: P
     assert list(driver.finished) == ["runs", "urgent", "small"]
 
 
-def test_who_is_short_holds_up_nobody_more_urgent(make_engine: Make, prompt: Prompt) -> None:
+def test_sequence_waiting_for_pages_does_not_block_a_more_urgent_one(
+    make_engine: Make, prompt: Prompt
+) -> None:
     """The cached prefix of a sequence that waits for pages is held, and given up for a more urgent one."""
     driver = make_engine(max_tokens=640)
     driver.ask("before", prompt(330, 1), 1)
-    driver.submit("runs", prompt(100, 0), 200)
+    driver.submit("runs", prompt(200, 0), 60)
     driver.step()
     driver.submit("short", prompt(330, 1) + prompt(250, 2), 2)
     driver.step()
@@ -296,11 +301,13 @@ def test_who_is_short_holds_up_nobody_more_urgent(make_engine: Make, prompt: Pro
     assert list(driver.finished) == ["before", "urgent", "runs", "short"]
 
 
-def test_a_larger_quota_lets_those_go_on_that_lost_their_pages(make_engine: Make, prompt: Prompt) -> None:
+def test_larger_quota_resumes_preempted_sequences(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(max_tokens=512)
-    driver.submit("first", prompt(200, 0), 250)
-    driver.submit("second", prompt(200, 1), 250)
-    while not driver.counter(names.PREEMPTIONS_TOTAL):
+    driver.submit("first", prompt(200, 0), 80)
+    driver.submit("second", prompt(200, 1), 80)
+    for _ in range(50):
+        driver.step()
+    while not driver.counter(names.PREEMPTIONS_TOTAL):  # reading it takes as long as a few steps
         driver.step()
     before = len(driver.tokens["second"])
     driver.apply(max_tokens=4096)
@@ -323,7 +330,7 @@ def test_fewer_workers_than_there_are_slots_in_use_converge(make_engine: Make, p
     assert set(driver.finished) == {"runs", "short"}
 
 
-def test_a_hit_is_what_was_served_and_no_page_of_its_own(make_engine: Make, prompt: Prompt) -> None:
+def test_hits_exclude_a_preempted_sequences_own_pages(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(max_tokens=512, max_step_tokens=64)
     driver.ask("before", prompt(161, 1), 1)
     driver.submit("runs", prompt(200, 0), 120)
@@ -334,7 +341,7 @@ def test_a_hit_is_what_was_served_and_no_page_of_its_own(make_engine: Make, prom
     driver.submit("urgent", prompt(250, 3), 2, priority=9)
     driver.run()
     served = sum(end.cached_tokens for end in driver.finished.values())
-    counted = driver.counter(f"{names.HIT_TOKENS_TOTAL}{{tier=pool}}")
+    counted = driver.counter(names.HIT_TOKENS_TOTAL, "pool")
     assert counted == served
     assert all(driver.finished[name].cached_tokens == 0 for name in ("before", "runs", "young", "urgent"))
     assert driver.counter(names.QUERY_TOKENS_TOTAL) == 161 + 200 + 361 + 100 + 250
@@ -347,12 +354,38 @@ def test_blocks_that_were_loaded_for_a_prompt_without_pages_are_not_loaded_again
     for i in range(8):
         driver.ask(f"fill{i}", prompt(513, i), 1)
         driver.settle()
-    loaded = driver.counter(names.TIER_LOAD_BLOCKS_TOTAL)
+    loaded = driver.counter(names.TIER_LOAD_BLOCKS_TOTAL, "host")
     for i in range(6):
         driver.submit(f"again{i}", prompt(513, i), 3)
     driver.run()
     assert [driver.finished[f"again{i}"].cached_tokens for i in range(6)] == [512] * 6
-    assert driver.counter(names.TIER_LOAD_BLOCKS_TOTAL) - loaded <= 6 * 4
+    assert driver.counter(names.TIER_LOAD_BLOCKS_TOTAL, "host") - loaded <= 6 * 4
+
+
+def test_each_page_is_hashed_once_over_prefetch_lease_and_preemption(
+    make_engine: Make, prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_engine(max_tokens=512, host_memory_mb=16)
+    for i in range(4):
+        driver.ask(f"fill{i}", prompt(260, 90 + i), 1)
+        driver.settle()
+    assert driver.gauge(names.CACHED_PAGES, "host") > 0, "a prefetch has blocks to look for"
+    hashed: Counter[bytes] = Counter()
+    digest = xxhash.xxh3_128_digest
+
+    def counting(data: bytes) -> bytes:
+        hashed[data] += 1
+        return digest(data)
+
+    monkeypatch.setattr(xxhash, "xxh3_128_digest", counting)
+    for i in range(2):
+        driver.submit(str(i), prompt(200, i), 80)
+    driver.run()
+    assert driver.counter(names.PREEMPTIONS_TOTAL) > 0
+    pages = {data: count for data, count in hashed.items() if len(data) == 16 + 4 * 16}
+    assert len(pages) == 2 * (279 // 16), "the pages of 280 tokens, the last of which is never computed"
+    assert set(pages.values()) == {1}
+    assert sum(hashed.values()) - len(pages) == 2, "one root for each sequence"
 
 
 def test_idle_engine_has_no_work(make_engine: Make, prompt: Prompt) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from kvpilot_engine import protocol
+from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract import metrics as names
+from kvpilot_engine.core.engine import Engine
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.model.determinism import NotDeterministicError, TiledLinear
 
 Prompt = Callable[[int, int], list[int]]
 Make = Callable[..., Any]
@@ -18,7 +21,7 @@ SHARED = (0, 1, 15, 16, 17, 127, 128, 1000)
 """Tokens that a second prompt shares with a first one: around a page, around a block, and many."""
 
 TAIL = 21
-FEW = 5
+MIN_JUDGED = 5
 """New tokens behind a hit that few-row kernels compute: where bits differ without ``deterministic``."""
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -51,7 +54,7 @@ def page_bytes(driver: Any, pages: list[int]) -> torch.Tensor:
     return torch.stack([cache.k[:, slots], cache.v[:, slots]]).clone()
 
 
-@pytest.mark.parametrize("host_memory_mb", [0, 64])
+@pytest.mark.parametrize("host_memory_mb", [0, pytest.param(64, marks=pytest.mark.slow)])
 def test_bytes_read_on_a_raw_hit_are_the_bytes_written(
     make_engine: Make, prompt: Prompt, host_memory_mb: int
 ) -> None:
@@ -66,14 +69,14 @@ def test_bytes_read_on_a_raw_hit_are_the_bytes_written(
         driver.submit(f"w{shared}", ids, 2)
         while f"w{shared}" not in driver.finished:
             driver.step()
-        lease = cache.lease([*ids, 0], count=False)
+        lease = cache.lease([*ids, 0], cache.hashes(), count=False)
         written[shared] = page_bytes(driver, lease.pages[: lease.cached_tokens // 16])
         cache.release(lease)
         if host_memory_mb:
             for i in range(3):
                 driver.ask(f"other{shared}{i}", prompt(640, 2 * shared + i), 1)
             driver.settle()
-        lease = cache.lease([*ids, 0], count=False)
+        lease = cache.lease([*ids, 0], cache.hashes(), count=False)
         cache.load(lease)
         while lease.loading:
             cache.wait(1.0)
@@ -86,7 +89,7 @@ def test_bytes_read_on_a_raw_hit_are_the_bytes_written(
         assert torch.equal(read, written[shared][:, :, : lease.cached_tokens])
         cache.release(lease)
     if host_memory_mb:
-        assert driver.counter(names.TIER_LOAD_BLOCKS_TOTAL) >= 8
+        assert driver.counter(names.TIER_LOAD_BLOCKS_TOTAL, "host") >= 8
 
 
 @pytest.mark.parametrize("model", ["builtin/tiny-llama", "builtin/tiny-qwen3"])
@@ -118,6 +121,7 @@ def test_deterministic_any_chunking_and_any_company(make_engine: Make, prompt: P
     assert same_bits(alone, "a", "b")
 
 
+@pytest.mark.slow
 def test_deterministic_under_eviction_and_preemption(make_engine: Make, prompt: Prompt) -> None:
     """The pool holds a third of what runs; pages are evicted, recomputed, taken over."""
     calm = make_engine(deterministic=True, max_tokens=16_384)
@@ -166,7 +170,7 @@ def test_deterministic_while_changes_land(make_engine: Make, prompt: Prompt, cod
         if steps % 2 == 0:
             change = {**CHANGES[steps // 2 % len(CHANGES)], **CODECS[codec]}
             answer = moving.apply(generation=steps, **change)
-            assert isinstance(answer, protocol.Applied), answer
+            assert isinstance(answer, messages.Applied), answer
         moving.step()
         steps += 1
     assert steps > 2 * len(CHANGES)
@@ -200,8 +204,8 @@ def test_otherwise_hit_and_miss_agree_within_1e_5(make_engine: Make, prompt: Pro
     worst = 0.0
     for shared in SHARED:
         base = prompt(shared, 50 + shared)
-        hits.ask(f"warm{shared}", base + prompt(FEW, 1), 2)
-        ids = base + prompt(FEW, 2)
+        hits.ask(f"warm{shared}", base + prompt(MIN_JUDGED, 1), 2)
+        ids = base + prompt(MIN_JUDGED, 2)
         assert hits.ask(f"{shared}", ids, 4).cached_tokens == whole_pages(shared)
         misses.ask(f"{shared}", ids, 4)
         hits.logits[f"miss{shared}"] = misses.logits[f"{shared}"]
@@ -214,9 +218,20 @@ def test_the_measure_can_fail(make_engine: Make, prompt: Prompt) -> None:
     driver = make_engine(deterministic=True)
     ids = prompt(100, 0)
     driver.ask("a", ids, 2)
-    lease = driver.engine.cache.lease(ids, count=False)
+    lease = driver.engine.cache.lease(ids, driver.engine.cache.hashes(), count=False)
     driver.engine.cache.v[2, 16 * lease.pages[1] + 3, 0, 5] += 1e-2
     driver.engine.cache.release(lease)
     driver.ask("b", ids, 2)
     assert not same_bits(driver, "a", "b")
     assert max(differences(driver, "a", "b")) > 1e-5
+
+
+def test_engine_whose_sums_depend_on_the_batch_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiled = TiledLinear.forward
+    monkeypatch.setattr(
+        TiledLinear, "forward", lambda self, rows: tiled(self, rows) * (1 + 1e-6 * rows.shape[1])
+    )
+    with pytest.raises(
+        NotDeterministicError, match=r"logits differ in chunks on this CPU \(\|dlogit\| up to"
+    ):
+        Engine(KVCacheConfig(deterministic=True, dtype="float32", device="cpu"))

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kvpilot_engine import protocol
 from kvpilot_engine.contract import metrics as names
+from kvpilot_engine.ipc import messages
 
 Prompt = Callable[[int, int], list[int]]
 Make = Callable[..., Any]
 
 
 def refused(answer: Any) -> tuple[str, str]:
-    assert isinstance(answer, protocol.Refused)
+    assert isinstance(answer, messages.Refused)
     return answer.code, answer.message
 
 
-def test_what_is_refused_and_that_nothing_changes(make_engine: Make) -> None:
+def test_refused_change_has_a_reason_and_no_effect(make_engine: Make) -> None:
     driver = make_engine(max_tokens=4096)
-    assert isinstance(driver.apply(generation=3, epoch=2, batchSize=4), protocol.Applied)
+    assert isinstance(driver.apply(generation=3, epoch=2, batchSize=4), messages.Applied)
     before = driver.engine.describe("d")
     code, line = refused(driver.apply(generation=4, epoch=1, batchSize=5))
     assert (code, line) == ("stale_epoch", "epoch: 1 is behind the engine's 2")
@@ -52,7 +52,7 @@ def test_the_same_change_twice_is_the_same_as_once(make_engine: Make) -> None:
 def test_a_cold_field_at_its_own_value_is_no_change(make_engine: Make) -> None:
     driver = make_engine()
     answer = driver.apply(dtype="float32", batch_size=2)
-    assert isinstance(answer, protocol.Applied)
+    assert isinstance(answer, messages.Applied)
     assert answer.changed == ["batchSize"]
 
 
@@ -89,7 +89,7 @@ def test_raised_workers_and_rows_take_effect_at_the_next_step(make_engine: Make,
     driver.run()
 
 
-def test_a_shrink_below_what_was_accepted_fails_nobody(make_engine: Make, prompt: Prompt) -> None:
+def test_quota_below_accepted_requests_fails_none_of_them(make_engine: Make, prompt: Prompt) -> None:
     """Accepted under 4,096, the requests need 340 tokens each; the quota falls to 256 meanwhile."""
     driver = make_engine(max_tokens=4096, num_workers=3, batch_size=3)
     for i in range(4):
@@ -104,7 +104,7 @@ def test_a_shrink_below_what_was_accepted_fails_nobody(make_engine: Make, prompt
     assert {end.reason for end in driver.finished.values()} == {"length"}
     assert all(len(ids) == 40 for ids in driver.tokens.values())
     assert not driver.engine.describe("d").converging
-    assert driver.gauge(f"{names.CACHED_PAGES}{{tier=pool}}") <= 16
+    assert driver.gauge(names.CACHED_PAGES, "pool") <= 16
 
 
 def test_a_change_of_policy_and_codec_loses_no_page(make_engine: Make, prompt: Prompt) -> None:

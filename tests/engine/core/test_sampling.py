@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from kvpilot_engine import protocol
-from kvpilot_engine.sampling import sample
-from kvpilot_engine.sequence import Sequence
+from kvpilot_engine.core.sampling import sample
+from kvpilot_engine.core.sequence import Sequence
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.kvcache import PrefixHashes
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]))
 
 
 def sequence(**options: Any) -> Sequence:
-    return Sequence.of(protocol.Generate(id="a", prompt=[1], max_new_tokens=1, **options), 0, 0.0)
+    request = messages.Generate(id="a", prompt=[1], max_new_tokens=1, **options)
+    return Sequence.of(request, PrefixHashes(b""), 0, 0.0)
 
 
 def frequencies(**options: Any) -> dict[int, float]:

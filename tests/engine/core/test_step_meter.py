@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.step_meter import StepMeter, time_of
+from kvpilot_engine.core.step_meter import StepMeter
 
 
 def settled(curve: dict[int, float], rows: int, prefill_rows: int, seconds: float) -> StepMeter:
@@ -19,15 +19,6 @@ def settled(curve: dict[int, float], rows: int, prefill_rows: int, seconds: floa
     for _ in range(2000):
         meter.record(rows, prefill_rows, seconds)
     return meter
-
-
-def test_time_is_linear_between_neighbours_and_flat_beyond() -> None:
-    curve = {1: 0.002, 4: 0.005, 8: 0.006}
-    assert time_of({}, 3) == 0.0
-    assert time_of(curve, 1) == 0.002
-    assert time_of(curve, 3) == pytest.approx(0.004)
-    assert time_of(curve, 6) == pytest.approx(0.0055)
-    assert time_of(curve, 100) == 0.006
 
 
 def test_gain_follows_the_curve() -> None:
@@ -73,11 +64,14 @@ def test_a_step_counts_for_the_bucket_at_or_above_its_rows() -> None:
     assert meter.busy_s == pytest.approx(6.0)
     mixed = settled({}, 5, 1, 0.003)
     assert mixed.curve == {}
+    # Prefill counts by bucket, as it is work that the engine does with those rows.
+    assert (mixed.bucket_rows[8], mixed.bucket_rows[4]) == (10_000, 0)
+    assert mixed.bucket_s[8] == pytest.approx(6.0)
 
 
 def test_the_curve_exists_from_the_start(make_engine: Callable[..., Any]) -> None:
     gauges = make_engine().engine.sample("s").gauges
-    curve = [gauges[f"{names.STEP_CURVE_SECONDS}{{rows={rows}}}"] for rows in (1, 2, 4, 8, 16, 32)]
+    curve = [gauges[names.STEP_CURVE_SECONDS][str(rows)] for rows in (1, 2, 4, 8, 16, 32)]
     assert all(0 < seconds < 1 for seconds in curve)
     assert curve[-1] > curve[0]
-    assert gauges[names.STEP_MARGINAL_GAIN] > 0
+    assert gauges[names.STEP_MARGINAL_GAIN][""] > 0

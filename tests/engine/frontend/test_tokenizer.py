@@ -11,27 +11,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpilot_engine.tokenizer import (
-    BYTE_VOCAB_SIZE,
-    GENERATED_IDS,
-    ROLE_IDS,
+from kvpilot_engine.frontend.tokenizer import (
     ByteTokenizer,
     TokenizerError,
     load_tokenizer,
 )
+from kvpilot_engine.model.vocabulary import BYTE_VOCAB_SIZE, GENERATED_IDS, ROLE_IDS
 
 BYTES = ByteTokenizer()
 
 
 @given(st.text())
-def test_any_text_survives_the_round_trip(text: str) -> None:
+def test_decoding_inverts_encoding(text: str) -> None:
     ids = BYTES.encode(text)
     assert BYTES.decode(ids) == text
     assert all(0 <= i < BYTE_VOCAB_SIZE for i in ids)
 
 
 @given(st.lists(st.sampled_from(GENERATED_IDS)))
-def test_whatever_the_model_generates_encodes_to_the_same_ids(ids: list[int]) -> None:
+def test_generated_ids_survive_decoding_and_encoding(ids: list[int]) -> None:
     assert BYTES.encode(BYTES.decode(ids)) == ids
 
 
@@ -49,7 +47,7 @@ def test_lone_surrogate_is_refused_with_its_place() -> None:
         BYTES.encode("a\ud800")
 
 
-def test_a_later_turn_keeps_the_ids_of_the_earlier_ones() -> None:
+def test_later_turn_keeps_the_ids_of_earlier_turns() -> None:
     first = BYTES.apply_chat_template([{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}])
     second = BYTES.apply_chat_template(
         [
@@ -71,12 +69,12 @@ def test_a_later_turn_keeps_the_ids_of_the_earlier_ones() -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\.0\.content: must be a string"),
     ],
 )
-def test_bad_chats_name_the_message(messages: list[dict[str, object]], reason: str) -> None:
+def test_invalid_chat_is_refused_by_message(messages: list[dict[str, object]], reason: str) -> None:
     with pytest.raises(TokenizerError, match=reason):
         BYTES.apply_chat_template(messages)
 
 
-def test_special_markers_in_a_text_are_text() -> None:
+def test_special_tokens_in_a_text_are_plain_text() -> None:
     assert max(BYTES.encode("<|user|><eos>")) < 256
 
 
@@ -108,16 +106,16 @@ def test_directory_tokenizer(tmp_path: Path) -> None:
     assert chat == [*tokenizer.encode("user: x"), 256]
 
 
-def test_missing_model_is_one_clear_line(tmp_path: Path) -> None:
+def test_missing_model_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(TokenizerError, match="must be builtin/tiny-llama"):
         load_tokenizer("nowhere/at-all")
 
 
-def test_the_front_needs_no_torch() -> None:
+def test_front_does_not_import_torch() -> None:
     code = (
-        "import sys; from kvpilot_engine.tokenizer import load_tokenizer;"
+        "import sys; from kvpilot_engine.frontend.tokenizer import load_tokenizer;"
         "load_tokenizer('builtin/tiny-llama').encode('x'); print('torch' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

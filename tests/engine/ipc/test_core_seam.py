@@ -1,25 +1,28 @@
-"""The seam between front and core, with an engine that does as a test tells it."""
+"""Client and core loop together, over an engine that a test controls."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpilot_engine import protocol
-from kvpilot_engine.client import CoreClient
-from kvpilot_engine.core import CoreLoop, CoreStart, CoreThread
+from kvpilot_engine.core.process import CoreLoop, CoreThread
 from kvpilot_engine.errors import ChangeRefusedError, CoreUnavailableError, RequestCancelledError, StartError
-from kvpilot_engine.wire import FrameReader, frame
+from kvpilot_engine.ipc import messages
+from kvpilot_engine.ipc.client import CoreClient
+from kvpilot_engine.ipc.framing import FrameReader, frame
+from kvpilot_engine.ipc.messages import CoreStart
 
 
 class Puppet:
-    """Gives each request its prompt back, one id for each step."""
+    """Echoes the prompt of each request, one id for each step."""
 
     def __init__(self, start: CoreStart, fail_at: int | None = None) -> None:
         self.steps = 0
@@ -34,40 +37,40 @@ class Puppet:
     def has_work(self) -> bool:
         return bool(self._live)
 
-    def submit(self, request: protocol.Generate) -> None:
+    def submit(self, request: messages.Generate) -> None:
         self._live[request.id] = deque(request.prompt)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self._live[request_id] = deque()
 
-    def step(self) -> list[protocol.Tokens | protocol.Finished]:
+    def step(self) -> list[messages.Tokens | messages.Finished]:
         self.steps += 1
         if self.steps == self._fail_at:
             raise ValueError("a fault\nin the puppet")
-        out: list[protocol.Tokens | protocol.Finished] = []
+        out: list[messages.Tokens | messages.Finished] = []
         for name, rest in list(self._live.items()):
             if rest:
-                out.append(protocol.Tokens(name, [rest.popleft()]))
+                out.append(messages.Tokens(name, [rest.popleft()]))
             if not rest:
                 del self._live[name]
-                out.append(protocol.Finished(name, "cancelled" if name in self.aborted else "length"))
+                out.append(messages.Finished(name, "cancelled" if name in self.aborted else "length"))
         if not self._live:
             self.idle.set()
         return out
 
-    def apply(self, change: protocol.Apply) -> protocol.Applied | protocol.Refused:
+    def apply(self, change: messages.Apply) -> messages.Applied | messages.Refused:
         if change.epoch < 3:
-            return protocol.Refused(change.id, "stale_epoch", f"epoch: {change.epoch} is below 3")
-        return protocol.Applied(change.id, change.generation, change.epoch, ["numWorkers"], 5, 1, True)
+            return messages.Refused(change.id, "stale_epoch", f"epoch: {change.epoch} is below 3")
+        return messages.Applied(change.id, change.generation, change.epoch, ["numWorkers"], 5, 1, True)
 
-    def describe(self, request_id: str, /) -> protocol.Described:
-        return protocol.Described(
+    def describe(self, request_id: str, /) -> messages.Described:
+        return messages.Described(
             request_id, "i", self._start.model, "cpu", 99, 1, 3, self._start.config, False, {"maxTokens": 7}
         )
 
-    def sample(self, request_id: str, /) -> protocol.Sampled:
-        return protocol.Sampled(request_id, {"steps": float(self.steps)}, {}, 1, 0, 0)
+    def sample(self, request_id: str, /) -> messages.Sampled:
+        return messages.Sampled(request_id, {"steps": {"": self.steps}}, {}, 1, 0, 0)
 
     def close(self) -> None:
         self.closed = True
@@ -79,26 +82,34 @@ async def client_of(**options: Any) -> CoreClient:
     )
 
 
-def ask(name: str, prompt: list[int]) -> protocol.Generate:
-    return protocol.Generate(name, prompt, 1)
+@asynccontextmanager
+async def closing(client: CoreClient) -> AsyncIterator[CoreClient]:
+    try:
+        yield client
+    finally:
+        await client.close()
 
 
-async def test_messages_of_two_requests_reach_their_own_iterators() -> None:
-    async with await client_of() as client:
+def ask(name: str, prompt: list[int]) -> messages.Generate:
+    return messages.Generate(name, prompt, 1)
+
+
+async def test_messages_of_two_requests_reach_their_own_handles() -> None:
+    async with closing(await client_of()) as client:
         assert client.described.context_length == 99
-        generations = [client.generate(ask("a", [1, 2, 3])), client.generate(ask("b", [9]))]
-        ids: list[list[int]] = []
-        for generation in generations:
-            messages = [message async for message in generation]
-            assert isinstance(messages[-1], protocol.Finished)
-            ids.append([i for m in messages if isinstance(m, protocol.Tokens) for i in m.ids])
-        assert ids == [[1, 2, 3], [9]]
+        handles = [client.generate(ask("a", [1, 2, 3])), client.generate(ask("b", [9]))]
+        received: list[list[int]] = [[], []]
+        for handle, ids in zip(handles, received, strict=True):
+            while new := await handle.tokens():
+                ids.extend(new)
+            assert (await handle.result()).reason == "length"
+        assert received == [[1, 2, 3], [9]]
         assert client.open_requests == 0
-        assert (await client.sample()).counters["steps"] >= 3
+        assert (await client.sample()).counters["steps"][""] >= 3
 
 
-async def test_change_and_its_refusal() -> None:
-    async with await client_of() as client:
+async def test_change_is_applied_and_wrong_change_is_refused() -> None:
+    async with closing(await client_of()) as client:
         report = await client.apply(3, 8, {"numWorkers": 4})
         assert (report.generation, report.blocks_kept, report.blocks_lost, report.converging) == (
             8,
@@ -111,30 +122,29 @@ async def test_change_and_its_refusal() -> None:
         assert caught.value.code == "stale_epoch"
 
 
-async def test_leaving_an_iterator_aborts_in_the_core() -> None:
-    async with await client_of() as client:
-        generation = client.generate(ask("long", [7] * 200_000))
-        async for _ in generation:
-            break
-        await generation.aclose()
-        with pytest.raises(RequestCancelledError):
-            await generation.result()
+async def test_cancelled_request_is_aborted_in_the_core() -> None:
+    async with closing(await client_of()) as client:
+        handle = client.generate(ask("long", [7] * 200_000))
+        assert await handle.tokens()
+        handle.cancel()
+        with pytest.raises(RequestCancelledError, match="the client closed the request"):
+            await handle.result()
         while client.open_requests:
             await client.sample()
 
 
 async def test_fault_in_a_step_ends_every_request_with_one_line() -> None:
     client = await client_of(fail_at=3)
-    generations = [client.generate(ask(name, [1] * 100)) for name in "ab"]
-    for generation in generations:
+    handles = [client.generate(ask(name, [1] * 100)) for name in "ab"]
+    for handle in handles:
         with pytest.raises(CoreUnavailableError, match=r"^ValueError: a fault in the puppet$"):
-            await generation.result()
+            await handle.result()
     with pytest.raises(CoreUnavailableError, match="a fault in the puppet"):
         client.generate(ask("c", [1]))
     await client.close()
 
 
-async def test_core_that_cannot_start_says_why() -> None:
+async def test_core_that_cannot_start_reports_the_reason() -> None:
     def build(start: CoreStart) -> Puppet:
         raise StartError("model: no such thing")
 
@@ -142,17 +152,17 @@ async def test_core_that_cannot_start_says_why() -> None:
         await CoreClient.start(CoreStart(), lambda start: CoreThread(start, build))
 
 
-async def test_stop_finishes_what_runs() -> None:
+async def test_stop_finishes_running_requests() -> None:
     client = await client_of()
-    generation = client.generate(ask("last", [1] * 5000))
+    handle = client.generate(ask("last", [1] * 5000))
     await client.close()
-    assert (await generation.result()).reason == "length"
-    assert len(generation.ids) == 5000
+    assert (await handle.result()).reason == "length"
+    assert len(handle.ids) == 5000
     with pytest.raises(CoreUnavailableError, match="the engine was shut down"):
         client.generate(ask("late", [1]))
 
 
-def test_front_that_does_not_read_holds_up_no_step_and_loses_nothing() -> None:
+def test_front_that_does_not_read_delays_no_step_and_loses_no_message() -> None:
     front, core = socket.socketpair()
     puppet = Puppet(CoreStart())
     loop = CoreLoop(puppet, core)
@@ -161,16 +171,16 @@ def test_front_that_does_not_read_holds_up_no_step_and_loses_nothing() -> None:
     ids = list(range(20_000))  # far more than a socket's buffer holds
     front.sendall(frame(ask("a", ids)))
     front.settimeout(10)
-    reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
+    reader: FrameReader[messages.FromCore] = FrameReader(messages.FromCore)
     assert puppet.idle.wait(60), "the core steps on although nobody reads"
     assert puppet.steps == len(ids)
     got: list[int] = []
     ended = False
     while not ended:
         for message in reader.feed(front.recv(1 << 16)):
-            if isinstance(message, protocol.Tokens):
+            if isinstance(message, messages.Tokens):
                 got += message.ids
-            ended = ended or isinstance(message, protocol.Finished)
+            ended = ended or isinstance(message, messages.Finished)
     assert got == ids
     front.close()
     thread.join(5)
@@ -179,11 +189,11 @@ def test_front_that_does_not_read_holds_up_no_step_and_loses_nothing() -> None:
 
 
 @given(texts=st.lists(st.text(max_size=40), max_size=6), cuts=st.lists(st.integers(1, 30), max_size=40))
-def test_frames_survive_any_cut(texts: list[str], cuts: list[int]) -> None:
-    stream = b"".join(frame(protocol.Failed(text)) for text in texts)
-    reader: FrameReader[protocol.FromCore] = FrameReader(protocol.FromCore)
-    got: list[protocol.FromCore] = []
+def test_frames_are_decoded_from_any_chunks(texts: list[str], cuts: list[int]) -> None:
+    stream = b"".join(frame(messages.Failed(text)) for text in texts)
+    reader: FrameReader[messages.FromCore] = FrameReader(messages.FromCore)
+    got: list[messages.FromCore] = []
     for cut in [*cuts, len(stream)]:
         piece, stream = stream[:cut], stream[cut:]
         got += reader.feed(piece)
-    assert got == [protocol.Failed(text) for text in texts]
+    assert got == [messages.Failed(text) for text in texts]

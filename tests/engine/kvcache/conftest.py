@@ -14,14 +14,14 @@ import xxhash
 from kvpilot_engine.contract import PAGE_TOKENS, KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_engine.kvcache import Fidelity, KVCache, KVLayout, Lease
-
-torch.set_num_threads(1)
+from kvpilot_engine.kvcache.tiers.base import Tier
+from kvpilot_engine.kvcache.tiers.host import HostTier
 
 TINY = KVLayout(layers=2, kv_heads=1, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def config(**values: Any) -> KVCacheConfig:
-    """A small lru cache without a host tier, unless told otherwise."""
+    """A small lru cache without a host tier."""
     base = {
         "max_tokens": 512,
         "cache_strategy": "lru",
@@ -36,12 +36,18 @@ def config(**values: Any) -> KVCacheConfig:
 class Harness:
     """Drives a cache as an engine does, and knows what each page must hold."""
 
-    def __init__(self, layout: KVLayout = TINY, **values: Any) -> None:
+    def __init__(
+        self, layout: KVLayout = TINY, *, tiers: Sequence[Tier] | None = None, **values: Any
+    ) -> None:
         self.layout = layout
         self.values = values
         self.events: list[tuple[Any, ...]] = []
         self.cache = KVCache(
-            layout, config(**values), b"root", observer=lambda *event: self.events.append(event)
+            layout,
+            config(**values),
+            b"root",
+            observer=lambda *event: self.events.append(event),
+            tiers=tiers,
         )
 
     @staticmethod
@@ -86,9 +92,24 @@ class Harness:
 
     def lease(self, tokens: Sequence[int], salt: str = "", exact_only: bool = False) -> Lease:
         """Look up, hold and start loading, as the scheduler does for a prompt that has room."""
-        lease = self.cache.lease(tokens, salt, exact_only)
+        lease = self.lookup(tokens, salt, exact_only)
         self.cache.load(lease)
         return lease
+
+    def lookup(self, tokens: Sequence[int], salt: str = "", exact_only: bool = False, **rest: Any) -> Lease:
+        """Look up and hold what the pool has, without a load."""
+        return self.cache.lease(tokens, self.cache.hashes(salt), exact_only, **rest)
+
+    def prefetch(self, tokens: Sequence[int], salt: str = "", exact_only: bool = False) -> None:
+        """Prefetch as for a request that is queued."""
+        self.cache.prefetch(tokens, self.cache.hashes(salt), exact_only)
+
+    @property
+    def host(self) -> HostTier:
+        """The host tier."""
+        tier = self.cache._transfer.tiers[0]
+        assert isinstance(tier, HostTier)
+        return tier
 
     def loaded(self, lease: Lease, timeout_s: float = 30.0) -> Lease:
         """Poll until the lease waits for nothing."""
@@ -124,13 +145,13 @@ class Harness:
         self.cache.check_integrity()
         return cached, fidelity
 
-    def counter(self, name: str) -> float:
-        """One counter by its full name without the prefix."""
-        return self.cache.counters()[f"kvpilot_{name}"]
+    def counter(self, name: str, label: str = "") -> float:
+        """One counter by its name without the prefix, and the value of its label."""
+        return self.cache.counters()[f"kvpilot_{name}"][label]
 
     def flush(self) -> None:
         """Wait until every encoding has landed."""
-        self.until(lambda: not self.cache._traffic._encoding)
+        self.until(lambda: not self.cache._transfer._encoding)
 
 
 @pytest.fixture

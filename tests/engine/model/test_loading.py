@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
-from kvpilot_engine.attention import IMPLEMENTATION, UnsupportedAttentionError
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_engine.model_runner import ModelRunner, Work
-from kvpilot_engine.models import ALLOWED_CLASSES, LoadedModel, ModelError, load_model
+from kvpilot_engine.model.attention import IMPLEMENTATION, UnsupportedAttentionError
+from kvpilot_engine.model.loading import ALLOWED_CLASSES, LoadedModel, ModelError, load_model
+from kvpilot_engine.model.runner import ModelRunner, Work
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -159,9 +159,7 @@ def test_the_root_separates_what_must_not_share_pages(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, r"has no \.safetensors file"),
     ],
 )
-def test_what_would_be_silently_wrong_is_refused(
-    settings: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_unsupported_model_is_refused_by_name(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ModelError, match=reason):
         load_model(str(tmp_path), CPU32)
@@ -184,7 +182,7 @@ def test_an_explicit_shape_must_be_the_models() -> None:
         load_model("builtin/tiny-llama", CPU32.updated({"head_dim": 64}))
 
 
-def test_unknown_names_are_one_clear_line() -> None:
+def test_unknown_model_name_gives_a_one_line_error() -> None:
     with pytest.raises(ModelError, match=r"'builtin/gpt-9' is not built in; builtin/tiny-llama and"):
         load_model("builtin/gpt-9", CPU32)
     with pytest.raises(ModelError, match="'no/where' is neither built in nor a directory"):

@@ -101,7 +101,9 @@ class Served:
 
 
 def eventually(
-    probe: Callable[[], Any], timeout_s: float = 10.0, why: Callable[[], str] = lambda: "never came true"
+    probe: Callable[[], Any],
+    timeout_s: float = 10.0,
+    why: Callable[[], str] = lambda: "the condition did not become true",
 ) -> Any:
     """The first true answer of ``probe``, within ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
@@ -120,7 +122,7 @@ def wait_until() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The engine that most tests share; who changes its configuration changes it back."""
+    """The engine that most tests share; a test that changes its configuration restores it."""
     engine = Served(tmp_path_factory.mktemp("served"), "--drain-lag-seconds", "0").wait_ready()
     yield engine
     assert engine.stop() == 0, engine.log
@@ -128,7 +130,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
-    """Engines to be ended, each in its own way; started together, since starting takes seconds."""
+    """Engines that tests end; started together, since a start takes seconds."""
     engines = [
         Served(tmp_path_factory.mktemp("victim"), "--drain-seconds", "20", "--drain-lag-seconds", "1")
         for _ in range(2)

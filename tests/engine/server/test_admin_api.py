@@ -1,4 +1,4 @@
-"""The admin API: who may, what is refused and how, and changes under load."""
+"""The admin API: authorisation, refusals, and changes under load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until
 
 
 @pytest.mark.parametrize("header", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic abc"}])
-def test_without_the_token_nothing_is_told_or_changed(served: Any, header: dict[str, str]) -> None:
+def test_request_without_the_token_reads_and_changes_nothing(served: Any, header: dict[str, str]) -> None:
     with httpx.Client(base_url=served.admin_url) as client:
         for answer in (
             client.get("/admin/config", headers=header),
@@ -32,7 +32,7 @@ def test_admin_routes_are_not_on_the_main_port_nor_metrics_on_the_admin_port(ser
     assert served.admin.get("/metrics").status_code == 404
 
 
-def test_description_is_the_live_configuration(served: Any) -> None:
+def test_get_returns_the_live_configuration(served: Any) -> None:
     live = AdminConfig.model_validate_json(served.admin.get("/admin/config").text, context=QUIET)
     assert live.contract_version == CONTRACT_VERSION
     assert live.model == "builtin/tiny-llama"
@@ -85,7 +85,7 @@ def test_refused_change_changes_nothing(
     assert served.admin.get("/admin/config").json() == before
 
 
-async def test_no_request_fails_while_changes_land(served: Any) -> None:
+async def test_no_request_fails_during_configuration_changes(served: Any) -> None:
     client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
     failures: list[str] = []
     running = True

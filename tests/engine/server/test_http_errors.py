@@ -1,4 +1,4 @@
-"""Bad input over HTTP: the right status, OpenAI's shape, and one line that names field, value and limit."""
+"""Invalid input over HTTP: status, OpenAI's error shape, and a line that names field, value and limit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": "a" * 20_000}, None, "the cache holds 16384 (the engine's max_tokens)"),
     ],
 )  # fmt: skip
-def test_wrong_completion_is_a_clear_400(
+def test_invalid_completion_is_a_400_that_names_field_and_value(
     served: Any, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     error = error_of(served.http.post("/v1/completions", json=body), 400)
@@ -77,7 +77,7 @@ def test_wrong_completion_is_a_clear_400(
         ({"messages": CHAT, "max_completion_tokens": -1}, "max_completion_tokens", "or equal to 1"),
     ],
 )  # fmt: skip
-def test_wrong_chat_is_a_clear_400(
+def test_invalid_chat_is_a_400_that_names_field_and_value(
     served: Any, body: dict[str, Any], param: str | None, message: str
 ) -> None:
     error = error_of(served.http.post("/v1/chat/completions", json=body), 400)
@@ -101,18 +101,18 @@ def test_neutral_values_of_unsupported_parameters_are_accepted(served: Any) -> N
     assert answer.status_code == 200, answer.text
 
 
-def test_body_that_is_no_json(served: Any) -> None:
+def test_body_that_is_not_json_is_400(served: Any) -> None:
     error = error_of(served.http.post("/v1/completions", content=b"{not json"), 400)
     assert error["message"].startswith("body: invalid JSON")
 
 
-def test_unknown_model(served: Any) -> None:
+def test_unknown_model_is_404(served: Any) -> None:
     error = error_of(served.http.post("/v1/completions", json={"model": "gpt-9", "prompt": "a"}), 404)
     assert error["code"] == "model_not_found"
     assert "must be 'builtin/tiny-llama'" in error["message"]
 
 
-def test_unknown_path_and_wrong_method(served: Any) -> None:
+def test_unknown_path_is_404_and_wrong_method_is_405(served: Any) -> None:
     assert error_of(served.http.get("/v2/completions"), 404)["message"] == "unknown path: GET /v2/completions"
     assert "method GET is not allowed" in error_of(served.http.get("/v1/completions"), 405)["message"]
     assert "method DELETE is not allowed" in error_of(served.http.delete("/metrics"), 405)["message"]
@@ -126,12 +126,12 @@ def test_body_beyond_the_limit_is_413(served: Any, announced: bool) -> None:
     assert "at most 8388608 bytes" in error_of(answer, 413)["message"]
 
 
-def test_stream_that_cannot_start_is_a_status_and_not_an_event(served: Any) -> None:
+def test_stream_that_cannot_start_is_an_http_error(served: Any) -> None:
     answer = served.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 10**6, "stream": True})
     assert error_of(answer, 400)["param"] == "max_tokens"
 
 
-def test_wrong_requests_are_counted_as_invalid(served: Any) -> None:
+def test_invalid_requests_are_counted_as_invalid(served: Any) -> None:
     before = served.metric("kvpilot_requests_total", outcome="invalid")
     served.http.post("/v1/completions", json={"prompt": "a", "n": 2})
     assert served.metric("kvpilot_requests_total", outcome="invalid") == before + 1

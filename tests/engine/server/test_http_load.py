@@ -1,4 +1,4 @@
-"""Overload, time limits, clients that leave, and what the metrics say of them."""
+"""Overload, time limits and disconnects, and their metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def narrow(served: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_frees_what_it_held(served: Any, wait_until: Any, stream: bool) -> None:
+def test_disconnect_of_the_client_frees_its_pages(served: Any, wait_until: Any, stream: bool) -> None:
     cancelled = outcome(served, "cancelled")
     body = {"prompt": "Leaving soon", "max_tokens": 4000, "stream": stream}
     with httpx.Client(base_url=served.url) as client:
@@ -67,7 +67,7 @@ def test_full_queue_sheds_with_retry_after_and_serves_the_others(narrow: Any) ->
     assert outcome(narrow, "shed") == shed + len(refused)
 
 
-def test_request_beyond_its_time_is_504(narrow: Any) -> None:
+def test_request_beyond_its_time_limit_is_504(narrow: Any) -> None:
     timeouts = outcome(narrow, "timeout")
     narrow.patch(requestTimeoutS=0.2)
     answer = narrow.http.post("/v1/completions", json={"prompt": "Slow", "max_tokens": 4000})
@@ -77,7 +77,7 @@ def test_request_beyond_its_time_is_504(narrow: Any) -> None:
     assert outcome(narrow, "timeout") == timeouts + 1
 
 
-def test_stream_beyond_its_time_ends_with_an_error_event(narrow: Any) -> None:
+def test_stream_beyond_its_time_limit_ends_with_an_error_event(narrow: Any) -> None:
     narrow.patch(requestTimeoutS=0.3)
     with pytest.raises(openai.APIError, match=r"0\.3"):
         for _ in narrow.openai.completions.create(model=MODEL, prompt="Slow", max_tokens=4000, stream=True):
@@ -106,13 +106,13 @@ def test_urgent_request_overtakes_the_queue(narrow: Any, wait_until: Any) -> Non
     assert "urgent" not in ended[-2:], ended
 
 
-def test_half_a_request_and_silence_do_not_disturb(served: Any) -> None:
+def test_incomplete_request_does_not_disturb_others(served: Any) -> None:
     with socket.create_connection(("127.0.0.1", int(served.url.rsplit(":", 1)[1]))) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert served.http.get("/healthz").status_code == 200
 
 
-def test_every_metric_of_the_contract_is_there_from_the_start(served: Any) -> None:
+def test_every_metric_of_the_contract_is_exposed_from_the_start(served: Any) -> None:
     text = served.http.get("/metrics").text
     spelled = [
         value for key, value in vars(names).items() if key.isupper() and str(value).startswith("kvpilot_")

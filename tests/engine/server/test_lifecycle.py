@@ -1,4 +1,4 @@
-"""Start, drain, and every way to die."""
+"""Start, drain and the ends of a serving process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ import httpx
 import openai
 import psutil
 import pytest
+import typer
+from typer.testing import CliRunner
+
+from kvpilot_engine.__main__ import main
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
 
@@ -41,7 +45,7 @@ def stream_in_background(engine: Any, tokens: int) -> tuple[threading.Thread, li
 
 
 @pytest.mark.slow
-def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
+def test_sigterm_drains_before_the_exit(victims: list[Any], wait_until: Any) -> None:
     engine = victims[0]
     thread, text, errors = stream_in_background(engine, 600)
     wait_until(lambda: text)
@@ -65,7 +69,9 @@ def test_sigterm_drains(victims: list[Any], wait_until: Any) -> None:
 
 
 @pytest.mark.slow
-def test_dead_core_ends_every_request_clearly_and_the_process(victims: list[Any], wait_until: Any) -> None:
+def test_dead_core_ends_every_request_with_an_error_and_the_process(
+    victims: list[Any], wait_until: Any
+) -> None:
     engine = victims[1]
     thread, text, errors = stream_in_background(engine, 3000)
     whole: list[httpx.Response] = []
@@ -128,16 +134,18 @@ def started(*options: str, **environment: str) -> subprocess.CompletedProcess[st
         (b"\xff\xfe", "engine.json is neither YAML nor JSON: 'utf-8' codec can't decode"),
     ],
 )  # fmt: skip
-def test_wrong_config_file_is_one_line_and_exit_2(tmp_path: Path, content: Any, message: str) -> None:
+def test_invalid_config_file_is_one_line_and_exit_2(tmp_path: Path, content: Any, message: str) -> None:
     file = tmp_path / "engine.json"
     file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    ended = started("--config", str(file))
-    assert ended.returncode == 2
+    command = typer.Typer()
+    command.command()(main)
+    ended = CliRunner().invoke(command, ["--config", str(file)])
+    assert ended.exit_code == 2
     assert message in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_missing_config_file_unknown_model_and_bad_limit(tmp_path: Path) -> None:
+def test_missing_config_file_unknown_model_and_invalid_limit_are_one_line(tmp_path: Path) -> None:
     missing = started("--config", str(tmp_path / "none.yaml"))
     assert (missing.returncode, "--config: cannot read" in missing.stderr) == (2, True)
     unknown = started("--model", "/no/such/model")
@@ -148,7 +156,7 @@ def test_missing_config_file_unknown_model_and_bad_limit(tmp_path: Path) -> None
     assert "KVPILOT_MEMORY_LIMIT_BYTES: must be a positive whole number of bytes, got 'lots'" in limit.stderr
 
 
-def test_bad_thread_count_and_broken_tokenizer_are_one_line(tmp_path: Path) -> None:
+def test_invalid_thread_count_and_broken_tokenizer_are_one_line(tmp_path: Path) -> None:
     threads = started(KVPILOT_TORCH_THREADS="abc")
     assert threads.returncode == 2
     assert "error: KVPILOT_TORCH_THREADS: must be a whole number from 1 to 1024, got 'abc'" in threads.stderr
@@ -160,7 +168,7 @@ def test_bad_thread_count_and_broken_tokenizer_are_one_line(tmp_path: Path) -> N
     assert len(tokenizer.stderr.splitlines()) == 1
 
 
-def test_taken_port_is_named(served: Any) -> None:
+def test_port_in_use_is_named(served: Any) -> None:
     port = served.url.rsplit(":", 1)[1]
     ended = started("--port", port)
     assert ended.returncode == 2

@@ -17,7 +17,7 @@ def complete(served: Any, prompt: str, **more: Any) -> Any:
     return served.openai.completions.create(model=MODEL, prompt=prompt, temperature=0, **more)
 
 
-def test_completion_counts_tokens_and_says_what_came_from_the_cache(served: Any) -> None:
+def test_completion_reports_tokens_and_cached_tokens(served: Any) -> None:
     prompt = (
         "A prompt long enough that several pages of sixteen tokens are full of it, and then a little more. "
         * 3
@@ -35,7 +35,7 @@ def test_completion_counts_tokens_and_says_what_came_from_the_cache(served: Any)
     assert len(first.choices[0].text) == 8
 
 
-def test_completion_stream_says_the_same_as_the_whole_answer(served: Any) -> None:
+def test_streamed_completion_equals_the_whole_one(served: Any) -> None:
     whole = complete(served, "Once upon a time", max_tokens=24)
     chunks = list(
         complete(
@@ -65,7 +65,7 @@ MESSAGES: list[Any] = [
 ]
 
 
-def test_chat_and_its_stream_agree(served: Any) -> None:
+def test_streamed_chat_equals_the_whole_one(served: Any) -> None:
     whole = served.openai.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_completion_tokens=20, temperature=0
     )
@@ -85,7 +85,7 @@ def test_chat_and_its_stream_agree(served: Any) -> None:
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
-def test_next_turn_of_a_chat_finds_the_last_answer_in_the_cache(served: Any) -> None:
+def test_next_turn_of_a_chat_hits_the_pages_of_the_last_answer(served: Any) -> None:
     question = [{"role": "user", "content": "First question, long enough for a few pages of tokens. " * 3}]
     answer = served.openai.chat.completions.create(
         model=MODEL, messages=question, max_tokens=64, temperature=0
@@ -123,13 +123,13 @@ def test_seed_repeats_a_sampled_answer(served: Any) -> None:
     assert len({sampled(seed) for seed in range(5)}) > 1
 
 
-def test_token_ids_are_a_prompt_too(served: Any) -> None:
+def test_prompt_can_be_token_ids(served: Any) -> None:
     as_text = complete(served, "ids", max_tokens=4)
     as_ids = served.openai.completions.create(model=MODEL, prompt=list(b"ids"), temperature=0, max_tokens=4)
     assert as_ids.choices[0].text == as_text.choices[0].text
 
 
-def test_extension_fields_travel_in_extra_body(served: Any) -> None:
+def test_extension_fields_are_accepted_in_extra_body(served: Any) -> None:
     answer = complete(
         served,
         "Extended",
@@ -141,7 +141,7 @@ def test_extension_fields_travel_in_extra_body(served: Any) -> None:
     assert answer.usage.completion_tokens == 2
 
 
-def test_models(served: Any) -> None:
+def test_served_model_is_listed(served: Any) -> None:
     assert [model.id for model in served.openai.models.list()] == [MODEL]
     assert served.openai.models.retrieve(MODEL).owned_by == "kvpilot"
     with pytest.raises(

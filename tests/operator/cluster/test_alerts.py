@@ -12,11 +12,19 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvpilot_operator.alerts import AlertReceiver, missed
-from kvpilot_operator.loop import Look
-from kvpilot_operator.ports import Key, Snapshot
+from kvpilot_operator.cluster.alerts import AlertReceiver
+from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.status.snapshot import Key, Snapshot
 from kvpilot_operator.tuning.decision import Decision, Objective
-from kvpilot_operator.tuning.observation import Boost, Counts, Gauges, Observation, Pod, Sample
+from kvpilot_operator.tuning.observation import (
+    Boost,
+    Counts,
+    Gauges,
+    Observation,
+    ObservedReplica,
+    Sample,
+    SourceProblem,
+)
 from kvpilot_operator.tuning.pace import PACES
 from kvpilot_operator.tuning.policy import Objectives, Policy, Scaling
 from kvpilot_operator.tuning.state import TuningState
@@ -39,10 +47,11 @@ class World:
     problem: str = ""
     arrivals: float = 0.0
     away: bool = False
+    paused: dict[str, Any] = field(default_factory=dict)
     boosts: dict[str, Boost] = field(default_factory=dict)
     events: list[tuple[str, str]] = field(default_factory=list)
     counted: list[str] = field(default_factory=list)
-    looks: int = 0
+    results: int = 0
     woken: int = 0
     now: float = NOW
 
@@ -55,17 +64,18 @@ class World:
             CHAT, {"metadata": {"uid": "u"}}, self.replicas, (), None, boosts=tuple(self.boosts.values())
         )
 
-    async def look(self, key: Key) -> Look | None:
-        self.looks += 1
+    async def result(self, key: Key) -> Reconciliation | None:
+        self.results += 1
         snapshot = await self.read(key)
         if snapshot is None:
             return None
         sample = None if self.problem else Sample({"short": Counts(arrivals=self.arrivals)}, Gauges(), 0, 10)
         serving = range(self.replicas - self.starting)
-        pods = tuple(Pod(f"p{n}", f"chat-{n}", True, sample=sample) for n in serving)
-        seen = Observation(self.now, pods, {}, None, self.replicas, metrics_problem=self.problem)
+        pods = tuple(ObservedReplica(f"p{n}", f"chat-{n}", True, sample=sample) for n in serving)
+        problem = SourceProblem("MetricsUnavailable", self.problem) if self.problem else None
+        seen = Observation(self.now, pods, {}, None, self.replicas, metrics_problem=problem, **self.paused)
         decision = Decision(TuningState(), objectives=() if self.problem else self.objectives)
-        return Look(CHAT, snapshot, self.policy, seen, decision)
+        return Reconciliation(CHAT, snapshot, self.policy, seen, decision)
 
     def boost_name(self, key: Key, fingerprint: str) -> str:
         return f"{key.name}-alert-{fingerprint}"
@@ -95,7 +105,7 @@ async def send(world: World, tmp_path: Path) -> AsyncIterator[Send]:
     token = tmp_path / "token"
     token.write_text("secret\n")
     receiver = AlertReceiver(
-        world, world.look, world.wake, world.counted.append, token_file=token, ttl_s=600, resolved_s=60,
+        world, world.result, world.wake, world.counted.append, token_file=token, ttl_s=600, resolved_s=60,
         clock=lambda: world.now,
     )  # fmt: skip
     runner = web.AppRunner(receiver.app())
@@ -135,7 +145,7 @@ async def test_a_verified_alert_becomes_one_expiring_boost_and_brings_the_look_f
     assert await send(payload(alert())) == (200, {"results": ["boosted"]})
     (boost,) = world.boosts.values()
     assert (boost.min_replicas, boost.expires_at) == (3, NOW + 600)
-    assert world.looks == 2, "one to verify, one to act"
+    assert world.results == 2, "one to verify, one to act"
     ((reason, message),) = world.events
     assert reason == "AlertBoost"
     assert message.startswith("Alert CriticalLatency: at least 3 replicas until ")
@@ -253,7 +263,7 @@ async def test_one_group_may_mix_firing_and_resolved(world: World, send: Send) -
     ],
 )
 def test_what_counts_as_missed(objective: Objective, is_missed: bool) -> None:
-    assert missed(objective) is is_missed
+    assert objective.missed_now is is_missed
 
 
 async def test_alerts_of_one_incident_are_one_step(world: World, send: Send) -> None:
@@ -285,3 +295,18 @@ async def test_nothing_is_promised_where_nothing_is_tuned(world: World, send: Se
     world.policy = replace(POLICY, mode="Recommend")
     assert await send(payload(alert())) == (200, {"results": ["not_scalable"]})
     assert not world.boosts
+
+
+@pytest.mark.parametrize(
+    ("paused", "mode", "result"),
+    [
+        ({"paused_by": "stop"}, "Auto", "boosted"),
+        ({"paused_by": "stop", "scaling_paused": True}, "Auto", "not_scalable"),
+        ({}, "Approve", "boosted"),
+    ],
+)
+async def test_pause_of_tuning_stops_no_alert(
+    world: World, send: Send, paused: dict[str, Any], mode: Any, result: str
+) -> None:
+    world.paused, world.policy = paused, replace(POLICY, mode=mode)
+    assert await send(payload(alert())) == (200, {"results": [result]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
@@ -12,14 +13,16 @@ import pytest
 from tests.ports import free_port
 from typer.testing import CliRunner
 
+from kvpilot_operator.adapters.metrics.sources import Source, SourcesError, load_sources
 from kvpilot_operator.cli import app
-from kvpilot_operator.logs import redact
-from kvpilot_operator.loop import Look
-from kvpilot_operator.operator_metrics import OperatorMetrics
-from kvpilot_operator.ports import Key, Snapshot
-from kvpilot_operator.sources import Source, SourcesError, load_sources
+from kvpilot_operator.cluster.logs import redact
+from kvpilot_operator.cluster.metrics import OperatorMetrics
+from kvpilot_operator.cluster.service import health
+from kvpilot_operator.reconcile.queue import KeyedQueue
+from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.status.snapshot import Key, Snapshot
 from kvpilot_operator.tuning.decision import Decision, Objective, Record
-from kvpilot_operator.tuning.observation import Observation, Pod
+from kvpilot_operator.tuning.observation import Observation, ObservedReplica
 from kvpilot_operator.tuning.pace import PACES
 from kvpilot_operator.tuning.policy import Objectives, Policy
 from kvpilot_operator.tuning.state import Hold, TuningState
@@ -27,7 +30,7 @@ from kvpilot_operator.tuning.state import Hold, TuningState
 CHAT = Key("team-a", "chat")
 
 
-def look(state: str, *holds: str, outcome: str = "") -> Look:
+def result(state: str, *holds: str, outcome: str = "") -> Reconciliation:
     policy = Policy(Objectives("request", {}, 0, 0, 0, 1, 1), "Auto", PACES["Fast"], {}, None)
     records = (Record("d-1", 0, "workers-up", outcome, "", None, ()),) if outcome else ()  # type: ignore[arg-type]
     decision = Decision(
@@ -35,10 +38,13 @@ def look(state: str, *holds: str, outcome: str = "") -> Look:
         records=records,
         objectives=(Objective("p95", 0.95, None, None, state),),  # type: ignore[arg-type]
     )
-    pods = (Pod("1", "a", True), Pod("2", "b", False, pending_reason="Unschedulable: no GPU"))
-    return Look(
+    pods = (
+        ObservedReplica("1", "a", True),
+        ObservedReplica("2", "b", False, pending_reason="Unschedulable: no GPU"),
+    )
+    return Reconciliation(
         CHAT,
-        Snapshot(CHAT, {}, 2, pods=(), promoted=None),
+        Snapshot(CHAT, {}, 2, replicas=(), promoted=None),
         policy,
         Observation(0, pods, {}, None, 2),
         decision,
@@ -55,7 +61,7 @@ def lines(metrics: OperatorMetrics) -> list[str]:
 
 def test_a_look_replaces_what_was_said_of_the_resource() -> None:
     metrics = OperatorMetrics()
-    metrics.looked(look("Breached", "Cooldown", outcome="Promoted"))
+    metrics.reconciled(result("Breached", "Cooldown", outcome="Promoted"))
     said = lines(metrics)
     of = 'name="chat",namespace="team-a"'
     assert f'kvpilot_operator_hold{{{of},reason="Cooldown"}} 1.0' in said
@@ -63,7 +69,7 @@ def test_a_look_replaces_what_was_said_of_the_resource() -> None:
     assert f'kvpilot_operator_replicas{{{of},state="pending"}} 1.0' in said
     assert 'kvpilot_operator_decisions_total{outcome="Promoted",rule="workers-up"} 1.0' in said
 
-    metrics.looked(look("Met"))
+    metrics.reconciled(result("Met"))
     said = lines(metrics)
     assert not [line for line in said if "hold{" in line or "Breached" in line]
     metrics.forget(CHAT)
@@ -75,14 +81,14 @@ def test_no_secret_is_ever_logged() -> None:
         "event": "x", "admin_token": "s3cret", "Authorization": "Bearer s3cret",
         "note": "sent bearer s3cret to y", "error": "ok",
     }  # fmt: skip
-    told = json.dumps(redact(None, "", event))
-    assert "s3cret" not in told
-    assert '"error": "ok"' in told
+    reported = json.dumps(redact(None, "", event))
+    assert "s3cret" not in reported
+    assert '"error": "ok"' in reported
 
 
 def test_logs_are_json_lines() -> None:
     program = (
-        "from kvpilot_operator import logs; import structlog, logging; logs.configure();"
+        "from kvpilot_operator.cluster import logs; import structlog, logging; logs.configure();"
         "structlog.get_logger('a').info('tick', resource='team-a/chat', token='s3cret');"
         "logging.getLogger('kopf.objects').info('Handler succeeded');"
         "logging.getLogger('b').warning('careful %s', 1)"
@@ -129,6 +135,46 @@ def test_a_bad_sources_file_is_named_with_its_fault(tmp_path: Path, text: str, m
         load_sources(sources(tmp_path, text))
 
 
+async def test_health_fails_within_a_minute_of_the_oldest_reconcile_that_hangs() -> None:
+    now, code = 1000.0, Key("team-a", "code")
+    started = {CHAT: asyncio.Event(), code: asyncio.Event()}
+    hanging = asyncio.Event()
+
+    async def reconcile(key: Key) -> None:
+        started[key].set()
+        await hanging.wait()
+
+    async def resync() -> None:
+        pass
+
+    queue = KeyedQueue(reconcile, resync, clock=lambda: now)
+    served = asyncio.create_task(queue.run())
+
+    async def advance(seconds: float, key: Key) -> None:
+        nonlocal now
+        now += seconds
+        queue.enqueue(key)  # the queue itself runs on
+        async with asyncio.timeout(5):
+            await started[key].wait()
+            while queue.idle_s > 0:  # noqa: ASYNC110 - the time of the queue, not of the test
+                await asyncio.sleep(0)
+
+    await advance(0, CHAT)
+    await advance(30, code)
+    await advance(29, code)
+    page = health(queue)
+    assert page.status == 200
+    assert json.loads(page.text or "") == {"secondsSinceQueueRan": 0.0, "secondsOfLongestReconcile": 59.0}
+    await advance(1, code)
+    page = health(queue)
+    assert page.status == 503
+    assert json.loads(page.text or "") == {"secondsSinceQueueRan": 0.0, "secondsOfLongestReconcile": 60.0}
+    hanging.set()
+    await queue.stop()
+    await served
+    assert queue.oldest_reconcile_s == 0
+
+
 def command(folder: Path, key: str) -> list[str]:
     """The operator's, for a cluster whose API server is not there."""
     (folder / "key").write_text(key)
@@ -149,8 +195,8 @@ def test_told_to_stop_while_it_waits_for_the_api_server_it_ends_at_once(tmp_path
     with subprocess.Popen(command(tmp_path, "k" * 32), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
-            told = next(line for line in process.stderr if "definitions_missing" in line)
-            assert "127.0.0.1" in json.loads(told)["missing"]
+            reported = next(line for line in process.stderr if "definitions_missing" in line)
+            assert "127.0.0.1" in json.loads(reported)["missing"]
             process.terminate()
             assert process.wait(5) == 0
         finally:
@@ -184,7 +230,7 @@ def test_a_start_without_a_cluster_is_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    monkeypatch.setattr("kvpilot_operator.logs.configure", lambda _: None)
+    monkeypatch.setattr("kvpilot_operator.cluster.logs.configure", lambda _: None)
     Path("kubeconfig").write_text(kubeconfig)
     result = CliRunner().invoke(app, ["operator", *arguments])
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""Sending: open loop, and every way to fail has its own count."""
+"""Sending requests: the open loop, and a count of failures by kind."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from kvpilot_operator.load.client import Answer, Client, RequestError
-from kvpilot_operator.load.results import Result, Tally, lines_of, percentile
+from kvpilot_operator.load.results import RequestResult, Tally, format_summary, percentile
 from kvpilot_operator.load.runner import LoadRun
-from kvpilot_operator.load.workload import Arrival, Ask, LoadError, Seen
+from kvpilot_operator.load.workload import Arrival, LoadError, LoadFeedback, LoadRequest
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 8}}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -22,22 +22,22 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True)
 class Even:
-    """Requests at equal distances."""
+    """Requests at equal intervals."""
 
     count: int
     gap: float
     answers: list[str]
     title: str = "even"
-    probes: tuple[Ask, ...] = ()
+    probes: tuple[LoadRequest, ...] = ()
 
     @property
     def seconds(self) -> float:
         return self.count * self.gap
 
-    def arrivals(self, seen: Seen) -> Iterator[Arrival]:
+    def arrivals(self, seen: LoadFeedback) -> Iterator[Arrival]:
         for index in range(self.count):
-            ask = Ask("/v1/completions", {"prompt": f"{index}", "max_tokens": 4})
-            yield Arrival(index * self.gap, "even", lambda ask=ask: ask, self.answers.append)
+            request = LoadRequest("/v1/completions", {"prompt": f"{index}", "max_tokens": 4})
+            yield Arrival(index * self.gap, "even", lambda request=request: request, self.answers.append)
 
 
 @asynccontextmanager
@@ -73,7 +73,7 @@ async def sent(url: str, workload: Even, *, stream: bool = False, timeout_s: flo
     return run
 
 
-async def test_a_slow_server_does_not_slow_the_load() -> None:
+async def test_slow_server_does_not_slow_the_load() -> None:
     in_flight, most = 0, 0
 
     async def slow(_: web.Request) -> web.Response:
@@ -93,7 +93,7 @@ async def test_a_slow_server_does_not_slow_the_load() -> None:
     assert summary["tokens"]["output"] == 80  # type: ignore[index]
 
 
-async def test_every_failure_has_its_kind() -> None:
+async def test_failures_are_counted_by_kind() -> None:
     async def handler(request: web.Request) -> web.Response:
         number = int((await request.json())["prompt"])
         if number == 4:
@@ -103,16 +103,16 @@ async def test_every_failure_has_its_kind() -> None:
         status = {0: 200, 1: 429, 2: 400, 3: 503}[number]
         if status == 200:
             return web.json_response({"choices": [{"text": "abcd"}], "usage": USAGE})
-        return web.json_response({"error": {"message": f"told {number}"}}, status=status)
+        return web.json_response({"error": {"message": f"refused {number}"}}, status=status)
 
     answers: list[str] = []
     async with server(handler) as url:
         run = await sent(url, Even(6, 0, answers), timeout_s=1)
     summary = run.summary()
     assert summary["errors"] == {"shed": 1, "refused": 1, "server": 1, "timeout": 1, "protocol": 1}
-    assert summary["error_examples"]["shed"] == "429: told 1"  # type: ignore[index]
+    assert summary["error_examples"]["shed"] == "429: refused 1"  # type: ignore[index]
     assert answers == ["abcd"]
-    assert "errors      1 timeout (no answer in time): no answer within 1 s" in lines_of(summary)
+    assert "errors      1 timeout (no answer in time): no answer within 1 s" in format_summary(summary)
 
 
 UNDECODABLE = b'{"choices":[{"text":"\xff\xfe"}]}'
@@ -126,9 +126,7 @@ UNDECODABLE = b'{"choices":[{"text":"\xff\xfe"}]}'
         (b"data: " + b"x" * 2**20 + b"\n\n", True, "not an event of the OpenAI API"),
     ],
 )
-async def test_an_answer_that_cannot_be_read_is_a_failure_of_the_protocol(
-    body: bytes, stream: bool, message: str
-) -> None:
+async def test_unreadable_answer_is_a_protocol_failure(body: bytes, stream: bool, message: str) -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=body)
 
@@ -139,7 +137,7 @@ async def test_an_answer_that_cannot_be_read_is_a_failure_of_the_protocol(
     assert result.message.startswith(message)
 
 
-async def test_a_refusal_that_cannot_be_read_keeps_its_kind() -> None:
+async def test_unreadable_refusal_keeps_its_kind() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(status=503, body=b'{"error":{"message":"\xff"}}')
 
@@ -149,20 +147,20 @@ async def test_a_refusal_that_cannot_be_read_keeps_its_kind() -> None:
     assert (result.kind, result.message) == ("server", '503: {"error":{"message":"\ufffd"}}')
 
 
-async def test_a_server_that_names_its_model_in_no_text_is_told() -> None:
+async def test_server_without_a_readable_model_is_an_error() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.Response(body=b'{"data":[{"id":"\xff"}]}')
 
     app = web.Application()
     app.router.add_get("/v1/models", handler)
     async with serving(app) as url, Client(url) as client:
-        with pytest.raises(RequestError, match="/v1/models names no model"):
+        with pytest.raises(RequestError, match="/v1/models lists no model"):
             await client.find_model()
 
 
-async def test_what_the_client_does_not_foresee_is_no_cut_off() -> None:
+async def test_unexpected_client_error_is_not_counted_as_cut_off() -> None:
     class Broken(Client):
-        async def send(self, ask: Ask) -> Answer:
+        async def send(self, request: LoadRequest) -> Answer:
             raise RecursionError("too deep")
 
     async with Broken("http://127.0.0.1:9") as client:
@@ -172,7 +170,7 @@ async def test_what_the_client_does_not_foresee_is_no_cut_off() -> None:
     assert (result.kind, result.message) == ("protocol", "RecursionError: too deep")
 
 
-async def test_a_stream_is_read_to_its_end_and_its_first_token_noted() -> None:
+async def test_stream_is_read_to_its_end_and_its_first_token_timed() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         assert (await request.json())["stream_options"] == {"include_usage": True}
         response = web.StreamResponse()
@@ -194,7 +192,7 @@ async def test_a_stream_is_read_to_its_end_and_its_first_token_noted() -> None:
     assert 0.04 < result.first_token < result.seconds
 
 
-async def test_stopping_cuts_off_and_counts_what_is_in_flight() -> None:
+async def test_stop_cuts_off_and_counts_requests_in_flight() -> None:
     started = asyncio.Event()
 
     async def never(_: web.Request) -> web.Response:
@@ -212,7 +210,7 @@ async def test_stopping_cuts_off_and_counts_what_is_in_flight() -> None:
     assert {r.kind for r in run.tally.results} == {"cancelled"}
 
 
-async def test_winding_down_waits_for_what_is_in_flight() -> None:
+async def test_winding_down_waits_for_requests_in_flight() -> None:
     started, release = asyncio.Event(), asyncio.Event()
 
     async def held(_: web.Request) -> web.Response:
@@ -231,7 +229,7 @@ async def test_winding_down_waits_for_what_is_in_flight() -> None:
     assert {r.kind for r in run.tally.results} == {"ok"}
 
 
-async def test_a_server_that_is_not_there_is_named() -> None:
+async def test_unreachable_server_is_named() -> None:
     async with Client("http://127.0.0.1:9") as client:
         with pytest.raises(RequestError, match=r"cannot reach http://127.0.0.1:9/v1/models"):
             await client.find_model()
@@ -246,9 +244,11 @@ def test_percentiles_are_nearest_rank() -> None:
     assert percentile([7.0], 0.99) == 7
 
 
-def test_each_rate_has_its_own_span() -> None:
-    calm = [Result("calm", at, 0, 1, output_tokens=6) for at in (1, 3)]
-    rise = [Result("rise", at, 0, seconds, output_tokens=6) for at, seconds in ((5, 3), (6, 14), (7, 1))]
+def test_offered_and_completed_rates_have_separate_durations() -> None:
+    calm = [RequestResult("calm", at, 0, 1, output_tokens=6) for at in (1, 3)]
+    rise = [
+        RequestResult("rise", at, 0, seconds, output_tokens=6) for at, seconds in ((5, 3), (6, 14), (7, 1))
+    ]
     summary = Tally(6, [rise[0], *calm, rise[2], rise[1]]).summary(10)
     spans = ("offered_seconds", "seconds", "offered_per_s", "completed_per_s", "output_tokens_per_s")
     assert [summary[name] for name in spans] == [10, 20, 0.6, 0.25, 1.5]
@@ -257,11 +257,13 @@ def test_each_rate_has_its_own_span() -> None:
     assert [summary["phases"]["rise"][name] for name in spans] == [5, 15, 0.6, 0.2, 1.2]
     assert summary["phases"]["calm"]["latency_s"]["p50"] == 1
     assert summary["phases"]["rise"]["latency_s"]["p50"] == 3
-    assert lines_of(summary)[0] == ("requests    6 offered in 10 s (0.60/s), 5 completed in 20 s (0.25/s)")
+    assert format_summary(summary)[0] == (
+        "requests    6 offered in 10 s (0.60/s), 5 completed in 20 s (0.25/s)"
+    )
     assert Tally().summary(0)["offered_per_s"] == 0
 
 
-async def test_the_offered_rate_is_over_the_schedule_or_until_the_stop() -> None:
+async def test_offered_rate_covers_the_schedule_or_the_time_until_the_stop() -> None:
     release = asyncio.Event()
 
     async def held(_: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""Recorded traffic: recognised by content, refused by line and field, equal blocks become equal pages."""
+"""Traces: format detection by content, errors with line and field, equal blocks as equal pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvpilot_engine.tokenizer import load_tokenizer
+from kvpilot_engine.frontend.tokenizer import load_tokenizer
 from kvpilot_operator.cli import app
 from kvpilot_operator.load.command import CHAT_OPTIONS
 from kvpilot_operator.load.results import Tally
@@ -17,7 +17,8 @@ from kvpilot_operator.load.trace import TraceRequest, TraceWorkload, prompt_of, 
 from kvpilot_operator.load.workload import LoadError
 
 GOOD = '{"timestamp": 0, "input_length": 700, "output_length": 64, "hash_ids": [7, 8]}\n'
-TRACES = Path(os.environ.get("KVPILOT_TRACES", "../shared/traces"))
+TRACES = os.environ.get("KVPILOT_TRACES")
+"""Directory of the public traces, which are not part of this repository."""
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -55,19 +56,19 @@ def written(tmp_path: Path, text: str) -> Path:
             f'{{"timestamp": {"9" * 401}, "input_length": 1, "output_length": 1, "hash_ids": [1]}}',
             f":2: timestamp: must be a number from 0 to 1e+15, got {'9' * 60}...",
         ),
-        (f'{{"timestamp": {"9" * 5000}}}', ":2: not JSON that can be read: Exceeds the limit"),
-        ("[" * 100_000, ":2: not JSON that can be read: maximum recursion depth exceeded"),
+        (f'{{"timestamp": {"9" * 5000}}}', ":2: cannot be read as JSON: Exceeds the limit"),
+        ("[" * 100_000, ":2: cannot be read as JSON: maximum recursion depth exceeded"),
         (
             '{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}',
             ":2: timestamp: must be a number from 0 to 1e+15, got nan",
         ),
     ],
 )
-def test_a_bad_mooncake_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    with pytest.raises(LoadError) as told:
+def test_invalid_mooncake_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(LoadError) as reported:
         read_trace(written(tmp_path, GOOD + line + "\n"))
-    assert message in str(told.value)
-    assert "\n" not in str(told.value)
+    assert message in str(reported.value)
+    assert "\n" not in str(reported.value)
 
 
 @pytest.mark.parametrize(
@@ -87,18 +88,18 @@ def test_a_bad_mooncake_line_is_named(tmp_path: Path, line: str, message: str) -
         ),
         (f"TIMESTAMP,ContextTokens,GeneratedTokens\n{'x' * 200_000},1,1\n", ":2: not CSV: field larger"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16,1\n", ":2: must have 3 columns, got 2"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no request"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "contains no request"),
         ("time,tokens\n1,2\n", ":1: must be a JSON object (Mooncake) or the header TIMESTAMP"),
         ("\n", "is empty"),
     ],
 )
-def test_a_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(LoadError, match="trace") as told:
+def test_invalid_csv_line_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(LoadError, match="trace") as reported:
         read_trace(written(tmp_path, text))
-    assert message in str(told.value)
+    assert message in str(reported.value)
 
 
-def test_the_command_refuses_a_bad_trace_with_exit_code_2(tmp_path: Path) -> None:
+def test_load_refuses_an_invalid_trace_with_exit_code_2(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD + "{}\n")
     result = CliRunner().invoke(app, ["load", "http://127.0.0.1:9", "--trace", str(path)])
     assert result.exit_code == 2
@@ -118,7 +119,7 @@ def test_the_command_refuses_a_bad_trace_with_exit_code_2(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_the_command_refuses_bad_options(tmp_path: Path, options: list[str], message: str) -> None:
+def test_load_refuses_invalid_options(tmp_path: Path, options: list[str], message: str) -> None:
     path = written(tmp_path, GOOD)
     result = CliRunner().invoke(app, ["load", "http://127.0.0.1:9", "--trace", str(path), *options])
     assert result.exit_code == 2
@@ -140,7 +141,7 @@ def test_the_command_refuses_bad_options(tmp_path: Path, options: list[str], mes
         (["--trace", "trace", "--json", "./trace"], "--json: must be another file than that of --trace"),
     ],
 )
-def test_the_command_refuses_options_that_ignore_or_overwrite_each_other(
+def test_load_refuses_options_that_ignore_or_overwrite_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,7 +167,7 @@ def test_times_start_at_zero_and_are_sorted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", [GOOD, "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:50,700,64\n"]
 )
-def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path: Path, text: str) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path, text: str) -> None:
     (request,) = read_trace(written(tmp_path, f"\ufeff{text}"))
     assert (request.input_tokens, request.output_tokens) == (700, 64)
 
@@ -178,7 +179,7 @@ def test_a_byte_order_mark_is_no_part_of_a_trace(tmp_path: Path, text: str) -> N
         *("http://x:99999", "http://[::1", "http://a b", "http://x?y=1", ""),
     ),
 )
-def test_the_command_refuses_a_bad_url(url: str) -> None:
+def test_load_refuses_an_invalid_url(url: str) -> None:
     result = CliRunner().invoke(app, ["load", url])
     assert result.exit_code == 2
     assert result.output == (
@@ -201,7 +202,7 @@ def test_speed_and_duration_cut_the_schedule(tmp_path: Path) -> None:
     workload = TraceWorkload(written(tmp_path, "".join(lines)), speed=2, shrink=32, seconds=3)
     arrivals = list(workload.arrivals(Tally()))
     assert [a.at for a in arrivals] == [0, 0.5, 1, 1.5, 2, 2.5, 3]
-    assert arrivals[0].ask().body["max_tokens"] == 2
+    assert arrivals[0].request().body["max_tokens"] == 2
     assert workload.seconds == 3
     assert TraceWorkload(written(tmp_path, "".join(lines)), speed=2, seconds=60).seconds == 4.5
 
@@ -211,9 +212,8 @@ def test_speed_and_duration_cut_the_schedule(tmp_path: Path) -> None:
     [("mooncake_conversation_first_half.jsonl", 6015), ("azure_llm_2023_conversation.csv", 19366)],
 )
 def test_public_traces_are_read(name: str, count: int) -> None:
-    path = TRACES / name
-    if not path.is_file():
-        pytest.skip(f"no trace {path}; set KVPILOT_TRACES to the directory that holds it")
-    requests = read_trace(path)
+    if TRACES is None:
+        pytest.skip(f"{name} is not read: set KVPILOT_TRACES to the directory that contains it")
+    requests = read_trace(Path(TRACES) / name)
     assert count - 1 <= len(requests) <= count
     assert all(a.at <= b.at for a, b in itertools.pairwise(requests))

@@ -1,4 +1,4 @@
-"""The verdict of --check: each step missing in turn, with its reason."""
+"""The verdict of --check: each required step missing in turn, with its reason."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from kvpilot_operator.local.recorder import EngineState, Point
-from kvpilot_operator.local.verdict import Verdict, judge_run
+from kvpilot_operator.local.check import CheckResult, check_run
+from kvpilot_operator.local.recorder import Point, ReplicaPoint
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, Record
 from kvpilot_operator.tuning.state import KnobChange
 
 LATENCY = ("p50", "p95")
-ENGINES = tuple(EngineState(uid, uid, True, 0, 1, {}) for uid in ("a", "b"))
+ENGINES = tuple(ReplicaPoint(uid, uid, True, 0, 1, {}) for uid in ("a", "b"))
 
 
 def point(at: float, p95: float, *, breached: bool = False, waiting: float = 0) -> Point:
@@ -39,7 +39,7 @@ def point(at: float, p95: float, *, breached: bool = False, waiting: float = 0) 
         running=1,
         generation=1,
         knobs={},
-        engines=ENGINES,
+        replicas=ENGINES,
         holds=(),
     )
 
@@ -71,21 +71,21 @@ RECORDS = (record(3, "Started"), record(4, "Promoted"))
 
 def judged(
     points: Sequence[Point] = POINTS, records: Sequence[Record] = RECORDS, mode: str = "Auto"
-) -> Verdict:
-    return judge_run(points, records, LATENCY, mode)
+) -> CheckResult:
+    return check_run(points, records, LATENCY, mode)
 
 
-def test_a_cure_is_told_step_by_step() -> None:
-    verdict = judged()
-    assert verdict.cured
-    assert [(step.name, step.at) for step in verdict.steps] == [
+def test_cure_is_reported_with_its_change() -> None:
+    check = judged()
+    assert check.cured
+    assert [(step.name, step.at) for step in check.steps] == [
         ("breach", 2),
         ("diagnosis", 3),
         ("change", 4),
         ("met again", 8),
         ("same replicas", 8),
     ]
-    assert verdict.reason == "cured: numWorkers 1 -> 4 (generation 2, workers-up)"
+    assert check.reason == "cured: numWorkers 1 -> 4 (generation 2, workers-up)"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_cure_is_told_step_by_step() -> None:
         (POINTS, (RECORDS[0], record(4, "Reverted")), "Auto", "the change was reverted: Reverted."),
         (POINTS[:5], RECORDS, "Auto", "the objectives were not met again before the end"),
         (POINTS[:3], RECORDS, "Auto", "not met again before the end (p95 90% of 95%)"),
-        ((*POINTS[:5], point(8, 0.97, waiting=5)), RECORDS, "Auto", "(a backlog is left)"),
+        ((*POINTS[:5], point(8, 0.97, waiting=5)), RECORDS, "Auto", "(a backlog remains)"),
         (
             (*POINTS[:5], point(8, 0.5), point(9, 0.97), point(10, 0.97)),
             RECORDS,
@@ -108,28 +108,28 @@ def test_a_cure_is_told_step_by_step() -> None:
             "not met again",
         ),
         (
-            (*POINTS[:5], replace(POINTS[5], engines=(ENGINES[0], replace(ENGINES[1], restarts=1)))),
+            (*POINTS[:5], replace(POINTS[5], replicas=(ENGINES[0], replace(ENGINES[1], restarts=1)))),
             RECORDS,
             "Auto",
             "a replica was added, replaced or restarted meanwhile",
         ),
         (
-            (*POINTS[:5], replace(POINTS[5], engines=(*ENGINES, replace(ENGINES[0], uid="c")))),
+            (*POINTS[:5], replace(POINTS[5], replicas=(*ENGINES, replace(ENGINES[0], uid="c")))),
             RECORDS,
             "Auto",
             "a replica was added, replaced or restarted meanwhile",
         ),
     ],
 )
-def test_what_is_missing_is_the_reason(
+def test_first_missing_step_is_the_reason(
     points: Sequence[Point], records: Sequence[Record], mode: str, reason: str
 ) -> None:
-    verdict = judged(points, records, mode)
-    assert not verdict.cured
-    assert reason in verdict.reason
+    check = judged(points, records, mode)
+    assert not check.cured
+    assert reason in check.reason
 
 
-def test_a_first_attempt_that_was_taken_back_does_not_spoil_the_cure() -> None:
+def test_reverted_first_attempt_does_not_fail_the_check() -> None:
     records = (
         record(2, "Started", name="d-0001"),
         record(3, "Reverted", name="d-0001"),
@@ -139,6 +139,6 @@ def test_a_first_attempt_that_was_taken_back_does_not_spoil_the_cure() -> None:
     assert judged(records=records).cured
 
 
-def test_a_young_engine_that_came_before_the_breach_is_no_change() -> None:
-    first = replace(POINTS[0], engines=ENGINES[:1])
+def test_replica_started_before_the_breach_does_not_count_as_replaced() -> None:
+    first = replace(POINTS[0], replicas=ENGINES[:1])
     assert judged((first, *POINTS[1:])).cured

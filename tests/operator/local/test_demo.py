@@ -1,4 +1,4 @@
-"""The README's first command, whole: a breach, its diagnosis, a knob changed hot on a canary, the cure."""
+"""The README's first command: a breach, its diagnosis, a knob changed hot on a canary, the cure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = [pytest.mark.slow]
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
 
 
 async def demo(directory: Path, *arguments: str) -> tuple[int, str]:
@@ -36,13 +36,13 @@ async def demo(directory: Path, *arguments: str) -> tuple[int, str]:
 @pytest.mark.alone
 @pytest.mark.timeout(420)
 @pytest.mark.flaky(reruns=1)
-async def test_a_knob_cures_the_breach(tmp_path: Path) -> None:
+async def test_knob_cures_the_breach(tmp_path: Path) -> None:
     code, output = await demo(tmp_path, "--json", "figures.json", "--report", "report.html")
     assert code == 0, output
     assert "check passed: cured: numWorkers 1 -> " in output
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["load"]["errors"].keys() <= {"cancelled"}
-    assert [step["name"] for step in figures["verdict"]["steps"] if step["at"] is not None] == [
+    assert [step["name"] for step in figures["check"]["steps"] if step["at"] is not None] == [
         "breach",
         "diagnosis",
         "change",
@@ -57,7 +57,7 @@ async def test_a_knob_cures_the_breach(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_without_tuning_the_breach_stays(tmp_path: Path) -> None:
+async def test_breach_stays_without_tuning(tmp_path: Path) -> None:
     code, output = await demo(tmp_path, "--mode", "Off", "--duration", "90")
     assert code == 1, output
     assert "check failed: no knob was changed for a breached latency objective: tuning mode is Off" in output

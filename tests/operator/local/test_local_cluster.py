@@ -1,4 +1,4 @@
-"""The resource as files: identity kept, edits counted, what cannot change refused, records bounded."""
+"""The resource as files: stable identity, edits, refused edits, bounded records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from kvpilot_operator.local.cluster import LocalCluster, memory_limit, quantity
+from kvpilot_operator.local.cluster import LocalCluster, memory_limit
 from kvpilot_operator.local.state import BusyError, StateDirectory
 from kvpilot_operator.local.watch import document_of, watch
-from kvpilot_operator.ports import Conflict, Key
-from kvpilot_operator.spec.errors import ManifestError
-from kvpilot_operator.spec.models import KVCacheDeployment
+from kvpilot_operator.ports import Conflict
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.status.history import last_numbers
+from kvpilot_operator.status.model import Status
+from kvpilot_operator.status.snapshot import Key
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted
 
@@ -59,31 +62,31 @@ def cluster_of(state: StateDirectory, manifest: dict[str, Any] = MANIFEST) -> Lo
         on_event=lambda *_: None,
         on_backends=lambda _: None,
         on_refused=lambda *_: None,
-        tell=lambda _: None,
+        notify=lambda _: None,
     )
 
 
-async def test_a_status_is_written_once_for_what_was_read(tmp_path: Path) -> None:
+async def test_status_is_written_once_per_resource_version(tmp_path: Path) -> None:
     cluster = cluster_of(state_in(tmp_path))
     snapshot = await cluster.read(KEY)
     assert snapshot is not None
-    assert (snapshot.replicas, snapshot.promoted, snapshot.pods) == (None, None, ())
-    written = await cluster.write_status(snapshot, {"observedGeneration": 1})
+    assert (snapshot.desired_replicas, snapshot.promoted, snapshot.replicas) == (None, None, ())
+    written = await cluster.write_status(snapshot, Status(observed_generation=1))
     with pytest.raises(Conflict):
-        await cluster.write_status(snapshot, {"observedGeneration": 0})
-    await cluster.write_status(written, {"observedGeneration": 2})
+        await cluster.write_status(snapshot, Status(observed_generation=0))
+    await cluster.write_status(written, Status(observed_generation=2))
     kept = json.loads((tmp_path / "chat/resource.json").read_text())
     assert kept["status"] == {"observedGeneration": 2}
     assert kept["metadata"]["generation"] == 1
     assert kept["metadata"]["namespace"] == "default"
 
 
-async def test_a_later_run_goes_on_and_a_fresh_one_does_not(tmp_path: Path) -> None:
+async def test_later_run_continues_unless_it_is_fresh(tmp_path: Path) -> None:
     state = state_in(tmp_path)
     cluster = cluster_of(state)
     first = await cluster.read(KEY)
     assert first is not None
-    await cluster.write_status(first, {"replicas": 1})
+    await cluster.write_status(first, Status(replicas=1))
     await cluster.write_config(first, Promoted(7, {"numWorkers": 4}))
     state.close()
 
@@ -103,7 +106,7 @@ async def test_a_later_run_goes_on_and_a_fresh_one_does_not(tmp_path: Path) -> N
     assert new.manifest["metadata"]["uid"] != first.manifest["metadata"]["uid"]
 
 
-async def test_an_edit_counts_and_invalidates_what_was_read(tmp_path: Path) -> None:
+async def test_edit_raises_the_generation_and_invalidates_earlier_reads(tmp_path: Path) -> None:
     cluster = cluster_of(state_in(tmp_path))
     before = await cluster.read(KEY)
     assert before is not None
@@ -114,7 +117,7 @@ async def test_an_edit_counts_and_invalidates_what_was_read(tmp_path: Path) -> N
     assert after.manifest["metadata"]["generation"] == 2
     assert after.manifest["spec"]["tuning"] == {"mode": "Off"}
     with pytest.raises(Conflict):
-        await cluster.write_status(before, {})
+        await cluster.write_status(before, Status())
 
 
 @pytest.mark.parametrize(
@@ -130,33 +133,26 @@ async def test_an_edit_counts_and_invalidates_what_was_read(tmp_path: Path) -> N
         (
             changed(
                 template={
-                    "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "0"}}}]}
+                    "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "500m"}}}]}
                 }
             ),
-            "must be a quantity of bytes like 2Gi, got '0'",
+            "resources.limits.memory: must be at least one byte; m means thousandths, Mi means mebibytes, "
+            "got '500m'",
         ),
     ],
 )
-def test_an_edit_that_cannot_be_used_leaves_the_old_one(
+def test_refused_edit_leaves_the_last_manifest_in_force(
     tmp_path: Path, edited: dict[str, Any], message: str
 ) -> None:
     cluster = cluster_of(state_in(tmp_path))
     before = cluster.spec
-    with pytest.raises(ManifestError) as told:
+    with pytest.raises(ManifestError) as reported:
         cluster.edit(edited)
-    assert message in str(told.value)
+    assert message in str(reported.value)
     assert cluster.spec == before
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("64Gi", 64 * 1024**3), ("1.5G", 1_500_000_000), ("512Mi", 512 * 1024**2), ("100k", 100_000), ("7", 7)],
-)
-def test_quantities_are_kubernetes_own(text: str, expected: int) -> None:
-    assert quantity(text, "memory") == expected
-
-
-def test_the_limit_is_that_of_the_engine_container() -> None:
+def test_memory_limit_is_that_of_the_engine_container() -> None:
     containers = [
         {"name": "sidecar", "resources": {"limits": {"memory": "1Gi"}}},
         {"name": "engine", "resources": {"limits": {"memory": "2Gi"}}},
@@ -166,7 +162,7 @@ def test_the_limit_is_that_of_the_engine_container() -> None:
     assert memory_limit(KVCacheDeployment.parse(MANIFEST).spec) is None
 
 
-def test_a_directory_has_one_owner(tmp_path: Path) -> None:
+def test_state_directory_has_one_owner(tmp_path: Path) -> None:
     state = state_in(tmp_path)
     with pytest.raises(BusyError, match="chat is already up in"):
         state_in(tmp_path)
@@ -181,66 +177,69 @@ def test_the_last_50_records_are_kept(tmp_path: Path) -> None:
     lines = (tmp_path / "chat/decisions.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in (lines[0], lines[-1])] == ["d-0010", "d-0059"]
     assert len(lines) == 50
+    assert last_numbers(state.records()) == (59, 0)
 
 
-def test_the_mode_of_the_command_line_wins(tmp_path: Path) -> None:
+def test_mode_of_the_command_line_takes_precedence(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump(changed(tuning={"mode": "Auto", "pace": "Fast"})))
     assert document_of(path, "Off")["spec"]["tuning"] == {"mode": "Off", "pace": "Fast"}
     assert document_of(path, None)["spec"]["tuning"]["mode"] == "Auto"
 
 
-async def test_edits_are_seen_and_bad_ones_told_in_one_line(
+async def test_edits_are_applied_and_invalid_ones_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvpilot_operator.local.watch.LOOK_S", 0.01)
+    monkeypatch.setattr("kvpilot_operator.local.watch.POLL_S", 0.01)
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump(MANIFEST))
     cluster = cluster_of(state_in(tmp_path))
-    told: list[str] = []
+    reported: list[str] = []
     applied: list[int] = []
-    task = asyncio.create_task(watch(path, None, cluster.edit, lambda: applied.append(1), told.append))
+    task = asyncio.create_task(watch(path, None, cluster.edit, lambda: applied.append(1), reported.append))
     try:
         await asyncio.sleep(0.05)
         path.write_text("spec: [")
-        await _until(lambda: len(told) == 1)
+        await _until(lambda: len(reported) == 1)
         path.write_text(yaml.safe_dump(changed(replicas=-1)))
-        await _until(lambda: len(told) == 2)
+        await _until(lambda: len(reported) == 2)
         path.unlink()
         path.write_text(yaml.safe_dump(changed(replicas=3)))
         await _until(lambda: len(applied) == 1)
     finally:
         task.cancel()
-    assert told[0].startswith(f"edit refused, the old manifest stays: {path}: not valid YAML: line 1")
-    assert "spec.replicas: Input should be greater than or equal to 0, got -1" in told[1]
-    assert not any("\n" in line for line in told)
+    assert reported[0].startswith(
+        f"edit refused, the last manifest stays in force: {path}: not valid YAML: line 1"
+    )
+    assert "spec.replicas: Input should be greater than or equal to 0, got -1" in reported[1]
+    assert not any("\n" in line for line in reported)
     assert cluster.spec.replicas == 3
 
 
-async def test_a_manifest_that_is_gone_is_told_once_and_its_return_too(
+async def test_removal_and_return_of_the_manifest_are_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvpilot_operator.local.watch.LOOK_S", 0.01)
+    monkeypatch.setattr("kvpilot_operator.local.watch.POLL_S", 0.01)
     path, aside = tmp_path / "m.yaml", tmp_path / "aside.yaml"
     path.write_text(yaml.safe_dump(MANIFEST))
     cluster = cluster_of(state_in(tmp_path))
-    told: list[str] = []
-    task = asyncio.create_task(watch(path, None, cluster.edit, lambda: None, told.append))
+    reported: list[str] = []
+    task = asyncio.create_task(watch(path, None, cluster.edit, lambda: None, reported.append))
     try:
         await asyncio.sleep(0.05)
         path.rename(aside)
-        await _until(lambda: len(told) == 1)
+        await _until(lambda: len(reported) == 1)
         await asyncio.sleep(0.05)
         aside.rename(path)
-        await _until(lambda: len(told) == 2)
+        await _until(lambda: len(reported) == 2)
         path.unlink()
-        await _until(lambda: len(told) == 3)
+        await _until(lambda: len(reported) == 3)
         path.write_text(yaml.safe_dump(changed(replicas=3)))
-        await _until(lambda: len(told) == 5)
+        await _until(lambda: len(reported) == 5)
     finally:
         task.cancel()
-    gone, back = f"{path} is gone: the run goes on with the last manifest", f"{path} is back"
-    assert told == [gone, back, gone, back, f"edit of {path} applied"]
+    gone, back = f"{path} was removed; the last manifest stays in force", f"{path} is back"
+    assert reported == [gone, back, gone, back, f"edit of {path} applied"]
 
 
 async def _until(true: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Replicas as real engines: started, restarted after a crash, drained, and never orphaned."""
+"""Replicas as engine processes: started, restarted after a crash, drained, and never orphaned."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from kvpilot_operator.local.process import Launch
-from kvpilot_operator.local.replicas import BAD_START, STARTS, ReplicaSet
+from kvpilot_operator.local.replicas import BAD_START, MAX_FAILED_STARTS, ReplicaSet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # an engine needs ten seconds of CPU to start
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # the start of an engine takes 10 s of CPU time
 
 ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "5", "--drain-lag-seconds", "0"]
 CONFIG = "generation: 1\nconfig: {dtype: float32, maxTokens: 2048, numWorkers: 2}\n"
@@ -32,17 +32,17 @@ async def until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def fronts(directory: Path, parent: int | None = None) -> list[psutil.Process]:
-    """Front processes of the engines with a configuration there, started by this process or another one."""
+    """Front processes of engines whose configuration is in that directory, whatever their parent."""
     children = psutil.Process(parent).children()
     config = str(directory / "config.yaml")
     return [child for child in children if config in (child.as_dict(["cmdline"])["cmdline"] or ())]
 
 
 class Fleet:
-    """A replica set with what it told."""
+    """A replica set and its reports."""
 
     def __init__(self, directory: Path) -> None:
-        self.told: list[str] = []
+        self.reported: list[str] = []
         self.arguments = list(ARGUMENTS)
         self.directory = directory
         config = directory / "config.yaml"
@@ -50,7 +50,7 @@ class Fleet:
         self._config = config
         self.refused: list[tuple[int, str]] = []
         self.set = ReplicaSet(
-            self._launch, "secret", lambda: None, lambda *end: self.refused.append(end), self.told.append
+            self._launch, "secret", lambda: None, lambda *end: self.refused.append(end), self.reported.append
         )
 
     def _launch(self, pod: str) -> Launch:
@@ -74,8 +74,8 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     assert not any(process.is_running() for process in running)
 
 
-async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_have(fleet: Fleet) -> None:
-    fleet.set.ask(2, "t", 60)
+async def test_scaled_in_replicas_leave_the_router_first_and_finish_their_requests(fleet: Fleet) -> None:
+    fleet.set.converge_to(2, "t", 60)
     await until(lambda: len(fleet.ready) == 2)
     last = fleet.set.backends[1]
     body = {"model": "x", "prompt": "a" * 64, "max_tokens": 300, "temperature": 0}
@@ -84,14 +84,14 @@ async def test_scaled_in_engines_leave_the_router_first_and_finish_what_they_hav
             body["model"] = (await answer.json())["data"][0]["id"]
         running = asyncio.create_task(_post(session, f"{last.url}/v1/completions", body))
         await _until_running(session, last.url)
-        fleet.set.ask(1, "t", 60)
+        fleet.set.converge_to(1, "t", 60)
         assert [backend.name for backend in fleet.set.backends] == ["engine-1"]
         status, answered = await running
     assert status == 200
     assert answered["usage"]["completion_tokens"] == 300
     await until(lambda: len(fleet.set.replicas) == 1)
     assert fleet.ready == ["engine-1"]
-    assert fleet.told == []
+    assert fleet.reported == []
 
 
 async def _post(
@@ -110,8 +110,8 @@ async def _until_running(session: aiohttp.ClientSession, url: str) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
-    fleet.set.ask(1, "t", 5)
+async def test_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
+    fleet.set.converge_to(1, "t", 5)
     await until(lambda: fleet.ready == ["engine-1"])
     before = fleet.set.replicas[0]
     core = fronts(fleet.directory)[0].children()[0]
@@ -121,37 +121,37 @@ async def test_a_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
     assert fleet.set.replicas[0].pending_reason.startswith("CrashLoopBackOff: exit status 1")
     await until(lambda: fleet.ready == ["engine-1"])
     assert fleet.set.replicas[0].uid == before.uid
-    assert "engine-1 ended with status 1" in fleet.told[0]
+    assert "engine-1 ended with status 1" in fleet.reported[0]
 
 
-async def test_a_bad_start_is_told_with_the_engines_own_words(fleet: Fleet) -> None:
+async def test_failed_start_is_reported_with_the_engines_message(fleet: Fleet) -> None:
     fleet.arguments[1] = "builtin/none"
-    fleet.set.ask(1, "t", 5)
-    await until(lambda: bool(fleet.told))
-    assert "builtin/none" in fleet.told[0]
+    fleet.set.converge_to(1, "t", 5)
+    await until(lambda: bool(fleet.reported))
+    assert "builtin/none" in fleet.reported[0]
     status, words = fleet.refused[0]
     assert status == BAD_START
     assert "builtin/none" in words
     assert fleet.set.backends == []
 
 
-async def test_an_engine_that_has_served_is_retried_without_end(
+async def test_engine_that_has_served_is_restarted_without_limit(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvpilot_operator.local.replicas.LONGEST_BACKOFF_S", 0.05)
-    fleet.set.ask(1, "t", 5)
+    monkeypatch.setattr("kvpilot_operator.local.replicas.MAX_BACKOFF_S", 0.05)
+    fleet.set.converge_to(1, "t", 5)
     await until(lambda: fleet.ready == ["engine-1"])
     monkeypatch.setattr(sys, "executable", "/bin/false")
     fronts(fleet.directory)[0].children()[0].kill()
-    await until(lambda: fleet.set.replicas[0].restarts > STARTS)
+    await until(lambda: fleet.set.replicas[0].restarts > MAX_FAILED_STARTS)
     assert fleet.refused == []
 
 
-async def test_another_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
-    fleet.set.ask(2, "old", 5)
+async def test_new_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
+    fleet.set.converge_to(2, "old", 5)
     await until(lambda: len(fleet.ready) == 2)
     old = {replica.uid for replica in fleet.set.replicas}
-    fleet.set.ask(2, "new", 5)
+    fleet.set.converge_to(2, "new", 5)
     least = 2
 
     def replaced() -> bool:
@@ -175,7 +175,7 @@ PARENT = """
         directory = Path(sys.argv[1])
         launch = lambda pod: Launch(["--config", str(directory / "config.yaml")], {}, directory / pod)
         fleet = ReplicaSet(launch, "", lambda: None, print, print)
-        fleet.ask(1, "t", 5)
+        fleet.converge_to(1, "t", 5)
         while not any(replica.ready for replica in fleet.replicas):
             await asyncio.sleep(0.05)
         print("up", flush=True)
@@ -185,7 +185,7 @@ PARENT = """
 """
 
 
-def test_nothing_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None:
+def test_no_engine_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PARENT), str(tmp_path)], stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""What people see of a run: figures, lines, and one page that needs nothing else."""
+"""Output of a run: figures, lines of progress, the live table and the self-contained page."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from kvpilot_operator.load.results import Result, Tally
+from kvpilot_operator.load.results import RequestResult, Tally
+from kvpilot_operator.local.check import check_run
 from kvpilot_operator.local.display import EVENT_LINES, EVENTS, Lines, LiveTable
 from kvpilot_operator.local.figures import figures_of
-from kvpilot_operator.local.recorder import EngineState, Point, Recorder, knobs_of, quantiles_of
+from kvpilot_operator.local.recorder import Point, Recorder, ReplicaPoint, knobs_of, quantiles_of
 from kvpilot_operator.local.report import report_html
-from kvpilot_operator.local.session import Outcome
-from kvpilot_operator.local.verdict import judge_run
-from kvpilot_operator.spec.models import KVCacheDeployment
-from kvpilot_operator.spec.resolve import policy_of
+from kvpilot_operator.local.session import RunResult
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.resource.resolve import policy_of
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, Record, StageShare
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import KnobChange
@@ -55,9 +55,9 @@ POINT = Point(
     running=2,
     generation=1,
     knobs=knobs_of({}),
-    engines=(
-        EngineState("a", "engine-1", True, 0, 2, knobs_of({"numWorkers": 8})),
-        EngineState("b", "engine-2", True, 1, 1, knobs_of({"numWorkers": 2})),
+    replicas=(
+        ReplicaPoint("a", "engine-1", True, 0, 2, knobs_of({"numWorkers": 8})),
+        ReplicaPoint("b", "engine-2", True, 1, 1, knobs_of({"numWorkers": 2})),
     ),
     holds=("Cooldown",),
 )
@@ -73,9 +73,9 @@ RECORD = Record(
 )
 
 
-def outcome() -> Outcome:
-    tally = Tally(2, [Result("rise", 1.0, 0, 0.5, prompt_tokens=10, cached_tokens=5)])
-    return Outcome(
+def run_result() -> RunResult:
+    tally = Tally(2, [RequestResult("rise", 1.0, 0, 0.5, prompt_tokens=10, cached_tokens=5)])
+    return RunResult(
         points=[POINT],
         records=[RECORD],
         results=tally.results,
@@ -83,26 +83,26 @@ def outcome() -> Outcome:
         load_started=1001.0,
         profile="highPerformance",  # edited meanwhile
         policy=policy_of(RESOURCE.spec),
-        verdict=judge_run([POINT], [RECORD], ("p95",), "Auto"),
+        check=check_run([POINT], [RECORD], ("p95",), "Auto"),
         started=1000.0,
         ended=1010.0,
     )
 
 
-def test_figures_are_plain_data_from_the_start_of_the_run() -> None:
-    figures = json.loads(json.dumps(figures_of(RESOURCE, outcome())))
+def test_figures_are_plain_data_relative_to_the_start_of_the_run() -> None:
+    figures = json.loads(json.dumps(figures_of(RESOURCE, run_result())))
     assert figures["seconds"] == 10
     assert figures["profile"] == "highPerformance"
     assert figures["points"][0]["at"] == 5
-    assert figures["points"][0]["engines"][0]["knobs"]["numWorkers"] == 8
+    assert figures["points"][0]["replicas"][0]["knobs"]["numWorkers"] == 8
     assert figures["records"][0]["changes"] == [{"knob": "numWorkers", "before": 2, "after": 8}]
     assert figures["requests"] == [[2.0, 0.5]]
     assert figures["objectives"]["latency"]["p95"] == {"edge_s": 0.5, "required": 0.95}
-    assert figures["verdict"]["steps"][0]["at"] == 5
+    assert figures["check"]["steps"][0]["at"] == 5
 
 
-def test_the_page_is_whole_and_its_data_cannot_break_out() -> None:
-    figures = figures_of(RESOURCE, outcome())
+def test_page_is_self_contained_and_escapes_its_data() -> None:
+    figures = figures_of(RESOURCE, run_result())
     page = report_html(figures, checked=True)
     assert not re.search(r"""(src|href)=["']?(http|//)|@import|url\(""", page)
     assert page.count("</script>") == 2
@@ -133,7 +133,7 @@ console.log(nodes.main.text);
 
 
 def drawn(figures: Mapping[str, Any]) -> str:
-    """All text of the page once its script has run."""
+    """All text of the page after its script has run."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node to run the page's script with")
@@ -143,46 +143,46 @@ def drawn(figures: Mapping[str, Any]) -> str:
     return done.stdout
 
 
-def test_the_page_draws_a_run_of_very_many_requests() -> None:
-    figures = figures_of(RESOURCE, outcome())
+def test_page_draws_a_run_with_very_many_requests() -> None:
+    figures = figures_of(RESOURCE, run_result())
     figures["requests"] = [[1.0, 0.5 + index / 100_000] for index in range(200_000)]
     text = drawn(figures)
     assert "Latency (whole answer)" in text
     assert "is drawn" not in text
-    assert "A long run: one look in 4 is drawn." in drawn({**figures, "looks_per_point": 4})
+    assert "A long run: one reconcile in 4 is drawn." in drawn({**figures, "reconciles_per_point": 4})
 
 
-@pytest.mark.parametrize(("outcome_", "told"), [("Started", 1), ("Recommended", 1), ("Promoted", 0)])
-def test_a_decision_is_drawn_with_its_diagnosis(outcome_: Any, told: int) -> None:
-    run = outcome()
-    run.records = [replace(RECORD, outcome=outcome_)]
-    assert drawn(figures_of(RESOURCE, run)).count("Diagnosis: x") == told
+@pytest.mark.parametrize(("outcome", "reported"), [("Started", 1), ("Recommended", 1), ("Promoted", 0)])
+def test_page_shows_a_decision_with_its_diagnosis(outcome: Any, reported: int) -> None:
+    run = run_result()
+    run.records = [replace(RECORD, outcome=outcome)]
+    assert drawn(figures_of(RESOURCE, run)).count("Diagnosis: x") == reported
 
 
-def test_a_long_run_keeps_few_points_and_always_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvpilot_operator.local.recorder.MOST_POINTS", 8)
+def test_long_run_keeps_a_bounded_number_of_points_with_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpilot_operator.local.recorder.MAX_POINTS", 8)
     monkeypatch.setattr(
-        "kvpilot_operator.local.recorder.point_of", lambda look, _: replace(POINT, at=float(look.at))
+        "kvpilot_operator.local.recorder.point_of", lambda result, _: replace(POINT, at=float(result.at))
     )
     seen: list[Point] = []
     recorder = Recorder(lambda: "", seen.append, lambda _: None)
     for at in range(100):
-        look: Any = SimpleNamespace(
+        result: Any = SimpleNamespace(
             at=at, policy=SimpleNamespace(objectives=None), decision=SimpleNamespace(records=())
         )
-        recorder.looked(look)
-        kept, every = [int(point.at) for point in recorder.points], recorder.looks_per_point
+        recorder.reconciled(result)
+        kept, every = [int(point.at) for point in recorder.points], recorder.reconciles_per_point
         assert len(kept) <= 8
         assert kept[-1] == at
         assert kept[:-1] == [number for number in range(at) if number % every == 0]
     assert len(seen) == 100
-    assert recorder.looks_per_point == 16
+    assert recorder.reconciles_per_point == 16
 
 
-def test_lines_show_where_engines_differ() -> None:
+def test_lines_show_differences_between_replicas() -> None:
     written: list[str] = []
     lines = Lines(0.0, written.append)
-    lines.tell("hello")
+    lines.notify("hello")
     lines.show(POINT, None)
     lines.show(POINT, None)  # too soon
     assert len(written) == 2
@@ -191,11 +191,11 @@ def test_lines_show_where_engines_differ() -> None:
     assert "p95=Breached throughput=Met" in written[1]
 
 
-def test_the_table_shows_objectives_engines_and_knobs() -> None:
+def test_table_shows_objectives_replicas_and_knobs() -> None:
     console = Console(width=160, record=True, force_terminal=True)
     table = LiveTable("kvpilot chat", 0.0, console)
     table.open()
-    table.tell("ChangeStarted: d-0001")
+    table.notify("ChangeStarted: d-0001")
     table.show(POINT, Tally(3))
     table.close()
     text = console.export_text()
@@ -214,12 +214,12 @@ def test_the_table_shows_objectives_engines_and_knobs() -> None:
 @pytest.mark.parametrize(
     ("width", "height", "engines"), [(80, 24, 2), (80, 24, 20), (40, 10, 2), (160, 50, 2)]
 )
-def test_the_newest_events_are_seen_on_any_screen(width: int, height: int, engines: int) -> None:
+def test_table_shows_the_newest_events_at_any_height(width: int, height: int, engines: int) -> None:
     console = Console(width=width, height=height, force_terminal=True)
     table = LiveTable("kvpilot chat", 0.0, console)
-    table.show(replace(POINT, engines=POINT.engines[:1] * engines), Tally(3))
+    table.show(replace(POINT, replicas=POINT.replicas[:1] * engines), Tally(3))
     for number in range(20):
-        table.tell(f"event {number} {'and so on ' * 9}.")
+        table.notify(f"event {number} {'and so on ' * 9}.")
     lines = ["".join(part.text for part in line) for line in console.render_lines(table)]
     assert len(lines) <= height
     assert lines[0].startswith("kvpilot chat")
@@ -230,7 +230,7 @@ def test_the_newest_events_are_seen_on_any_screen(width: int, height: int, engin
         assert sum("event" in line for line in lines) == EVENTS
 
 
-def test_quantiles_interpolate_and_failures_are_slow() -> None:
+def test_quantiles_interpolate_and_count_failures_as_slow() -> None:
     within = {0.1: 0.0, 0.2: 50.0, 0.5: 90.0, 1.0: 90.0}
     counts = Counts(outcomes={"ok": 90.0, "shed": 10.0}, request_within=within)
     found = quantiles_of(counts, policy_of(RESOURCE.spec).objectives)

@@ -1,4 +1,4 @@
-"""``kvpilot serve`` is the engine's own program under another name."""
+"""``kvpilot serve`` runs the engine's command line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ ENGINE = ["-m", "kvpilot_engine"]
     ("command", "name"), [(KVPILOT, "kvpilot serve"), (ENGINE, "python -m kvpilot_engine")]
 )
 @pytest.mark.parametrize(("option", "code"), [("--help", 0), ("--no-such", 2)])
-def test_the_usage_names_the_command_that_was_typed(
-    command: list[str], name: str, option: str, code: int
-) -> None:
+def test_usage_names_the_command(command: list[str], name: str, option: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, *command, option], capture_output=True, text=True, check=False, timeout=60
     )

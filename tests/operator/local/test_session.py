@@ -1,4 +1,4 @@
-"""A run without engines: what an edit of the manifest changes while it goes on, and how it ends."""
+"""A session without engines: edits of the manifest during the run, and its end."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
-from kvpilot_operator.adapters.scrape_metrics import ScrapeMetrics
+from kvpilot_operator.adapters.metrics.scrape import ScrapeMetrics
 from kvpilot_operator.load.chat import ChatWorkload
 from kvpilot_operator.load.results import Tally
-from kvpilot_operator.load.workload import Phase
+from kvpilot_operator.load.workload import LoadPhase
 from kvpilot_operator.local.recorder import Point
-from kvpilot_operator.local.router import Router
-from kvpilot_operator.local.session import Outcome, RunOptions, Session
+from kvpilot_operator.local.session import RunOptions, RunResult, Session
 from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.local.watch import document_of
+from kvpilot_operator.router.proxy import Router
 
-LOAD = ChatWorkload([Phase("chat", 1, rate=1)])
+LOAD = ChatWorkload([LoadPhase("chat", 1, rate=1)])
 
 
-class Told:
-    """A display that keeps what it is told."""
+class Reported:
+    """A display that records its input."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -35,7 +35,7 @@ class Told:
 
     def close(self) -> None: ...
 
-    def tell(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         self.lines.append(line)
 
     def show(self, point: Point, tally: Tally | None) -> None: ...
@@ -58,35 +58,35 @@ def written(path: Path, **spec: Any) -> Path:
 
 
 @asynccontextmanager
-async def session_of(path: Path, **options: Any) -> AsyncIterator[tuple[Session, Told]]:
-    """A session that is yet to be run."""
+async def session_of(path: Path, **options: Any) -> AsyncIterator[tuple[Session, Reported]]:
+    """A session that has not started."""
     asked = {"mode": None, "workload": None, "check": False, "seconds": None, "pace_scale": 1.0, **options}
-    state, router, told = StateDirectory("chat", path.parent), Router("127.0.0.1", 0), Told()
+    state, router, reported = StateDirectory("chat", path.parent), Router("127.0.0.1", 0), Reported()
     state.open()
     await router.start()
     try:
-        yield Session(document_of(path, None), RunOptions(path, **asked), state, router, told), told
+        yield Session(document_of(path, None), RunOptions(path, **asked), state, router, reported), reported
     finally:
         state.close()
 
 
-async def edited(path: Path, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> Outcome:
-    """What a run leaves whose manifest is edited."""
-    monkeypatch.setattr("kvpilot_operator.local.watch.LOOK_S", 0.01)
-    async with session_of(path) as (session, told):
+async def edited(path: Path, monkeypatch: pytest.MonkeyPatch, **spec: Any) -> RunResult:
+    """Results of a run with an edit of the manifest."""
+    monkeypatch.setattr("kvpilot_operator.local.watch.POLL_S", 0.01)
+    async with session_of(path) as (session, reported):
         run = asyncio.create_task(session.run())
         try:
-            await told.until("starting its engines")
+            await reported.until("starting its replicas")
             written(path, **spec)
-            await told.until("applied")
+            await reported.until("applied")
         finally:
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
-    return session.outcome
+    return session.result
 
 
 @pytest.mark.parametrize(("before", "after", "scrape_s"), [("Standard", "Fast", 1), ("Fast", "Standard", 15)])
-async def test_an_edited_pace_brings_its_own_scrape_interval(
+async def test_edited_pace_changes_the_scrape_interval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, scrape_s: float
 ) -> None:
     asked: list[float] = []
@@ -96,33 +96,31 @@ async def test_an_edited_pace_brings_its_own_scrape_interval(
     assert asked == [scrape_s]
 
 
-async def test_the_figures_are_of_the_profile_as_it_was_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_figures_name_the_last_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "chat.yaml", profile="development")
-    outcome = await edited(path, monkeypatch, profile="production")
-    assert outcome.profile == "production"
+    result = await edited(path, monkeypatch, profile="production")
+    assert result.profile == "production"
 
 
-async def test_engines_that_never_serve_end_the_run_with_their_last_words(
+async def test_run_ends_with_the_message_of_engines_that_never_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho no luck >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
-    monkeypatch.setattr("kvpilot_operator.local.replicas.LONGEST_BACKOFF_S", 0.05)
+    monkeypatch.setattr("kvpilot_operator.local.replicas.MAX_BACKOFF_S", 0.05)
     path = written(tmp_path / "chat.yaml", replicas=2)
     async with session_of(path, workload=LOAD) as (session, _), asyncio.timeout(20):
-        outcome = await session.run()
-    assert outcome.problem == (
+        result = await session.run()
+    assert result.problem == (
         "an engine ended 3 times before it was ready, the last time with status 1: no luck"
     )
-    assert not outcome.bad_input
+    assert not result.bad_input
 
 
-async def test_the_load_waits_no_longer_than_it_may_for_its_engines(tmp_path: Path) -> None:
-    path = written(tmp_path / "chat.yaml")  # without a replica nothing is ever ready
+async def test_load_waits_for_replicas_up_to_a_limit(tmp_path: Path) -> None:
+    path = written(tmp_path / "chat.yaml")  # without a replica none becomes ready
     async with session_of(path, workload=LOAD, start_s=0.2) as (session, _), asyncio.timeout(20):
-        outcome = await session.run()
-    assert outcome.problem == "not all engines were ready within 0.2 s"
+        result = await session.run()
+    assert result.problem == "not all replicas were ready within 0.2 s"

@@ -1,4 +1,4 @@
-"""``kvpilot up`` as a user runs it: real engines, one port, edits, signals, bad input."""
+"""``kvpilot up`` as a user runs it: real engines, one port, edits, signals, invalid input."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import yaml
 from typer.testing import CliRunner
 
 from kvpilot_operator.cli import app
+from kvpilot_operator.local.check import CheckResult, CheckStep
 from kvpilot_operator.local.command import UpOptions, conclude
-from kvpilot_operator.local.session import Outcome
+from kvpilot_operator.local.session import RunResult
 from kvpilot_operator.local.state import StateDirectory
-from kvpilot_operator.local.verdict import Step, Verdict
-from kvpilot_operator.spec.models import KVCacheDeployment
-from kvpilot_operator.spec.resolve import policy_of
+from kvpilot_operator.resource.model import KVCacheDeployment
+from kvpilot_operator.resource.resolve import policy_of
 
 MANIFEST: dict[str, Any] = {
     "apiVersion": "kvpilot.io/v1alpha1",
@@ -50,21 +50,21 @@ def manifest(path: Path, **spec: Any) -> Path:
 
 
 class Up:
-    """A running ``kvpilot up`` and what it has said."""
+    """A running ``kvpilot up`` and its output."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.lines: list[str] = []
 
     async def until(self, pattern: str, seconds: float = 90) -> re.Match[str]:
-        """The first line from now on that matches."""
+        """The first match in the output from now on."""
         assert self.process.stdout is not None
         async with asyncio.timeout(seconds):
             async for line in self.process.stdout:
                 self.lines.append(line.decode().rstrip())
                 if found := re.search(pattern, self.lines[-1]):
                     return found
-        raise AssertionError(f"it ended without {pattern!r}: {self.lines}")
+        raise AssertionError(f"it ended without a line that matches {pattern!r}: {self.lines}")
 
     async def ended(self, seconds: float = 30) -> int:
         """Its exit code."""
@@ -97,11 +97,11 @@ async def up(directory: Path, *arguments: str) -> AsyncIterator[Up]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_path: Path) -> None:
+async def test_edits_apply_hot_invalid_ones_are_reported_and_sigint_ends_everything(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml")
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
         url = (await run.until(r"at (http://\S+) "))[1]
-        await run.until("1 engines ready")
+        await run.until("1 replicas ready")
         async with session.get(f"{url}/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         body = {"model": model, "prompt": "hello", "max_tokens": 4}
@@ -111,9 +111,9 @@ async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_
         assert len(family) == 2  # front and core
 
         path.write_text(path.read_text().replace("numWorkers: 2", "numWorkers: none"))
-        told = await run.until("edit refused")
-        assert "spec.engine.config.numWorkers" in told.string
-        assert "the old manifest stays" in told.string
+        reported = await run.until("edit refused")
+        assert "spec.engine.config.numWorkers" in reported.string
+        assert "the last manifest stays in force" in reported.string
 
         config = {**MANIFEST["spec"]["engine"]["config"], "numWorkers": 3}
         manifest(path, engine={"config": config})
@@ -133,11 +133,11 @@ async def test_edits_apply_hot_bad_ones_are_told_and_sigint_ends_everything(tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-async def test_a_second_signal_does_not_wait_and_a_second_run_is_refused(tmp_path: Path) -> None:
+async def test_second_signal_does_not_wait_and_second_run_is_refused(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml", rollout={"drainSeconds": 100})
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
         url = (await run.until(r"at (http://\S+) "))[1]
-        await run.until("1 engines ready")
+        await run.until("1 replicas ready")
         async with up(tmp_path, str(path)) as second:
             assert await second.ended() == 2
             assert f"small is already up in .kvpilot/small (process {run.process.pid})" in second.lines[-1]
@@ -161,7 +161,7 @@ async def _status(session: aiohttp.ClientSession, url: str, body: dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-async def test_a_model_that_is_not_there_ends_it_with_the_engines_words(tmp_path: Path) -> None:
+async def test_missing_model_ends_the_run_with_the_engines_message(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml", engine={"model": {"source": "/no/such/model"}})
     async with up(tmp_path, str(path)) as run:
         assert await run.ended(90) == 2
@@ -171,7 +171,7 @@ async def test_a_model_that_is_not_there_ends_it_with_the_engines_words(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-async def test_a_trace_is_replayed_and_reported(tmp_path: Path) -> None:
+async def test_trace_is_replayed_and_reported(tmp_path: Path) -> None:
     path = manifest(tmp_path / "small.yaml")
     trace = tmp_path / "trace.jsonl"
     trace.write_text(
@@ -213,11 +213,13 @@ async def test_a_trace_is_replayed_and_reported(tmp_path: Path) -> None:
                     "spec": {"containers": [{"name": "engine", "resources": {"limits": {"memory": "x"}}}]}
                 }
             },
-            "resources.limits.memory: must be a quantity of bytes like 2Gi, got 'x'",
+            "resources.limits.memory: must be a Kubernetes quantity such as 2Gi, 1.5G or 1e9, got 'x'",
         ),
     ],
 )
-def test_a_bad_manifest_exits_2_with_the_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_manifest_exits_2_with_the_field(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     path = manifest(tmp_path / "small.yaml", **change)
     result = CliRunner().invoke(app, ["up", str(path)])
     assert result.exit_code == 2
@@ -246,7 +248,7 @@ def test_a_bad_manifest_exits_2_with_the_field(tmp_path: Path, change: dict[str,
         (["--trace", "/no/such/trace"], "trace /no/such/trace: cannot be read: No such file"),
     ],
 )
-def test_bad_options_exit_2(
+def test_invalid_options_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -278,33 +280,37 @@ def test_bad_options_exit_2(
         (["down"], ": No such command 'down'"),
     ],
 )
-def test_a_command_line_that_cannot_be_read_exits_2_with_one_line(arguments: list[str], line: str) -> None:
+def test_invalid_command_line_exits_2_with_one_line(arguments: list[str], line: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert result.stderr == f"kvpilot {line}\n".replace("kvpilot :", "kvpilot:")
 
 
-def test_without_a_command_the_help_is_shown() -> None:
+def test_no_command_shows_the_help() -> None:
     result = CliRunner().invoke(app, [])
     assert result.exit_code == 2
     assert "Usage: " in result.output
 
 
-def test_a_verdict_is_told_though_its_figures_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_verdict_is_printed_even_if_the_figures_cannot_be_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     resource = KVCacheDeployment.parse(MANIFEST)
-    outcome = Outcome(policy=policy_of(resource.spec), verdict=Verdict((Step("breach", 1.0, "seen"),) * 3))
+    result = RunResult(
+        policy=policy_of(resource.spec), check=CheckResult((CheckStep("breach", 1.0, "seen"),) * 3)
+    )
     options = UpOptions(
         manifest=Path("small.yaml"), load="chat", trace=None, speed=1, shrink=1, rate=None, duration=None,
         mode=None, check=True, report=None, json_out=Path("/proc/x.json"), port=0, fresh=False, pace_scale=1,
     )  # fmt: skip
-    assert conclude(options, resource, outcome, Path()) == 1
-    told = capsys.readouterr()
-    assert "check passed: cured: seen" in told.out
-    assert told.err == "kvpilot up: /proc/x.json: cannot be written: No such file or directory\n"
+    assert conclude(options, resource, result, Path()) == 1
+    reported = capsys.readouterr()
+    assert "check passed: cured: seen" in reported.out
+    assert reported.err == "kvpilot up: /proc/x.json: cannot be written: No such file or directory\n"
 
 
 @pytest.mark.parametrize("option", [["--fresh"], ["--check", "--load", "chat"], []])
-def test_a_run_that_cannot_begin_erases_nothing(
+def test_run_that_cannot_start_keeps_existing_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -334,7 +340,7 @@ def test_a_run_that_cannot_begin_erases_nothing(
     }
 
 
-def test_a_missing_manifest_exits_2() -> None:
+def test_missing_manifest_exits_2() -> None:
     result = CliRunner().invoke(app, ["up", "/no/such.yaml"])
     assert result.exit_code == 2
     assert "/no/such.yaml: cannot be read: No such file or directory" in result.output

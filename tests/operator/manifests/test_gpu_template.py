@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kvpilot_operator.manifests import owned_objects
 from kvpilot_operator.manifests.names import NAME_LABEL
-from kvpilot_operator.spec import KVCacheDeployment, load_manifest
+from kvpilot_operator.resource import KVCacheDeployment, load_manifest
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "gpu.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "gpu.yaml"
 
 
 def test_the_gpu_example_asks_for_its_gpu() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from kvpilot_operator.manifests import config_map, decisions_map, owned_objects, promoted_of
 from kvpilot_operator.manifests.names import COLD_HASH
-from kvpilot_operator.spec import KVCacheDeployment
+from kvpilot_operator.resource import KVCacheDeployment
 from kvpilot_operator.tuning.observation import Promoted
 
 

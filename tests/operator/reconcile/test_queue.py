@@ -1,4 +1,4 @@
-"""The keyed queue: one look per key at a time, repeated on failure, none lost."""
+"""The keyed queue: one reconcile per key at a time, retried on failure, none lost."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvpilot_operator import queue as queue_module
-from kvpilot_operator.ports import Key
-from kvpilot_operator.queue import KeyedQueue
+from kvpilot_operator.reconcile import queue as queue_module
+from kvpilot_operator.reconcile.queue import KeyedQueue
+from kvpilot_operator.status.snapshot import Key
 
 CHAT, CODE = Key("a", "chat"), Key("a", "code")
 
 
 @dataclass
-class Looks:
-    """Counts looks; a test says what each of them does."""
+class Reconciles:
+    """Counts reconciles; a test says what each of them does."""
 
     counts: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
     at_once: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
@@ -27,10 +27,10 @@ class Looks:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     resyncs: int = 0
 
-    async def look(self, key: Key) -> float | None:
+    async def reconcile(self, key: Key) -> float | None:
         self.counts[key] += 1
         self.at_once[key] += 1
-        assert self.at_once[key] == 1, "two looks at one key at once"
+        assert self.at_once[key] == 1, "two reconciles of one key at once"
         await self.gate.wait()
         self.at_once[key] -= 1
         if self.counts[key] <= self.failures:
@@ -42,15 +42,15 @@ class Looks:
 
 
 @pytest.fixture
-def looks() -> Looks:
-    made = Looks()
+def reconciles() -> Reconciles:
+    made = Reconciles()
     made.gate.set()
     return made
 
 
 @pytest.fixture
-async def queue(looks: Looks) -> AsyncIterator[KeyedQueue]:
-    made = KeyedQueue(looks.look, looks.resync)
+async def queue(reconciles: Reconciles) -> AsyncIterator[KeyedQueue]:
+    made = KeyedQueue(reconciles.reconcile, reconciles.resync)
     running = asyncio.create_task(made.run())
     yield made
     await made.stop()
@@ -63,100 +63,100 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_a_key_is_looked_at_once_per_change(queue: KeyedQueue, looks: Looks) -> None:
+async def test_a_key_is_looked_at_once_per_change(queue: KeyedQueue, reconciles: Reconciles) -> None:
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 1)
+    await until(lambda: reconciles.counts[CHAT] == 1)
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 2)
+    await until(lambda: reconciles.counts[CHAT] == 2)
     assert queue.depth == 0
 
 
 async def test_a_change_during_a_look_causes_another_one_and_never_two_at_once(
-    queue: KeyedQueue, looks: Looks
+    queue: KeyedQueue, reconciles: Reconciles
 ) -> None:
-    looks.gate.clear()
+    reconciles.gate.clear()
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 1)
+    await until(lambda: reconciles.counts[CHAT] == 1)
     for _ in range(5):
         queue.enqueue(CHAT)
     queue.enqueue(CODE)
-    await until(lambda: looks.counts[CODE] == 1)
-    assert looks.counts[CHAT] == 1
+    await until(lambda: reconciles.counts[CODE] == 1)
+    assert reconciles.counts[CHAT] == 1
     assert queue.depth == 2
-    looks.gate.set()
-    await until(lambda: looks.counts[CHAT] == 2)
+    reconciles.gate.set()
+    await until(lambda: reconciles.counts[CHAT] == 2)
     await asyncio.sleep(0.02)
-    assert looks.counts == {CHAT: 2, CODE: 1}
+    assert reconciles.counts == {CHAT: 2, CODE: 1}
 
 
-async def test_ticks_go_on_by_themselves_and_fall_together(queue: KeyedQueue, looks: Looks) -> None:
-    looks.period = 0.05
+async def test_ticks_go_on_by_themselves_and_fall_together(queue: KeyedQueue, reconciles: Reconciles) -> None:
+    reconciles.period = 0.05
     queue.enqueue(CHAT)
     await asyncio.sleep(0.013)
     queue.enqueue(CODE)
-    await until(lambda: looks.counts[CODE] >= 3)
+    await until(lambda: reconciles.counts[CODE] >= 3)
     due = {key: entry.due for key, entry in queue._entries.items()}
     assert due[CHAT] == pytest.approx(due[CODE])
 
 
 async def test_a_failed_look_is_repeated_with_growing_delays(
-    queue: KeyedQueue, looks: Looks, monkeypatch: pytest.MonkeyPatch
+    queue: KeyedQueue, reconciles: Reconciles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queue_module, "FIRST_DELAY_S", 0.02)
-    looks.failures = 3
+    reconciles.failures = 3
     started = asyncio.get_running_loop().time()
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 4)
+    await until(lambda: reconciles.counts[CHAT] == 4)
     waited = asyncio.get_running_loop().time() - started
     assert waited >= 0.8 * (0.02 + 0.04 + 0.08)
 
 
 async def test_look_now_waits_for_the_look_in_progress_and_tells_failures(
-    queue: KeyedQueue, looks: Looks
+    queue: KeyedQueue, reconciles: Reconciles
 ) -> None:
-    looks.gate.clear()
+    reconciles.gate.clear()
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 1)
-    now = asyncio.create_task(queue.look_now(CHAT))
+    await until(lambda: reconciles.counts[CHAT] == 1)
+    now = asyncio.create_task(queue.reconcile_now(CHAT))
     await asyncio.sleep(0.01)
-    assert looks.counts[CHAT] == 1
-    looks.gate.set()
+    assert reconciles.counts[CHAT] == 1
+    reconciles.gate.set()
     await now
-    assert looks.counts[CHAT] == 2
-    looks.failures = 3
+    assert reconciles.counts[CHAT] == 2
+    reconciles.failures = 3
     with pytest.raises(RuntimeError, match="the API server is away"):
-        await queue.look_now(CHAT)
+        await queue.reconcile_now(CHAT)
 
 
-async def test_everything_is_looked_at_again_from_time_to_time(looks: Looks) -> None:
-    queue = KeyedQueue(looks.look, looks.resync, resync_s=0.03)
+async def test_everything_is_looked_at_again_from_time_to_time(reconciles: Reconciles) -> None:
+    queue = KeyedQueue(reconciles.reconcile, reconciles.resync, resync_s=0.03)
     running = asyncio.create_task(queue.run())
-    await until(lambda: looks.resyncs >= 3)
+    await until(lambda: reconciles.resyncs >= 3)
     await queue.stop()
     await running
 
 
-async def test_stop_waits_for_a_look_in_progress_and_begins_none(looks: Looks) -> None:
-    queue = KeyedQueue(looks.look, looks.resync)
+async def test_stop_waits_for_a_look_in_progress_and_begins_none(reconciles: Reconciles) -> None:
+    queue = KeyedQueue(reconciles.reconcile, reconciles.resync)
     running = asyncio.create_task(queue.run())
-    looks.gate.clear()
+    reconciles.gate.clear()
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 1)
+    await until(lambda: reconciles.counts[CHAT] == 1)
     stopping = asyncio.create_task(queue.stop(grace_s=5))
     queue.enqueue(CODE)
     await asyncio.sleep(0.02)
     assert not stopping.done()
-    looks.gate.set()
+    reconciles.gate.set()
     await asyncio.wait_for(stopping, 2)
     await asyncio.wait_for(running, 2)
-    assert looks.counts == {CHAT: 1}
+    assert reconciles.counts == {CHAT: 1}
 
 
-async def test_a_look_that_hangs_is_cancelled_after_the_grace(looks: Looks) -> None:
-    queue = KeyedQueue(looks.look, looks.resync)
+async def test_a_look_that_hangs_is_cancelled_after_the_grace(reconciles: Reconciles) -> None:
+    queue = KeyedQueue(reconciles.reconcile, reconciles.resync)
     running = asyncio.create_task(queue.run())
-    looks.gate.clear()
+    reconciles.gate.clear()
     queue.enqueue(CHAT)
-    await until(lambda: looks.counts[CHAT] == 1)
+    await until(lambda: reconciles.counts[CHAT] == 1)
     await asyncio.wait_for(queue.stop(grace_s=0.05), 2)
     await asyncio.wait_for(running, 2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kvpilot_operator.spec import KVCacheDeployment, KVCacheOverride, ManifestError, load_manifest
+from kvpilot_operator.resource import KVCacheDeployment, ManifestError, load_manifest, times
 
 SAMPLE: dict[str, Any] = {
     "apiVersion": "kvpilot.io/v1alpha1",
@@ -88,13 +88,13 @@ def test_a_manifest_becomes_the_model_without_warnings() -> None:
         (
             "spec.tuning.mode",
             False,
-            'spec.tuning.mode: must be "Off", "Recommend" or "Auto"; YAML reads a bare Off as false, so '
-            "quote it, got False",
+            'spec.tuning.mode: must be "Off", "Recommend", "Approve" or "Auto"; YAML reads a bare Off as '
+            "false, so quote it, got False",
         ),
         (
             "spec.tuning.mode",
-            "Approve",
-            "spec.tuning.mode: Input should be 'Off', 'Recommend' or 'Auto', got 'Approve'",
+            "Ask",
+            "spec.tuning.mode: Input should be 'Off', 'Recommend', 'Approve' or 'Auto', got 'Ask'",
         ),
         (
             "spec.tuning.knobs.0.min",
@@ -110,6 +110,38 @@ def test_a_manifest_becomes_the_model_without_warnings() -> None:
             "spec.tuning.knobs.0.name",
             "cacheStrategy",
             "spec.tuning.knobs.0: cacheStrategy has no order, so min and max are not allowed",
+        ),
+        (
+            "spec.tuning.knobs",
+            [{"name": "cacheStrategy", "direction": "UpOnly"}],
+            "spec.tuning.knobs.0: cacheStrategy has no order, so direction UpOnly is not allowed",
+        ),
+        (
+            "spec.tuning.maintenanceWindows",
+            [{"schedule": "0 25 * * *", "duration": "2h"}],
+            "spec.tuning.maintenanceWindows.0.schedule: must be a cron schedule: bad hour, got '0 25 * * *'",
+        ),
+        (
+            "spec.tuning.maintenanceWindows",
+            [{"schedule": "0 2 * * *", "duration": "30s"}],
+            "spec.tuning.maintenanceWindows.0.duration: must be one minute to seven days, such as 90m or 8h, "
+            "got '30s'",
+        ),
+        (
+            "spec.scaling.schedules",
+            [{"schedule": "0 2 * * *", "duration": "2h", "min": 4, "timeZone": "Mars/Base"}],
+            "spec.scaling.schedules.0.timeZone: must be a time zone of the IANA database, such as "
+            "\"Europe/Berlin\", got 'Mars/Base'",
+        ),
+        (
+            "spec.scaling.schedules",
+            [{"schedule": "0 2 * * *", "duration": "2h", "min": 4, "max": 3}],
+            "spec.scaling.schedules.0: min <= max is required, got min=4, max=3",
+        ),
+        (
+            "spec.scaling.schedules",
+            [{"schedule": "0 2 * * *", "duration": "2h", "min": 12}],
+            "spec.scaling: schedules.0.min must be at most scaling.max 10, unless it has its own max, got 12",
         ),
         ("spec.scaling.min", 11, "spec.scaling: min <= max is required, got min=11, max=10"),
         ("spec.scaling", None, "spec: exactly one of scaling and replicas is required"),
@@ -155,7 +187,9 @@ def test_faults_of_bounds_and_rules_are_told_together() -> None:
         "spec.tuning.knobs.0: maxTokens would be tuned from 100000 to 65536; give both min and max"
     )
     assert field == "spec.tuning.knobs.1: min of numWorkers must be 1 to 128, got 0"
-    assert rule.startswith("spec.tuning.disabledRules.1: no such rule; allowed: memory-relief, workers-up")
+    assert rule.startswith(
+        "spec.tuning.disabledRules.1: no such rule; allowed: memory-emergency, memory-relief, workers-up"
+    )
     assert rule.endswith(", got 'batch'")
 
 
@@ -172,8 +206,8 @@ def test_every_fault_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "no document; exactly one KVCacheDeployment is expected"),
-        ("a: 1\n---\nb: 2\n", "2 documents; exactly one KVCacheDeployment is expected"),
+        ("", "no document; exactly one object is expected"),
+        ("a: 1\n---\nb: 2\n", "2 documents; exactly one object is expected"),
         ("- a\n", "a mapping is expected, got list"),
         ("a: [1\n", "not valid YAML: line 2, column 1: "),
         ("a: 1\na: 2\n", "not valid YAML: line 2, column 1: 'a' is given twice"),
@@ -196,23 +230,14 @@ def test_a_file_is_named_in_its_errors(tmp_path: Path) -> None:
         load_manifest(binary)
 
 
-def override(**spec: Any) -> dict[str, Any]:
-    return {
-        "apiVersion": "kvpilot.io/v1alpha1",
-        "kind": "KVCacheOverride",
-        "metadata": {"generateName": "chat-pause-"},
-        "spec": {"target": "chat", "expiresAt": "2026-11-22T12:00:00Z", **spec},
-    }
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("0s", 0)])
+def test_duration_in_seconds(text: str, seconds: float) -> None:
+    assert times.duration_s(text) == seconds
 
 
-def test_an_override_asks_for_exactly_one_thing() -> None:
-    assert KVCacheOverride.parse(override(pause={})).spec.pause is not None
-    assert KVCacheOverride.parse(override(boost={"minReplicas": 3})).spec.boost.min_replicas == 3  # type: ignore[union-attr]
-    for spec in ({}, {"pause": {}, "boost": {"minReplicas": 3}}):
-        with pytest.raises(ManifestError, match="spec: exactly one of pause and boost is required"):
-            KVCacheOverride.parse(override(**spec))
-    with pytest.raises(ManifestError, match=r"spec\.expiresAt: Input should have timezone info"):
-        KVCacheOverride.parse(override(pause={}, expiresAt="2026-11-22T12:00:00"))
+def test_text_that_is_no_duration_is_refused_with_examples() -> None:
+    with pytest.raises(ValueError, match="'1 hour' is not a duration such as 90s, 10m or 1h30m"):
+        times.duration_s("1 hour")
 
 
 def test_status_and_foreign_metadata_pass_through() -> None:

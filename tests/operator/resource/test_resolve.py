@@ -8,8 +8,8 @@ import pytest
 
 from kvpilot_engine.contract import CATALOGUE
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.spec import DeploymentSpec, ManifestError
-from kvpilot_operator.spec.resolve import base_config, not_yet_effective, policy_of
+from kvpilot_operator.resource import DeploymentSpec, ManifestError
+from kvpilot_operator.resource.resolve import base_config, gpus_of, not_yet_effective, policy_of
 from kvpilot_operator.tuning.pace import PACES
 
 
@@ -106,3 +106,45 @@ def test_base_holds_what_was_given_and_nothing_else() -> None:
 def test_disabled_rules_are_the_users() -> None:
     policy = policy_of(spec(tuning={"disabledRules": ["batch-up", "replicas-down"]}))
     assert policy.disabled_rules == {"batch-up", "replicas-down"}
+
+
+def test_quality_knob_is_tuned_only_where_the_resource_lists_it() -> None:
+    assert policy_of(spec()).bounds["quantizationBits"].tune is False
+    listed = policy_of(spec(tuning={"knobs": [{"name": "quantizationBits"}]}))
+    assert listed.bounds["quantizationBits"].tune is True
+    assert listed.bounds["useQuantization"].tune is False
+
+
+def gpu_spec(**budgets: Any) -> DeploymentSpec:
+    containers = [
+        {"name": "engine", "resources": {"limits": {"nvidia.com/gpu": "2"}}},
+        {"name": "sidecar", "resources": {"limits": {"memory": "1Gi"}}},
+    ]
+    return DeploymentSpec.model_validate(
+        {
+            "scaling": {"min": 2, "max": 10},
+            "template": {"spec": {"containers": containers}},
+            "tuning": {"budgets": budgets},
+        }
+    )
+
+
+def test_the_budget_of_gpus_is_a_number_of_replicas() -> None:
+    assert gpus_of(gpu_spec()) == 2
+    for budget, limit in ((None, None), (9, 4), (20, 10)):
+        scaling = policy_of(gpu_spec(maxGPUs=budget)).scaling
+        assert scaling is not None
+        assert scaling.gpu_limit == limit
+
+
+def test_a_budget_of_gpus_below_the_minimum_is_refused() -> None:
+    with pytest.raises(ManifestError) as caught:
+        policy_of(gpu_spec(maxGPUs=3))
+    assert caught.value.lines == ("spec.tuning.budgets.maxGPUs: 2 replicas with 2 GPUs each need 4, got 3",)
+
+
+def test_a_number_of_gpus_that_is_none_is_refused() -> None:
+    spec = {"containers": [{"name": "engine", "resources": {"limits": {"nvidia.com/gpu": "two"}}}]}
+    given = DeploymentSpec.model_validate({"replicas": 1, "template": {"spec": spec}})
+    with pytest.raises(ManifestError, match=r"containers\[engine\].resources.limits: nvidia.com/gpu must be"):
+        gpus_of(given)

@@ -1,4 +1,4 @@
-"""The port in front: round-robin over ready replicas, streams passed through, failures told as JSON."""
+"""The router: round-robin over ready replicas, streams forwarded in chunks, failures as JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvpilot_operator.local.router import Backend, PortError, Router
+from kvpilot_operator.router.proxy import Backend, PortError, Router
 
 
 class Replica:
-    """A server that says who it is, streams, and notes who left."""
+    """A server that returns its name, streams, and records disconnected clients."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,7 +81,7 @@ async def _get(session: aiohttp.ClientSession, url: str) -> int:
         return answer.status
 
 
-async def test_requests_alternate_and_a_drained_replica_gets_nothing_new() -> None:
+async def test_requests_alternate_and_a_drained_replica_gets_no_new_ones() -> None:
     async with fleet("a", "b") as (router, replicas, backends, session):
         waiting = asyncio.create_task(_get(session, f"{router.url}/wait"))
         await asyncio.wait_for(replicas[1].waits.wait(), 5)
@@ -98,10 +98,10 @@ async def test_requests_alternate_and_a_drained_replica_gets_nothing_new() -> No
         router.use([])
         for replica in replicas:
             replica.release.set()
-        assert await waiting == 200  # what it already had is finished
+        assert await waiting == 200  # requests in flight are finished
 
 
-async def test_method_path_body_and_status_pass_unchanged() -> None:
+async def test_method_path_body_and_status_are_forwarded_unchanged() -> None:
     async with fleet("a") as (router, replicas, _, session):
         body = b"x" * 3_000_000
         async with session.post(f"{router.url}/v1/a%2Fb?c=%20d", data=body) as answer:
@@ -109,14 +109,14 @@ async def test_method_path_body_and_status_pass_unchanged() -> None:
         assert replicas[0].bodies == [body]
 
 
-async def test_none_ready_is_a_503_in_json() -> None:
+async def test_no_ready_replica_is_a_503_in_json() -> None:
     async with fleet() as (router, _, _, session), session.get(f"{router.url}/v1/models") as answer:
         assert answer.status == 503
         assert answer.headers["Retry-After"] == "1"
         assert (await answer.json())["error"]["message"] == "no replica is ready yet"
 
 
-async def test_a_dead_replica_is_passed_over() -> None:
+async def test_dead_replica_is_skipped() -> None:
     async with fleet("a") as (router, _, backends, session):
         router.use([Backend("dead", "http://127.0.0.1:9"), *backends])
         for _ in range(4):
@@ -128,7 +128,7 @@ async def test_a_dead_replica_is_passed_over() -> None:
             assert (await answer.json())["error"]["message"] == "no replica answered, tried dead"
 
 
-async def test_a_stream_arrives_piece_by_piece() -> None:
+async def test_stream_arrives_in_chunks() -> None:
     async with (
         fleet("a") as (router, replicas, _, session),
         session.get(f"{router.url}/stream") as answer,
@@ -139,7 +139,7 @@ async def test_a_stream_arrives_piece_by_piece() -> None:
         assert await answer.read() == b"data: two\n\n"
 
 
-async def test_a_client_that_leaves_is_felt_by_the_replica() -> None:
+async def test_client_disconnect_reaches_the_replica() -> None:
     async with fleet("a") as (router, replicas, _, session):
         async with session.get(f"{router.url}/stream") as answer:
             await answer.content.readany()
@@ -147,21 +147,21 @@ async def test_a_client_that_leaves_is_felt_by_the_replica() -> None:
         await asyncio.wait_for(replicas[0].left.wait(), 5)
 
 
-async def test_a_stream_that_breaks_off_does_not_end_well_for_the_client() -> None:
+async def test_broken_stream_is_an_error_for_the_client() -> None:
     async with fleet("a") as (router, _, _, session):
         with pytest.raises(aiohttp.ClientError):
             async with session.get(f"{router.url}/cut") as answer:
                 await answer.read()
 
 
-async def test_a_taken_port_is_named() -> None:
+async def test_port_in_use_is_named() -> None:
     async with fleet() as (router, _, _, _):
         port = int(router.url.rpartition(":")[2])
         with pytest.raises(PortError, match=f"--port: cannot listen on 127.0.0.1:{port}: "):
             await Router("127.0.0.1", port).start()
 
 
-async def test_a_dead_replica_costs_nobody_an_answer_however_many_ask_at_once() -> None:
+async def test_dead_replica_fails_no_concurrent_request() -> None:
     async with fleet("a") as (router, _, backends, session):
         router.use([Backend("dead", "http://127.0.0.1:1"), *backends])
         assert await asyncio.gather(*(_get(session, f"{router.url}/x") for _ in range(50))) == [200] * 50

@@ -1,25 +1,42 @@
-"""Whatever the tuner remembers survives the status, JSON included."""
+"""The tuner's state survives the status, JSON included."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from itertools import count
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpilot_operator.spec.memory import overlay_status, state_from_status, tuning_status
+from kvpilot_operator.status.codec import (
+    decode_status,
+    encode_status,
+    overlay_status,
+    state_of,
+    tuning_status,
+)
+from kvpilot_operator.status.model import ConfigStatus, Status
 from kvpilot_operator.tuning.state import (
-    Barred,
+    BlockedValue,
     Change,
+    Effect,
     Hold,
     KnobChange,
     Measure,
     OverlayEntry,
+    Pending,
     Phase,
     ReplicaMark,
+    ReplicaRef,
+    Reported,
     Reversal,
-    Told,
+    StepRate,
+    Tally,
     TuningState,
+    Watch,
 )
 
 TIMES = st.integers(min_value=1, max_value=4_000_000_000_000).map(lambda ms: ms / 1000)
@@ -40,6 +57,8 @@ def knob_changes(draw: st.DrawFn) -> KnobChange:
     return KnobChange(knob, draw(VALUES[knob]), draw(VALUES[knob]))
 
 
+REPLICAS = st.builds(ReplicaRef, NAMES, NAMES)
+EFFECTS = st.builds(Effect, st.floats(-9, 9), st.floats(0, 9))
 CHANGES = st.builds(
     Change,
     id=NAMES,
@@ -49,13 +68,42 @@ CHANGES = st.builds(
     generation=st.integers(0, 10_000),
     started_at=TIMES,
     phase_since=TIMES,
-    canary_uid=st.just("") | NAMES,
-    control_uids=st.lists(NAMES, max_size=4).map(tuple),
+    canary=st.none() | REPLICAS,
+    controls=st.lists(REPLICAS, max_size=4).map(tuple),
     restarts=st.integers(0, 9),
     objective=NAMES,
     predicted_gain=st.floats(0, 10),
-    verdict=st.sampled_from(["", "Promoted", "Aborted(PodRestarted)"]),
+    verdict=st.sampled_from(["", "Promoted", "Aborted(ReplicaRestarted)"]),
     before=st.lists(st.builds(Measure, NAMES, st.floats(0, 1e6), st.floats(0, 1e6)), max_size=3).map(tuple),
+    measure=st.sampled_from(["", "capacity", "tierLoad"]),
+    ratio=st.floats(0, 100),
+    seed=st.integers(0, 2**32 - 1),
+    measured_from=st.just(0.0) | TIMES,
+    widened=st.lists(REPLICAS, max_size=4).map(tuple),
+    drained=st.booleans(),
+    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6)),
+    errors_before=st.floats(0, 1),
+    judged_before=st.floats(0, 1e6),
+    difference_before=st.none() | EFFECTS,
+    tally=st.builds(
+        Tally, st.integers(0, 99), st.floats(-9, 9), st.floats(0, 99), st.floats(0, 1e6), st.just(0.0) | TIMES
+    ),
+    crossed_at=st.just(0.0) | TIMES,
+    deadline=st.just(0.0) | TIMES,
+    unseen_since=st.just(0.0) | TIMES,
+)
+WATCHES = st.builds(
+    Watch,
+    id=NAMES,
+    rule=NAMES,
+    values=st.lists(knob_changes(), min_size=1, max_size=3).map(tuple),
+    since=TIMES,
+    until=TIMES,
+    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6)),
+    errors_before=st.floats(0, 1),
+    judged_before=st.floats(0, 1e6),
+    own=st.booleans(),
+    ratio=st.floats(0, 100),
 )
 STATES = st.builds(
     TuningState,
@@ -72,52 +120,85 @@ STATES = st.builds(
     change=st.none() | CHANGES,
     cooldown_until=st.just(0.0) | TIMES,
     holds=st.lists(st.builds(Hold, NAMES, NAMES, TIMES), max_size=5).map(tuple),
-    barred=st.lists(
-        knob_changes().flatmap(lambda c: TIMES.map(lambda until: Barred(c.knob, c.after, until))), max_size=16
+    blocked_values=st.lists(
+        knob_changes().flatmap(lambda c: TIMES.map(lambda until: BlockedValue(c.knob, c.after, until))),
+        max_size=16,
     ).map(tuple),
     reversals=st.lists(st.builds(Reversal, st.sampled_from(sorted(VALUES)), TIMES), max_size=16).map(tuple),
     scale_down=st.lists(st.builds(ReplicaMark, TIMES, st.integers(0, 99)), max_size=10).map(tuple),
-    met_ticks=st.integers(0, 9),
-    told=st.lists(st.builds(Told, NAMES, TIMES), max_size=16).map(tuple),
+    reported=st.lists(st.builds(Reported, NAMES, TIMES), max_size=12).map(tuple),
     boosted=st.integers(0, 99),
+    pending=st.lists(
+        st.builds(
+            Pending,
+            id=NAMES,
+            rule=NAMES,
+            values=st.lists(knob_changes(), max_size=3).map(tuple),
+            replicas=st.integers(0, 99),
+            objective=NAMES,
+            predicted_gain=st.floats(0, 1),
+            why=NAMES,
+            since=TIMES,
+            expires=TIMES,
+            lapsing_since=st.just(0.0) | TIMES,
+        ),
+        max_size=2,
+    ).map(tuple),
+    handled=st.lists(NAMES, max_size=8).map(tuple),
+    watch=st.none() | WATCHES,
 )
 
 
 def stored(state: TuningState) -> dict[str, object]:
-    tuning = tuning_status(state).model_dump(by_alias=True, exclude_none=True, mode="json")
-    overlay = [
-        item.model_dump(by_alias=True, exclude_none=True, mode="json")
-        for item in overlay_status(state.overlay)
-    ]
-    return dict(json.loads(json.dumps({"tuning": tuning, "config": {"overlay": overlay}})))
+    config = ConfigStatus(overlay=overlay_status(state))
+    status = encode_status(Status(tuning=tuning_status(state), config=config))
+    return dict(json.loads(json.dumps(status)))
+
+
+def read(status: dict[str, object]) -> TuningState:
+    return state_of(decode_status(status))
+
+
+def example(kind: Any, number: Iterator[int]) -> Any:
+    """A value of a type that is not the default of any field: every field of a dataclass gets its own."""
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(
+            **{
+                item.name: not item.default if hints[item.name] is bool else example(hints[item.name], number)
+                for item in fields(kind)
+            }
+        )
+    if get_origin(kind) is tuple:
+        return (example(get_args(kind)[0], number),)
+    if arms := [arm for arm in get_args(kind) if arm is not type(None)]:
+        return example(arms[0], number)
+    if isinstance(kind, type) and issubclass(kind, Phase):
+        return Phase.VERIFY
+    return kind(next(number)) if kind in {int, float, str} else next(number)
+
+
+def test_every_field_of_the_state_survives_the_status() -> None:
+    state = example(TuningState, count(100))
+    for item in fields(TuningState):
+        assert getattr(read(stored(state)), item.name) == getattr(state, item.name), item.name
+        assert getattr(state, item.name) != getattr(TuningState(), item.name), f"{item.name} proves nothing"
 
 
 @settings(max_examples=150, deadline=None)
 @given(STATES)
-def test_a_state_comes_back_from_the_status_as_it_was(state: TuningState) -> None:
-    back = state_from_status(stored(state))
+def test_state_survives_the_status_with_its_types(state: TuningState) -> None:
+    back = read(stored(state))
     assert back == state
     types = [type(value.after) for value in state.change.values] if state.change else []
     assert [type(value.after) for value in back.change.values] == types if back.change else types == []
 
 
-def test_lists_beyond_their_limits_keep_the_newest() -> None:
-    state = TuningState(
-        holds=tuple(Hold(f"r{i}", "", float(i)) for i in range(9)),
-        barred=tuple(Barred("numWorkers", i, float(i)) for i in range(20)),
-        reversals=tuple(Reversal("numWorkers", float(i)) for i in range(20)),
-        scale_down=tuple(ReplicaMark(float(i), i) for i in range(20)),
-    )
-    back = state_from_status(stored(state))
-    assert [len(back.holds), len(back.barred), len(back.reversals), len(back.scale_down)] == [5, 16, 16, 10]
-    assert (back.barred[-1].value, back.reversals[-1].at, back.scale_down[-1].replicas) == (19, 19.0, 19)
+def test_unreadable_status_gives_a_fresh_state() -> None:
+    assert read({}) == TuningState()
+    assert read({"tuning": {"state": "Dancing"}}) == TuningState()
+    assert read({"tuning": {"cooldownUntil": "soon"}}) == TuningState()
 
 
-def test_an_unreadable_status_is_a_lost_one() -> None:
-    assert state_from_status({}) == TuningState()
-    assert state_from_status({"tuning": {"state": "Dancing"}}) == TuningState()
-    assert state_from_status({"tuning": {"cooldownUntil": "soon"}}) == TuningState()
-
-
-def test_fields_of_a_newer_operator_are_passed_over() -> None:
-    assert state_from_status({"tuning": {"epoch": 3, "fromTheFuture": 1}}) == TuningState(epoch=3)
+def test_fields_of_a_newer_operator_are_ignored() -> None:
+    assert read({"tuning": {"epoch": 3, "fromTheFuture": 1}}) == TuningState(epoch=3)

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from kvpilot_operator.ports import Key, Replica, Snapshot
-from kvpilot_operator.spec import KVCacheDeployment, ManifestError
-from kvpilot_operator.spec.conditions import CONDITION_TYPES
-from kvpilot_operator.spec.resolve import policy_of
-from kvpilot_operator.spec.status import invalid_status, state_from_status, status_of
-from kvpilot_operator.spec.status_model import DECISION_BYTES
-from kvpilot_operator.tuning.decision import Decision, Objective, Outcome, Record
-from kvpilot_operator.tuning.observation import Observation, Pod, Promoted
+from kvpilot_operator.resource import ManifestError
+from kvpilot_operator.resource.resolve import policy_of
+from kvpilot_operator.status.codec import encode_status
+from kvpilot_operator.status.conditions import CONDITION_TYPES
+from kvpilot_operator.status.model import DECISION_BYTES
+from kvpilot_operator.status.render import invalid_status, status_of
+from kvpilot_operator.status.snapshot import Key, Replica, Snapshot
+from kvpilot_operator.tuning.decision import Decision, DecisionOutcome, Objective, Record
+from kvpilot_operator.tuning.observation import Observation, ObservedReplica, Promoted, SourceProblem
 from kvpilot_operator.tuning.state import Hold, OverlayEntry, Phase, TuningState
 
 NOW = 1_700_000_000.0
@@ -41,37 +42,35 @@ class Scene:
         self.manifest = manifest(**spec)
         self.decision = Decision(TuningState(), objectives=(objective("p95", "Met"),))
         self.observed: dict[str, Any] = {}
-        self.refused_pods = ""
+        self.replica_failure = ""
 
     def status(self, before: Mapping[str, Any] | None = None, at: float = NOW) -> dict[str, Any]:
-        resource = KVCacheDeployment.parse(self.manifest)
         snapshot = Snapshot(
             Key("team-a", "chat"),
-            self.manifest,
+            {**self.manifest, "status": before or {}},
             2,
             self.pods,
             Promoted(17, {"numWorkers": 16}),
-            refused_pods=self.refused_pods,
+            replica_failure=self.replica_failure,
         )
-        pods = tuple(Pod(pod.uid, pod.name, pod.ready) for pod in self.pods)
+        pods = tuple(ObservedReplica(pod.uid, pod.name, pod.ready) for pod in self.pods)
         observation = Observation(
             at=at,
-            pods=pods,
+            replicas=pods,
             base={},
             promoted=snapshot.promoted,
-            replicas=2,
+            desired_replicas=2,
             **self.observed,
         )
-        policy = policy_of(resource.spec)
-        made = status_of(snapshot, resource, policy, observation, self.decision, before or {})
-        return dict(json.loads(json.dumps(made)))
+        made = status_of(snapshot, policy_of(snapshot.resource.spec), observation, self.decision)
+        return dict(json.loads(json.dumps(encode_status(made))))
 
 
 def objective(name: str, state: Literal["Met", "Breached", "Unknown", "Infeasible"]) -> Objective:
     return Objective(name, 0.95, 0.9, 0.9, state)
 
 
-def record(number: int, outcome: Outcome, summary: str = "numWorkers 8 -> 16.") -> Record:
+def record(number: int, outcome: DecisionOutcome, summary: str = "numWorkers 8 -> 16.") -> Record:
     return Record(f"d-{number:04}", NOW + number, "workers-up", outcome, summary, None, ())
 
 
@@ -203,31 +202,31 @@ def test_a_pod_that_does_not_fit_is_named_while_the_rest_serves() -> None:
     )
     status = scene.status()
     found = condition(status, "Progressing")
-    assert (found["status"], found["reason"]) == ("True", "PodsPending")
+    assert (found["status"], found["reason"]) == ("True", "ReplicasPending")
     assert found["message"] == "Waiting for c: Insufficient nvidia.com/gpu"
     assert condition(status, "Ready")["status"] == "True"
     assert (status["replicas"], status["readyReplicas"]) == (3, 2)
 
 
-def test_too_few_ready_engines_are_not_ready() -> None:
+def test_new_resource_is_starting_while_too_few_replicas_are_ready() -> None:
     found = condition(Scene(replica("a"), replica("b", ready=False)).status(), "Ready")
-    assert (found["reason"], found["message"]) == ("EnginesNotReady", "1 of at least 2 engines serve.")
+    assert (found["reason"], found["message"]) == ("ReplicasStarting", "1 of at least 2 replicas are ready.")
 
 
-def test_why_engines_do_not_serve_is_in_ready_itself() -> None:
+def test_ready_says_why_replicas_do_not_serve() -> None:
     crashed = replica("b", ready=False, pending="CrashLoopBackOff: kvpilot serve: numHeads: must divide 8")
     scene = Scene(replica("a"), crashed)
     found = condition(scene.status(), "Ready")
     assert (found["reason"], found["message"]) == (
-        "EnginesNotReady",
-        "1 of at least 2 engines serve: b: CrashLoopBackOff: kvpilot serve: numHeads: must divide 8",
+        "ReplicasNotReady",
+        "1 of at least 2 replicas are ready: b: CrashLoopBackOff: kvpilot serve: numHeads: must divide 8.",
     )
     scene = Scene(replica("a"))
-    scene.refused_pods = "FailedCreate: forbidden: exceeded quota: team"
+    scene.replica_failure = "FailedCreate: forbidden: exceeded quota: team"
     status = scene.status()
     found = condition(status, "Ready")
     assert found["message"] == (
-        "1 of at least 2 engines serve: FailedCreate: forbidden: exceeded quota: team"
+        "1 of at least 2 replicas are ready: FailedCreate: forbidden: exceeded quota: team."
     )
     found = condition(status, "Progressing")
     assert found["message"] == "Waiting for FailedCreate: forbidden: exceeded quota: team"
@@ -235,15 +234,17 @@ def test_why_engines_do_not_serve_is_in_ready_itself() -> None:
 
 def test_what_holds_tuning_back_is_told() -> None:
     scene = Scene()
-    scene.observed = {"metrics_problem": "prometheus.example: no answer within 10 s"}
+    problem = SourceProblem("MetricsUnavailable", "prometheus.example: no answer in 10 s")
+    scene.observed = {"metrics_problem": problem}
     status = scene.status()
-    assert condition(status, "MetricsTrusted")["reason"] == "MetricsUnavailable"
+    found = condition(status, "MetricsTrusted")
+    assert (found["reason"], found["message"]) == (problem.reason, problem.message)
     scene.observed = {"paused_by": "chat-pause-x7k"}
     status = scene.status()
     assert condition(status, "Paused")["status"] == "True"
     assert condition(status, "TuningActive")["reason"] == "Paused"
     scene.observed = {"replicas_managed_by": "kubectl-scale"}
-    found = condition(scene.status(), "ActuatorConflict")
+    found = condition(scene.status(), "FieldManagerConflict")
     assert found["status"] == "True"
     assert "use spec.replicas" in found["message"]
     assert condition(Scene(tuning={"mode": "Off"}).status(), "TuningActive")["reason"] == "ModeOff"
@@ -255,9 +256,9 @@ def test_a_bad_spec_leaves_the_rest_of_the_status_alone() -> None:
     before = scene.status()
     bad = {**scene.manifest, "metadata": {**scene.manifest["metadata"], "generation": 5}, "status": before}
     snapshot = Snapshot(Key("team-a", "chat"), bad, 2, (), None)
-    after = invalid_status(snapshot, ManifestError(["spec.scaling.max: required"]), NOW + 60)
+    after = encode_status(invalid_status(snapshot, ManifestError(["spec.scaling.max: required"]), NOW + 60))
     found = condition(after, "Ready")
     assert (found["status"], found["reason"]) == ("False", "InvalidSpec")
     assert (found["message"], found["observedGeneration"]) == ("spec.scaling.max: required", 5)
     assert after["observedGeneration"] == 4
-    assert state_from_status(after) == state_from_status(before)
+    assert after["tuning"] == before["tuning"]

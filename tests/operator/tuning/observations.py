@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tests.tuning.simulation import policy_of
+from tests.operator.tuning.policies import policy_of
 
-from kvpilot_engine.contract.metrics import EDGES_S
-from kvpilot_operator.tuning.decide import examine
-from kvpilot_operator.tuning.look import Look
-from kvpilot_operator.tuning.observation import Counts, EngineView, Gauges, Observation, Pod, Promoted, Sample
+from kvpilot_engine.contract.metrics import EDGES_S, ROW_BUCKETS
+from kvpilot_operator.tuning.context import Context
+from kvpilot_operator.tuning.decide import assess
+from kvpilot_operator.tuning.observation import (
+    Counts,
+    EngineView,
+    Gauges,
+    Observation,
+    ObservedReplica,
+    Promoted,
+    Sample,
+    SourceProblem,
+)
 from kvpilot_operator.tuning.policy import Policy
 
 NOW = 10_000.0
@@ -20,6 +29,7 @@ BAD = {"p50": 0.2, "p95": 0.41, "p99": 0.6}
 FAST_STAGES = {"prefill": 0.02, "decode": 0.06}
 WINDOWS = {"short": 10.0, "long": 60.0}
 MIB = 2**20
+DOWN = SourceProblem("MetricsUnavailable", "prometheus default: timed out")
 
 
 def counts(
@@ -37,10 +47,15 @@ def counts(
     prefetched: tuple[float, float] = (0.0, 0.0),
     codec: float = 0.0,
     step_tokens: float = 20.0,
+    errors: float = 0.0,
+    rows: int = 1,
+    row_rate: float = 0.0,
 ) -> Counts:
     """One engine over ``seconds``: rates per s, stages in s per request, ``codec`` s of decoding per request.
 
-    ``attained``: share within 0.1, 0.5 and 1 s of the judged requests; ``done``: completions per arrival.
+    ``attained``: share within 0.1, 0.5 and 1 s of the judged requests; ``done``: completions per arrival;
+    ``errors``: share of the ended ones that failed. With a ``row_rate`` all steps have ``rows`` rows, and
+    advance so many row-steps per second of stepping; without one the runtime reports no buckets of rows.
     """
     arrivals = rate * seconds
     ended = arrivals * done
@@ -51,10 +66,11 @@ def counts(
     }
     tokens = ended * 100
     steps = max(1.0, tokens * (1 - hit) / step_tokens)
+    stepped = row_rate * busy * seconds
     return Counts(
-        pod_seconds=seconds,
+        replica_seconds=seconds,
         arrivals=arrivals,
-        outcomes={"ok": ended, "shed": ended * shed},
+        outcomes={"ok": ended * (1 - errors), "shed": ended * shed, "error": ended * errors},
         request_within=within,
         first_token_within=within,
         stage_seconds={name: each * ended for name, each in stages.items()},
@@ -66,12 +82,14 @@ def counts(
         prefetch_wasted=prefetched[1] * ended,
         decode_seconds=codec * ended,
         busy_seconds=busy * seconds,
-        steps=steps,
-        step_rows=steps,
+        steps=stepped / rows if stepped else steps,
+        step_rows=stepped or steps,
+        bucket_rows={rows: stepped} if stepped else {},
+        bucket_seconds={rows: busy * seconds} if stepped else {},
     )
 
 
-def pod(
+def replica(
     name: str = "chat-0",
     *,
     config: Mapping[str, Any] | None = None,
@@ -82,7 +100,7 @@ def pod(
     seconds: float = 45.0,
     ceilings: Mapping[str, int] | None = None,
     **figures: Any,
-) -> Pod:
+) -> ObservedReplica:
     """A ready pod whose windows show ``figures`` (see ``counts``); ``verify`` overrides them there."""
     windows = {window: counts(length, **figures) for window, length in WINDOWS.items()}
     if verify is not None:
@@ -92,7 +110,7 @@ def pod(
     )
     view = EngineView(name, generation, epoch, dict(config or {}), False, dict(ceilings or {}))
     sample = Sample(windows=windows, gauges=gauges or base, age_s=0.5, coverage_s=60.0)
-    return Pod(f"uid-{name}", name, True, engine=view, sample=sample)
+    return ObservedReplica(f"uid-{name}", name, True, engine=view, sample=sample)
 
 
 def gauges(**changes: Any) -> Gauges:
@@ -103,31 +121,43 @@ def gauges(**changes: Any) -> Gauges:
     return replace(calm, **changes)
 
 
-def observe(*pods: Pod, config: Mapping[str, Any] | None = None, **changes: Any) -> Observation:
+def curve(base: float = 0.016, per_row: float = 0.0008) -> dict[int, float]:
+    """Seconds of a decode step by rows: ``base + per_row x rows``."""
+    return {rows: base + per_row * rows for rows in ROW_BUCKETS[:6]}
+
+
+def observe(
+    *replicas: ObservedReplica, config: Mapping[str, Any] | None = None, **changes: Any
+) -> Observation:
     """Pods that all run ``config``, which is the user's and the promoted one."""
     config = dict(config or {})
     configured = tuple(
         replace(item, engine=replace(item.engine, config={**config, **item.engine.config}))
         if item.engine is not None
         else item
-        for item in pods
+        for item in replicas
     )
     given: dict[str, Any] = {
         "at": NOW,
-        "pods": configured,
+        "replicas": configured,
         "base": config,
         "promoted": Promoted(1, config),
-        "replicas": len(pods),
+        "desired_replicas": len(replicas),
         **changes,
     }
     return Observation(**given)
 
 
-def three(**figures: Any) -> tuple[Pod, ...]:
+def three(**figures: Any) -> tuple[ObservedReplica, ...]:
     """Three pods alike."""
-    return tuple(pod(f"chat-{index}", **figures) for index in range(3))
+    return many(3, **figures)
 
 
-def look_at(observation: Observation, policy: Policy | None = None) -> Look:
-    """The look that rules get."""
-    return examine(observation, policy or policy_of(), NOW)
+def many(number: int, **figures: Any) -> tuple[ObservedReplica, ...]:
+    """So many pods alike."""
+    return tuple(replica(f"chat-{index}", **figures) for index in range(number))
+
+
+def context_of(observation: Observation, policy: Policy | None = None) -> Context:
+    """The context that rules get."""
+    return assess(observation, policy or policy_of(), NOW)

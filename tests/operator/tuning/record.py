@@ -1,7 +1,7 @@
 """Records what real engines show under loads that put one part of the cache at fault.
 
-``python -m tests.tuning.record`` writes ``recorded/*.json`` anew, one observation each; the tests of the
-rules read them. Nothing is tuned while it records.
+``python -m tests.operator.tuning.record`` writes ``recorded/*.json`` anew, one observation each; the
+tests of the rules read them. Nothing is tuned while it records.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tests.local.deployment import Deployment, Traffic, manifest_of, users
+from tests.operator.local.deployment import Deployment, Traffic, manifest_of, users
 
-from kvpilot_operator.loop import Look
+from kvpilot_operator.reconcile.reconciler import Reconciliation
 from kvpilot_operator.tuning.observation import Observation
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -34,7 +34,7 @@ class Scenario:
 
 LONG = {"maxTokens": 8192, "hostMemoryMb": 256, "numWorkers": 4, "batchSize": 4, "maxStepTokens": 1024}
 SCENARIOS = {
-    # Eight prompts of 4,080 tokens, two of which the hot cache holds: the others come from the host tier.
+    # Eight prompts of 4,080 tokens, two of which the device pool holds: the others come from the host tier.
     "loads_one_by_one": Scenario({**LONG, "useCompression": False, "enablePrefetch": False}, 4080, 8),
     "loads_that_decode": Scenario(
         {
@@ -60,13 +60,13 @@ def recorded(name: str) -> Observation:
 
 
 async def observe(scenario: Scenario, directory: Path) -> Observation:
-    """The first whole look at an engine whose cache has been in use for two long windows."""
+    """The first whole observation of an engine whose cache has been in use for two long windows."""
     manifest = manifest_of(scenario.config, replicas=1, tuning={"mode": "Off", "pace": "Fast"})
     deployment = Deployment(directory, manifest)
     traffic = Traffic(scenario.prompt_tokens, 1, scenario.prompts)
 
-    def trusted(look: Look) -> bool:
-        return look.observation.at > warm_at and not look.decision.state.holds
+    def trusted(result: Reconciliation) -> bool:
+        return result.observation.at > warm_at and not result.decision.state.holds
 
     async with deployment.running() as client:
         started = await deployment.until(lambda _: True, 10)

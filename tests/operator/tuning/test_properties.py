@@ -1,322 +1,123 @@
-"""What must hold whatever is observed: a deployment that obeys, lags, restarts, is edited and goes blind."""
+"""Properties of ``decide`` over histories of loads, faults, restarts, edits, lost actions and lost data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections import Counter
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import Phase as Generation
-from hypothesis import strategies as st
-from tests.tuning.observations import GOOD, gauges, pod
-from tests.tuning.simulation import CATALOGUE_BOUNDS, policy_of
+import pytest
+from tests.operator.tuning.invariants import Step
+from tests.operator.tuning.paths import paths
+from tests.operator.tuning.worlds import REGIMES, Regime, World
 
-from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning.decide import decide
-from kvpilot_operator.tuning.decision import Decision, Push, Record, Scale, WriteConfig
-from kvpilot_operator.tuning.guards import SIX_HOURS, distrust
-from kvpilot_operator.tuning.observation import EngineView, Observation, Pod, Promoted
-from kvpilot_operator.tuning.policy import KnobBounds, Policy, Scaling
 from kvpilot_operator.tuning.state import Phase, TuningState
 
-BASE = {"numWorkers": 4, "batchSize": 4, "prefetchSize": 8}
-BOUNDS = {**CATALOGUE_BOUNDS, "numWorkers": KnobBounds("numWorkers", 2, 24)}
-POLICY = policy_of(bounds=BOUNDS, scaling=Scaling(1, 8))
+WORLDS, TICKS = 44, 40
 
-
-@dataclass(frozen=True)
-class Tick:
-    """One look: how load and engines do, what is broken, and whether the decision takes effect."""
-
-    passed: float
-    rate: float
-    attained: float
-    effect: str
-    stages: tuple[float, ...]
-    done: float
-    busy: float
-    memory: float
-    hit: float
-    wasted: float
-    waiting: float
-    fault: str
-    obey: bool
-    paused: bool
-    edit: bool
-
-
-LOADS: dict[str, st.SearchStrategy[Any]] = {
-    "rate": st.sampled_from([0.0, 0.5, 5.0, 20.0, 50.0]),
-    "attained": st.sampled_from([0.0, 0.4, 0.97, 1.0]),
-    "effect": st.sampled_from(["cures", "cures", "nothing", "harms"]),
-    "stages": st.tuples(*[st.sampled_from([0.0, 0.02, 0.5]) for _ in Stage]),
-    "done": st.sampled_from([0.4, 0.9, 1.0, 1.0]),
-    "busy": st.sampled_from([0.2, 0.2, 0.95]),
-    "memory": st.sampled_from([0.3, 0.3, 0.7, 0.85, 0.97]),
-    "hit": st.sampled_from([0.1, 0.5, 0.9]),
-    "wasted": st.sampled_from([0.0, 0.0, 3.0]),
-    "waiting": st.sampled_from([0.0, 3.0, 40.0]),
+RULES = {
+    "workers": "workers-up",
+    "batch": "batch-up",
+    "step tokens": "step-tokens-up",
+    "prefetch": "prefetch-up",
+    "waste": "prefetch-down",
+    "codec": "compression-down",
+    "few hits": "cache-quota-up",
+    "fixed strategy": "strategy-adaptive",
+    "few blocks": "compression-up",
+    "crowded": "workers-down",
+    "memory": "memory-relief",
 }
-EVENTS: list[dict[str, Any]] = [
-    *[{"fault": name} for name in ("nan", "missing", "stale", "source", "silent", "restart", "unready")],
-    {"obey": False},
-    {"paused": True},
-    {"edit": True},
-]
+"""Regimes with a fault that a canary proves a cure of, and the rule that cures it."""
+
+SCALES = {"saturated": "ScaledOut", "idle": "ScaledIn", "no traffic": "ScaledIn", "calm": "ScaledIn"}
+
+TUNED = {"Promoted": 10, "Reverted": 10, "Aborted": 5, "widened": 10, "hold": 50, "untrusted": 20}
+"""Paths of each regime in ``RULES``: together more than 50 of each in a run."""
+
+TAKEN_BACK = 5
+"""Changes that were taken back after their promotion, in each regime that shows a step rate."""
 
 
-@st.composite
-def scripts(draw: st.DrawFn, longest: int) -> list[Tick]:
-    """A load that changes now and then, looked at again and again, and now and then something happens."""
-    load = {name: draw(strategy) for name, strategy in LOADS.items()}
-    script = []
-    for _ in range(draw(st.integers(1, longest))):
-        if draw(st.integers(0, 7)) == 0:
-            name = draw(st.sampled_from(sorted(LOADS)))
-            load = {**load, name: draw(LOADS[name])}
-        event = draw(st.sampled_from(EVENTS)) if draw(st.integers(0, 5)) == 0 else {}
-        passed = draw(st.sampled_from([2.0, 10.0, 20.0, 50.0, 130.0, 3000.0]))
-        script.append(Tick(**{**QUIET, "passed": passed, **load, **event}))
-    return script
+def required(regime: Regime) -> dict[str, int]:
+    """How often each path must be taken in the worlds of a regime, or its properties hold for want of one."""
+    if regime.name == "exhausted":
+        return {"Emergency": 50, "taken back": 20, "pushed to all": 50}
+    if regime.name == "wavering":
+        return {"prefetch-up:Started": 50, "Reverted": 50, "FlapBudgetSpent": 20}
+    if regime.name not in RULES:
+        return {SCALES[regime.name]: 50, "hold": 10}
+    shown = {"taken back": TAKEN_BACK} if "row_rate" in regime.figures else {}
+    return {f"{RULES[regime.name]}:Started": 50, **TUNED, **shown}
 
 
-QUIET: dict[str, Any] = {"fault": "", "obey": True, "paused": False, "edit": False}
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", REGIMES, ids=[regime.name for regime in REGIMES])
+def test_every_decision_is_safe(regime: Regime) -> None:
+    taken: Counter[str] = Counter()
+    # A look-back lasts long, so that the worlds in which replicas are scaled in must be more.
+    for seed in range(2 * WORLDS if regime.name in SCALES else WORLDS):
+        for step in World(seed, regime).ticks(TICKS):
+            taken.update(paths(step))
+    rare = {path: taken[path] for path, least in required(regime).items() if taken[path] < least}
+    assert not rare, f"paths taken too seldom to prove anything: {rare} of {dict(taken)}"
 
 
-@dataclass
-class World:
-    """Pods and their configuration; decisions take effect unless a tick says otherwise."""
-
-    now: float = 1_000.0
-    promoted: Promoted = field(default_factory=lambda: Promoted(1, dict(BASE)))
-    base: dict[str, Any] = field(default_factory=lambda: dict(BASE))
-    engines: dict[str, EngineView] = field(default_factory=dict)
-    replicas: int = 3
-    restarts: dict[str, int] = field(default_factory=dict)
-    made: int = 0
-
-    def __post_init__(self) -> None:
-        self.scale(self.replicas)
-
-    def scale(self, replicas: int) -> None:
-        self.replicas = replicas
-        while len(self.engines) > replicas:
-            self.engines.popitem()
-        while len(self.engines) < replicas:
-            name = f"chat-{self.made}"
-            self.engines[name] = EngineView(
-                name, self.promoted.generation, 0, self.promoted.config, False, {}
-            )
-            self.made += 1
-
-    def observe(self, tick: Tick, state: TuningState) -> Observation:
-        self.now += tick.passed
-        if tick.edit:
-            self.base = {**self.base, "batchSize": 4 if self.base["batchSize"] == 5 else 5}
-        first = next(iter(self.engines))
-        if tick.fault == "restart":
-            engine = self.engines[first]
-            self.engines[first] = replace(
-                engine, generation=self.promoted.generation, config=self.promoted.config, epoch=0
-            )
-            self.restarts[first] = self.restarts.get(first, 0) + 1
-        pods = tuple(self._pod(name, tick, state, broken=name == first) for name in self.engines)
-        return Observation(
-            at=self.now,
-            pods=pods,
-            base=self.base,
-            promoted=self.promoted,
-            replicas=self.replicas,
-            metrics_problem="down" if tick.fault == "source" else "",
-            paused_by="stop" if tick.paused else "",
-        )
-
-    def _pod(self, name: str, tick: Tick, state: TuningState, *, broken: bool) -> Pod:
-        tried = state.change is not None and f"uid-{name}" == state.change.canary_uid
-        effect = tick.effect if tried else "nothing"
-        good = {"cures": 1.0, "nothing": tick.attained, "harms": 0.0}[effect]
-        left = 0.3 if effect == "cures" else 1.0
-        item = pod(
-            name,
-            rate=tick.rate,
-            done=tick.done,
-            attained=dict.fromkeys(GOOD, good),
-            stages={stage.value: seconds * left for stage, seconds in zip(Stage, tick.stages, strict=True)},
-            busy=tick.busy,
-            hit=tick.hit,
-            prefetched=(0.5, tick.wasted * left),
-            evicted=1.0,
-            verify={} if state.phase is Phase.VERIFY else None,
-            gauges=gauges(
-                memory_ratio=tick.memory * (0.75 if effect == "cures" else 1.0),
-                waiting=tick.waiting,
-                running=4.0,
-                marginal_gain=0.05,
-            ),
-        )
-        assert item.sample is not None
-        item = replace(item, engine=self.engines[name], restarts=self.restarts.get(name, 0))
-        match tick.fault if broken else "":
-            case "nan":
-                spoiled = replace(item.sample, gauges=replace(item.sample.gauges, memory_ratio=math.nan))
-                return replace(item, sample=spoiled)
-            case "missing":
-                return replace(item, sample=None)
-            case "stale":
-                return replace(item, sample=replace(item.sample, age_s=100.0))
-            case "silent":
-                return replace(item, engine=None)
-            case "unready":
-                return replace(item, ready=False)
-            case _:
-                return item
-
-    def act(self, decision: Decision) -> None:
-        for action in decision.actions:
-            match action:
-                case Push(uid, generation, epoch, values):
-                    name = uid.removeprefix("uid-")
-                    engine = self.engines.get(name)
-                    if engine is not None and epoch >= engine.epoch:
-                        config = {**engine.config, **values}
-                        self.engines[name] = replace(
-                            engine, generation=generation, epoch=epoch, config=config
-                        )
-                case WriteConfig(generation, values):
-                    self.promoted = Promoted(generation, dict(values))
-                case Scale(replicas, _):
-                    self.scale(replicas)
+def test_every_regime_says_which_paths_it_must_take() -> None:
+    assert {regime.name for regime in REGIMES} == {*RULES, *SCALES, "exhausted", "wavering"}
 
 
-Step = tuple[Observation, TuningState, Decision]
+@pytest.mark.parametrize("regime", REGIMES, ids=[regime.name for regime in REGIMES])
+def test_calm_after_any_history_converges_to_the_promoted_configuration(regime: Regime) -> None:
+    for seed in range(5):
+        world = World(seed, regime, events=0.2)
+        list(world.ticks(20))
+        world.events, world.fault_left = 0.0, 0
+        steps = list(world.ticks(60))
+        last = next((step for step in reversed(steps) if _at_rest(step)), None)
+        assert last is not None, seed
+        assert last.observation.promoted is not None
+        promoted = last.observation.promoted
+        for item in last.observation.ready:
+            assert item.engine is not None
+            assert item.engine.generation == promoted.generation
+            assert {name: item.engine.config[name] for name in promoted.config} == dict(promoted.config)
+        overlaid = {**world.base, **{entry.knob: entry.value for entry in last.decision.state.overlay}}
+        assert overlaid == promoted.config
 
 
-def history(script: list[Tick], world: World, policy: Policy = POLICY) -> Iterator[Step]:
-    state = TuningState()
-    for tick in script:
-        observation = world.observe(tick, state)
-        decision = decide(observation, state, policy, observation.at)
-        yield observation, state, decision
-        state = decision.state
-        if tick.obey:
-            world.act(decision)
+def _at_rest(step: Step) -> bool:
+    """True if nothing was in flight before the decision and nothing is after it."""
+    return step.before.change is None and step.decision.state.change is None and not step.decision.actions
 
 
-def in_bounds(values: Any) -> bool:
-    return all(
-        limits.minimum <= values[name] <= limits.maximum
-        for name, limits in BOUNDS.items()
-        if name in values
-        and limits.minimum is not None
-        and limits.maximum is not None
-        and values[name] is not None
-    )
+@pytest.mark.parametrize("regime", REGIMES, ids=[regime.name for regime in REGIMES])
+def test_same_observation_again_changes_nothing_more(regime: Regime) -> None:
+    for seed in range(3):
+        for step in World(seed, regime, events=0.3).ticks(TICKS):
+            state = step.decision.state
+            told = {(record.id, record.outcome) for record in step.decision.records}
+            for _ in range(4):  # a change that is overdue or aborted may take more reconciles to end
+                again = decide(step.observation, state, step.policy, step.observation.at)
+                more = {(record.id, record.outcome) for record in again.records}
+                assert not more & told, "what was recorded is not recorded again"
+                assert more <= {(record.id, "Aborted") for record in again.records}, "only an end is new"
+                told |= more
+                settled, state = again.state == state, again.state
+                if settled:
+                    break
+            assert settled, (seed, step.observation.at)
 
 
-relaxed = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    phases=[Generation.explicit, Generation.generate],  # shrinking a long script takes minutes
-    suppress_health_check=[HealthCheck.too_slow],
-)
-
-
-@relaxed
-@given(scripts(40))
-def test_every_step_is_safe(script: list[Tick]) -> None:
-    records: list[Record] = []
-    for observation, before, decision in history(script, World()):
-        after = decision.state
-        trusted = distrust(observation, POLICY) is None
-        scales = [action for action in decision.actions if isinstance(action, Scale)]
-        for scale in scales:
-            assert trusted or scale.replicas > observation.replicas, "no scale-in without data"
-            if scale.replicas < observation.replicas:
-                assert before.change is None and after.change is None, "no scale-in during an experiment"
-                assert scale.replicas == observation.replicas - 1
-                assert observation.replicas == len(observation.ready)
-            assert 1 <= scale.replicas <= 8
-        assert after.epoch >= before.epoch
-        assert after.last_generation >= before.last_generation
-        if after.change is not None:
-            assert after.change.generation <= after.last_generation
-            assert after.change.epoch == after.epoch
-            if before.change is not None and after.change.id != before.change.id:
-                assert after.phase is Phase.EMERGENCY, (
-                    "one change in flight; only an emergency takes its place"
-                )
-        for action in decision.actions:
-            if isinstance(action, Push | WriteConfig):
-                assert in_bounds(action.values), action
-        if not trusted:
-            assert not [r for r in decision.records if r.outcome in {"Started", "Promoted", "ScaledIn"}]
-        assert len(after.holds) <= 5 and len(after.barred) <= 16 and len(after.reversals) <= 16
-        assert len(after.scale_down) <= 10 and len(after.told) <= 16
-        records.extend(decision.records)
-    flaps = [(r.changes[0].knob, r.at) for r in records if r.outcome == "Reverted"]
-    for knob, at in flaps:
-        within = [one for one, when in flaps if one == knob and at - SIX_HOURS < when <= at]
-        assert len(within) <= POLICY.reversals_per_knob_6h, "the flap bound"
-    numbers = [record.id for record in records if record.outcome == "Started"]
-    assert len(numbers) == len(set(numbers))
-
-
-CALM = Tick(
-    passed=20.0, rate=20.0, attained=1.0, effect="nothing", stages=(0.0, 0.0, 0.0, 0.02, 0.06, 0.0),
-    done=1.0, busy=0.5, memory=0.3, hit=0.9, wasted=0.0, waiting=0.0, fault="", obey=True, paused=False,
-    edit=False,
-)  # fmt: skip
-
-
-@relaxed
-@given(scripts(25))
-def test_whatever_happened_it_ends_at_what_is_promoted(script: list[Tick]) -> None:
-    world = World()
-    steps = list(history([*script, *[CALM] * 25], world))
-    last = steps[-1][2]
-    assert last.state.change is None, last.state
-    assert {engine.generation for engine in world.engines.values()} == {world.promoted.generation}
-    for engine in world.engines.values():
-        assert {name: engine.config[name] for name in world.promoted.config} == world.promoted.config
-    overlaid = {**world.base, **{entry.knob: entry.value for entry in last.state.overlay}}
-    assert overlaid == world.promoted.config
-
-
-@relaxed
-@given(scripts(25))
-def test_the_same_observation_again_changes_nothing_more(script: list[Tick]) -> None:
-    world = World()
-    state = TuningState()
-    for observation, _, decision in history(script, world):
-        state = decision.state
-        for _ in range(4):  # a change that is called off may take a second look to end
-            again = decide(observation, state, POLICY, observation.at)
-            settled = again.state == state
-            state = again.state
-            if settled:
-                break
-        assert settled
-        assert again.records == (), "what was told is not told again"
-
-
-@relaxed
-@given(scripts(25), st.integers(0, 19))
-def test_a_lost_status_never_uses_an_epoch_or_generation_again(script: list[Tick], at: int) -> None:
-    world = World()
-    state, highest = TuningState(), 0
-    for index, tick in enumerate(script):
-        if index == at:
-            state = TuningState()
-        observation = world.observe(tick, state)
-        decision = decide(observation, state, POLICY, observation.at)
-        if index == at:
-            seen = [item.engine for item in observation.pods if item.engine is not None]
-            highest = max([world.promoted.generation, *(engine.generation for engine in seen)])
-            assert decision.state.last_generation >= highest
-            assert decision.state.epoch >= max((engine.epoch for engine in seen), default=0)
-        state = decision.state
-        if tick.obey:
-            world.act(decision)
+@pytest.mark.parametrize("regime", REGIMES, ids=[regime.name for regime in REGIMES])
+def test_lost_status_never_reuses_an_epoch_or_a_generation_in_use(regime: Regime) -> None:
+    for seed in range(10):
+        world = World(seed, regime)
+        list(world.ticks(5 + 2 * seed))
+        world.state = TuningState()
+        observation = world.observe()
+        decision = decide(observation, world.state, regime.policy, observation.at)
+        shown = [r.engine for r in observation.replicas if r.engine is not None]
+        if shown:
+            assert decision.state.last_generation >= max(engine.generation for engine in shown)
+            assert decision.state.epoch >= max(engine.epoch for engine in shown)
+        assert decision.state.phase is not Phase.VERIFY

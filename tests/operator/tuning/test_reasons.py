@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.decide import BLOCKING
 
 CONSTANTS = {name: text for name, text in vars(reasons).items() if name.isupper() and isinstance(text, str)}
 
@@ -18,11 +17,6 @@ def test_every_reason_is_documented_once() -> None:
 
 
 def test_every_reason_is_used() -> None:
-    folder = Path(reasons.__file__).parent
-    source = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "reasons.py")
+    folder = Path(reasons.__file__).parent.parent  # ports and adapters name some
+    source = "".join(path.read_text() for path in folder.rglob("*.py") if path.name != "reasons.py")
     assert [name for name in CONSTANTS if f"reasons.{name}" not in source] == []
-
-
-def test_what_blocks_is_a_hold() -> None:
-    holds = {reason.name for reason in reasons.REASONS if reason.kind == "hold"}
-    assert holds >= BLOCKING

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from tests.tuning.record import recorded
-from tests.tuning.simulation import policy_of
+from tests.operator.tuning.policies import policy_of
+from tests.operator.tuning.record import recorded
 
-from kvpilot_operator.tuning.decide import decide, examine
+from kvpilot_operator.tuning.decide import assess, decide
 from kvpilot_operator.tuning.policy import Objectives
-from kvpilot_operator.tuning.rules import consider
+from kvpilot_operator.tuning.rules.order import consider
 from kvpilot_operator.tuning.state import KnobChange, TuningState
 
 LENIENT = Objectives(
@@ -50,7 +50,7 @@ CASES = [
         "loads_that_decode",
         QUICK,
         ("p50", "tier_load", "TierLoadSlow"),
-        "compression-looser",
+        "compression-down",
         (KnobChange("compressionRatio", 0.32, 0.52), KnobChange("hostMemoryMb", 256, 416)),
         "of it decoding, and memory was at",
     ),
@@ -71,10 +71,10 @@ def test_the_rule_finds_what_was_at_fault(case: Case) -> None:
     # As it was recorded: windows of 4 and 24 s.
     policy = policy_of(objectives=case.objectives, scaling=None, single_replica="BeforeAfter")
     policy = replace(policy, pace=policy.pace.scaled(0.4))
-    look = examine(observation, policy, observation.at)
-    assert look.untrusted is None
-    assert (look.diagnosis.objective, look.diagnosis.stage, look.diagnosis.reason) == case.diagnosis
-    proposal = consider(look, TuningState()).proposal
+    context = assess(observation, policy, observation.at)
+    assert context.trust.too_few is None
+    assert (context.diagnosis.objective, context.diagnosis.stage, context.diagnosis.reason) == case.diagnosis
+    proposal = consider(context, TuningState()).canary
     assert proposal is not None
     assert (proposal.rule, proposal.values) == (case.rule, case.values)
     assert case.clause in proposal.message
@@ -86,4 +86,4 @@ def test_without_a_breach_the_same_observations_lead_to_nothing() -> None:
     for case in CASES:
         observation = recorded(case.name)
         policy = replace(policy_of(objectives=LENIENT), pace=policy_of().pace.scaled(0.4))
-        assert consider(examine(observation, policy, observation.at), TuningState()).proposal is None
+        assert consider(assess(observation, policy, observation.at), TuningState()).canary is None

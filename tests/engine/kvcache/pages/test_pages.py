@@ -1,4 +1,4 @@
-"""Lookups, sharing, eviction and quotas of the hot pool."""
+"""Lookups, sharing, eviction and quotas of the device pool."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_salts_and_roots_share_nothing(make):
 def test_output_pages_are_found_by_the_next_turn(make):
     h = make()
     turn = h.prompt(1, 40)
-    lease = h.cache.lease(turn)
+    lease = h.lookup(turn)
     answer = list(turn)
     for token in range(30):
         answer.append(token)
@@ -55,38 +55,38 @@ def test_output_pages_are_found_by_the_next_turn(make):
 
 def test_a_released_lease_frees_what_was_not_committed_and_releasing_twice_is_harmless(make):
     h = make()
-    lease = h.cache.lease(h.prompt(1, 100))
+    lease = h.lookup(h.prompt(1, 100))
     assert h.cache.extend(lease, 100)
     h.cache.release(lease)
     h.cache.release(lease)
     assert h.cache.pages_free == h.cache.pages_limit == 32
 
 
-def test_relook_finds_what_others_committed_and_frees_the_pages_in_its_place(make):
+def test_refresh_holds_pages_that_others_committed_and_frees_its_own(make):
     h = make()
     tokens = h.prompt(1, 100)
-    waiting = h.cache.lease(tokens)
+    waiting = h.lookup(tokens)
     assert h.cache.extend(waiting, 100)
     h.serve(tokens)
     used = h.cache.pages_free
-    h.cache.relook(waiting)
+    h.cache.refresh(waiting)
     assert waiting.cached_tokens == 96
     assert h.error(waiting, tokens) == 0.0
     assert h.cache.pages_free == used + 6
     h.compute(waiting, tokens)
-    assert h.counter("prefix_hit_tokens_total{tier=pool}") == 96
+    assert h.counter("prefix_hit_tokens_total", "pool") == 96
     h.cache.release(waiting)
 
 
-def test_relook_does_nothing_once_the_sequence_computes(make):
+def test_refresh_has_no_effect_once_the_sequence_computes(make):
     h = make()
     tokens = h.prompt(1, 100)
-    lease = h.cache.lease(tokens)
+    lease = h.lookup(tokens)
     assert h.cache.extend(lease, 100)
     h.write(lease, tokens, 0, 1)
     h.cache.commit(lease, tokens, 20)
     h.serve(tokens)
-    h.cache.relook(lease)
+    h.cache.refresh(lease)
     assert lease.cached_tokens == 0
     h.cache.release(lease)
 
@@ -94,7 +94,7 @@ def test_relook_does_nothing_once_the_sequence_computes(make):
 def test_two_sequences_that_compute_the_same_prompt_leave_one_copy(make):
     h = make()
     tokens = h.prompt(1, 96)
-    leases = [h.cache.lease(tokens) for _ in range(2)]
+    leases = [h.lookup(tokens) for _ in range(2)]
     for lease in leases:
         assert h.cache.extend(lease, 96)
         h.write(lease, tokens, 0, 6)
@@ -108,7 +108,7 @@ def test_two_sequences_that_compute_the_same_prompt_leave_one_copy(make):
 def test_a_chain_stays_whole_when_the_first_copy_of_its_head_is_evicted(make):
     h = make(max_tokens=256)
     tokens = h.prompt(1, 128)
-    short, long = h.cache.lease(tokens[:64]), h.cache.lease(tokens)
+    short, long = h.lookup(tokens[:64]), h.lookup(tokens)
     for lease, end in ((short, 64), (long, 128)):
         assert h.cache.extend(lease, end)
         h.write(lease, tokens, 0, end // PAGE)
@@ -122,7 +122,7 @@ def test_a_chain_stays_whole_when_the_first_copy_of_its_head_is_evicted(make):
 def test_a_second_copy_counts_as_use_of_the_first(make):
     h = make(max_tokens=512)
     tokens, other = h.prompt(1, 128), h.prompt(2, 128)
-    leases = [h.cache.lease(tokens) for _ in range(2)]
+    leases = [h.lookup(tokens) for _ in range(2)]
     for lease in leases:
         assert h.cache.extend(lease, 128)
         h.write(lease, tokens, 0, 8)
@@ -142,14 +142,14 @@ def test_eviction_takes_the_tail_of_the_least_recent_prompt_first(make):
     h.serve(new)
     h.serve(h.prompt(3, 32))
     assert h.counter("evicted_pages_total") == 2
-    lease = h.cache.lease([*old, 1])
+    lease = h.lookup([*old, 1])
     assert lease.cached_tokens == 96
     h.cache.release(lease)
 
 
-def test_extend_says_no_and_changes_nothing_when_every_page_is_held(make):
+def test_extend_returns_false_and_changes_nothing_when_every_page_is_held(make):
     h = make(max_tokens=256)
-    first, second = h.cache.lease(h.prompt(1, 200)), h.cache.lease(h.prompt(2, 100))
+    first, second = h.lookup(h.prompt(1, 200)), h.lookup(h.prompt(2, 100))
     assert h.cache.extend(first, 200)
     assert not h.cache.extend(second, 100)
     assert second.pages == []
@@ -166,31 +166,31 @@ def test_query_hit_and_ceiling_tokens_are_counted(make):
     for tokens in [*prompts, *prompts]:
         h.serve(tokens)
     assert h.counter("prefix_query_tokens_total") == 6 * 128
-    assert h.counter("prefix_hit_tokens_total{tier=pool}") == 0
+    assert h.counter("prefix_hit_tokens_total", "pool") == 0
     assert h.counter("prefix_ceiling_tokens_total") == 3 * 112
     h.serve(prompts[2])
-    assert h.counter("prefix_hit_tokens_total{tier=pool}") == 112
+    assert h.counter("prefix_hit_tokens_total", "pool") == 112
     assert h.counter("prefix_ceiling_tokens_total") == 4 * 112
-    h.cache.release(h.cache.lease(prompts[2], count=False))
+    h.cache.release(h.lookup(prompts[2], count=False))
     assert h.counter("prefix_query_tokens_total") == 7 * 128
 
 
-def test_the_observer_hears_lookups_and_insertions_in_order(make):
+def test_observer_gets_lookups_and_insertions_in_order(make):
     h = make()
     tokens = h.prompt(1, 48)
     h.serve(tokens)
     h.serve([*tokens, 1])
     kinds = [event[0] for event in h.events]
     assert kinds == ["lookup", "insert", "insert", "insert", "lookup"]
-    (_, looked, hits), inserted = h.events[-1], [event[1] for event in h.events[1:4]]
-    assert looked == inserted
+    (_, looked_up, hits), inserted = h.events[-1], [event[1] for event in h.events[1:4]]
+    assert looked_up == inserted
     assert hits == 3
 
 
 def test_a_lowered_quota_converges_in_bounded_steps_without_losing_what_is_held(make):
     h = make(max_tokens=8192)
     held_tokens = h.prompt(0, 256)
-    held = h.cache.lease(held_tokens)
+    held = h.lookup(held_tokens)
     assert h.cache.extend(held, 256)
     h.write(held, held_tokens, 0, 16)
     h.cache.commit(held, held_tokens, 256)
@@ -207,7 +207,7 @@ def test_a_lowered_quota_converges_in_bounded_steps_without_losing_what_is_held(
     h.cache.check_integrity()
     assert not h.cache.converging
     assert h.cache.pages_free == 0
-    lease = h.cache.lease(held_tokens)
+    lease = h.lookup(held_tokens)
     assert h.error(lease, held_tokens) == 0.0
     assert lease.cached_tokens == 240
     h.cache.release(lease)
@@ -217,7 +217,7 @@ def test_a_lowered_quota_converges_in_bounded_steps_without_losing_what_is_held(
 def test_requests_go_on_while_a_quota_converges(make):
     h = make(max_tokens=1024)
     running = h.prompt(0, 400)
-    lease = h.cache.lease(running)
+    lease = h.lookup(running)
     assert h.cache.extend(lease, 400)
     h.serve(h.prompt(1, 600))
     h.apply(max_tokens=128)
@@ -246,11 +246,11 @@ def test_a_memory_budget_takes_from_the_host_tier_first(make):
     for budget, (pool, host) in budgets.items():
         h.apply(max_memory_mb=budget)
         gauges = h.cache.gauges()
-        assert gauges["kvpilot_cache_budget_bytes{tier=pool}"] == pool * 2**20
-        assert gauges["kvpilot_cache_budget_bytes{tier=host}"] == host * 2**20
+        assert gauges["kvpilot_cache_budget_bytes"]["pool"] == pool * 2**20
+        assert gauges["kvpilot_cache_budget_bytes"]["host"] == host * 2**20
     h.apply(max_memory_mb=100, max_tokens=65536)
     assert h.cache.pages_limit == 1600
-    assert h.cache.gauges()["kvpilot_cache_budget_bytes{tier=host}"] == 0
+    assert h.cache.gauges()["kvpilot_cache_budget_bytes"]["host"] == 0
     assert h.cache.budgeted_bytes == 100 * 2**20
 
 
@@ -275,7 +275,7 @@ def test_a_page_costs_memory_from_its_first_use_until_the_quota_is_lowered(make)
 
 def test_free_pages_within_the_quota_are_counted_as_free_slab(make):
     h = make()
-    lease = h.cache.lease(h.prompt(1, 160))
+    lease = h.lookup(h.prompt(1, 160))
     assert h.cache.extend(lease, 160)
     assert h.cache.free_slab_bytes == 0
     h.cache.release(lease)

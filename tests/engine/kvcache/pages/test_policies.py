@@ -9,8 +9,8 @@ import pytest
 
 from kvpilot_engine.contract import CacheStrategy
 from kvpilot_engine.kvcache.fidelity import Fidelity
-from kvpilot_engine.kvcache.policies import make_policy
-from kvpilot_engine.kvcache.prefix_index import Entry
+from kvpilot_engine.kvcache.pages.policies import make_policy
+from kvpilot_engine.kvcache.pages.prefix_index import Entry
 
 KEYS = {
     CacheStrategy.LRU: lambda e: e.last,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvpilot_engine.contract.knobs import LADDER, RUNG_TOLERANCE
+from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, LEVEL_TOLERANCE
 from kvpilot_engine.kvcache import Fidelity, KVLayout
-from kvpilot_engine.kvcache.codecs import CorruptBlockError, codec_named, decode
+from kvpilot_engine.kvcache.tiers.codecs import CorruptBlockError, codec_named, decode
 
 LAYERS, HEADS, DIM = 3, 2, 32
 GROUPS = {"int8": (8, 128), "int4": (4, 32)}
@@ -70,16 +70,16 @@ def test_a_quantiser_equals_the_reference(name, heads, dim):
     np.testing.assert_allclose(decoded.numpy(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rung", LADDER, ids=lambda rung: rung.codec)
+@pytest.mark.parametrize("level", COMPRESSION_LEVELS, ids=lambda level: level.codec)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("heads", [1, 8])
-def test_a_rung_keeps_the_fraction_it_promises_scales_included(rung, dtype, heads):
+def test_compression_level_keeps_its_fraction_scales_included(level, dtype, heads):
     of = layout(dtype, heads=heads, dim=64)
-    kept = codec_named(rung.codec).encode(normal_block(of)).nbytes / (of.block_bytes / dtype.itemsize * 2)
-    if rung.codec == "raw":
+    kept = codec_named(level.codec).encode(normal_block(of)).nbytes / (of.block_bytes / dtype.itemsize * 2)
+    if level.codec == "raw":
         assert kept == dtype.itemsize / 2
     else:
-        assert rung.kept - 0.02 <= kept <= rung.kept + RUNG_TOLERANCE
+        assert level.kept - 0.02 <= kept <= level.kept + LEVEL_TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "floor"), [("int8", 0.0059), ("int4", 0.078)])

@@ -12,8 +12,9 @@ from aiohttp import web
 
 from kvpilot_engine.contract import AdminConfig, ConfigPatch, KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_operator.adapters.engine_admin import EngineAdmin, plan_of
-from kvpilot_operator.ports import EngineError, Replica
+from kvpilot_operator.adapters.engines.kvpilot import EngineAdmin, differing
+from kvpilot_operator.ports import EngineCallError
+from kvpilot_operator.status.snapshot import Replica
 
 BASE = {"numWorkers": 4, "batchSize": 2, "dtype": "float32", "cacheStrategy": "lru"}
 
@@ -100,7 +101,7 @@ async def test_an_engine_that_runs_something_else_afterwards_is_an_error(
     admin: EngineAdmin, replica: Replica, engine: Engine
 ) -> None:
     engine.forgets = True
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(EngineCallError) as caught:
         await admin.apply(replica, ConfigPatch(epoch=1, generation=2, values={"numWorkers": 8}))
     assert caught.value.code == "refused"
     assert str(caught.value) == "chat-1 accepted generation 2 and runs 1; different: numWorkers"
@@ -108,35 +109,37 @@ async def test_an_engine_that_runs_something_else_afterwards_is_an_error(
 
 async def test_an_older_epoch_is_told_apart(admin: EngineAdmin, replica: Replica, engine: Engine) -> None:
     engine.epoch = 7
-    with pytest.raises(EngineError, match="chat-1 answered 409: epoch 6 is over") as caught:
+    with pytest.raises(EngineCallError, match="chat-1 answered 409: epoch 6 is over") as caught:
         await admin.apply(replica, ConfigPatch(epoch=6, generation=2, values={}))
     assert caught.value.code == "stale_epoch"
 
 
 async def test_a_refusal_carries_the_engine_s_own_words(admin: EngineAdmin, replica: Replica) -> None:
-    with pytest.raises(EngineError, match="answered 400: numWorkers: at least 1, got 0") as caught:
+    with pytest.raises(EngineCallError, match="answered 400: numWorkers: at least 1, got 0") as caught:
         await admin.apply(replica, ConfigPatch(epoch=1, generation=2, values={"numWorkers": 0}))
     assert caught.value.code == "refused"
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("answer", "message", "code"),
     [
         (
             web.Response(text="<html>gateway</html>"),
             "answered something else than AdminConfig: body: Invalid JSON",
+            "refused",
         ),
-        (web.Response(status=401, text='{"detail":"no token"}'), "answered 401: no token"),
-        (web.Response(status=307, headers={"Location": "http://elsewhere/"}), "answered 307"),
+        (web.Response(status=401, text='{"detail":"no token"}'), "answered 401: no token", "unauthorized"),
+        (web.Response(status=403, text='{"detail":"off"}'), "answered 403: off", "unauthorized"),
+        (web.Response(status=307, headers={"Location": "http://elsewhere/"}), "answered 307", "refused"),
     ],
 )
 async def test_other_answers_are_refusals(
-    admin: EngineAdmin, replica: Replica, engine: Engine, answer: web.Response, message: str
+    admin: EngineAdmin, replica: Replica, engine: Engine, *, answer: web.Response, message: str, code: str
 ) -> None:
     engine.answer = answer
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(EngineCallError, match=message) as caught:
         await admin.describe(replica)
-    assert caught.value.code == "refused"
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize("contract", [0, 1])
@@ -151,15 +154,15 @@ async def test_an_engine_of_a_newer_contract_is_refused(
     admin: EngineAdmin, replica: Replica, engine: Engine
 ) -> None:
     engine.contract = 2
-    with pytest.raises(EngineError, match="chat-1 speaks contract 2, this operator knows 0 and 1"):
+    with pytest.raises(EngineCallError, match="chat-1 speaks contract 2, this operator knows 0 and 1"):
         await admin.describe(replica)
 
 
 async def test_nobody_there_is_unreachable(admin: EngineAdmin) -> None:
-    with pytest.raises(EngineError, match="chat-9 cannot be reached") as caught:
+    with pytest.raises(EngineCallError, match="chat-9 cannot be reached") as caught:
         await admin.describe(Replica("u9", "chat-9", True, "http://127.0.0.1:9", "t"))
     assert caught.value.code == "unreachable"
-    with pytest.raises(EngineError, match="chat-9 has no address yet"):
+    with pytest.raises(EngineCallError, match="chat-9 has no address yet"):
         await admin.describe(Replica("u9", "chat-9", False, "", "t"))
 
 
@@ -174,17 +177,17 @@ async def test_an_engine_that_hangs_is_unreachable_in_time() -> None:
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with EngineAdmin(read_timeout_s=0.2) as admin:
-            with pytest.raises(EngineError, match=r"did not answer within 0\.2 s") as caught:
+            with pytest.raises(EngineCallError, match=r"did not answer within 0\.2 s") as caught:
                 await admin.describe(Replica("u1", "chat-1", True, f"http://127.0.0.1:{port}", "t"))
         asked_enough.set()
     assert caught.value.code == "unreachable"
 
 
-def test_a_plan_tells_hot_from_cold(engine: Engine) -> None:
+def test_cold_fields_and_values_above_a_ceiling_do_not_differ(engine: Engine) -> None:
     live = AdminConfig.model_validate(engine.described(), context=QUIET)
-    plan = plan_of(
+    found = differing(
         live, {"numWorkers": 8, "batchSize": 2, "maxTokens": 16384, "device": "cuda", "dtype": "float32"}
     )
-    assert (plan.hot, plan.restart) == (("numWorkers",), ("device", "maxTokens"))
-    with pytest.raises(EngineError, match="not a configuration"):
-        plan_of(live, {"numWorkers": 0})
+    assert found == ("numWorkers",)
+    with pytest.raises(EngineCallError, match="not a configuration"):
+        differing(live, {"numWorkers": 0})

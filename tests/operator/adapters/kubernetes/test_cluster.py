@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from kvpilot_operator.adapters.kubernetes_api import ApiError, JsonObject, KubernetesApi, path_of
-from kvpilot_operator.adapters.kubernetes_cluster import KubernetesCluster
-from kvpilot_operator.ports import Key, Snapshot
-from kvpilot_operator.spec.errors import ManifestError
+from kvpilot_operator.adapters.kubernetes.api import ApiError, JsonObject, KubernetesApi, path_of
+from kvpilot_operator.adapters.kubernetes.cluster import KubernetesCluster
+from kvpilot_operator.ports import Conflict
+from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.status.snapshot import Key, Snapshot
+from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Promoted
 
 CHAT = Key("team-a", "chat")
@@ -24,6 +26,8 @@ RESOURCE: JsonObject = {
 SECRET = path_of("v1", "Secret", "team-a", "chat-admin")
 DEPLOYMENT = path_of("apps/v1", "Deployment", "team-a", "chat")
 AUTOSCALERS = path_of("autoscaling/v2", "HorizontalPodAutoscaler", "team-a")
+LISTED = {"pods", "kvcacheoverrides", "kvcachedeployments", "horizontalpodautoscalers"}
+DECISIONS = path_of("v1", "ConfigMap", "team-a", "chat-decisions")
 EVENTS = path_of("events.k8s.io/v1", "Event", "team-a")
 
 
@@ -45,7 +49,7 @@ class Api(KubernetesApi):
         if method == "GET":
             if path in self.items:
                 return self.items[path]
-            if path.rsplit("/", 1)[-1] in {"pods", "kvcacheoverrides", "horizontalpodautoscalers"}:
+            if path.rsplit("/", 1)[-1] in LISTED:
                 return {"items": self.lists.get(path, [])}
             raise ApiError(f"{path}: 404", 404)
         if options.get("dryRun"):
@@ -121,7 +125,7 @@ async def test_autoscalers_are_asked_for_where_one_wrote_the_replicas(
 ) -> None:
     api.items[DEPLOYMENT] = deployment("kubectl")
     snapshot = await read(cluster)
-    assert (snapshot.replicas_managed_by, snapshot.refused_pods) == ("kubectl", "FailedCreate: quota")
+    assert (snapshot.replicas_managed_by, snapshot.replica_failure) == ("kubectl", "FailedCreate: quota")
     assert AUTOSCALERS not in api.asked
     api.items[DEPLOYMENT] = deployment("kube-controller-manager")
     theirs = {
@@ -136,13 +140,23 @@ async def test_autoscalers_are_asked_for_where_one_wrote_the_replicas(
 
 async def test_the_number_of_replicas_is_taken_over_as_it_is(api: Api, cluster: KubernetesCluster) -> None:
     api.items[DEPLOYMENT] = deployment("kubectl")
-    await cluster.own_replicas(await read(cluster))
+    await cluster.take_over_replicas(await read(cluster), 3)
     (path, scale), (_, patch) = api.written
+    assert scale["metadata"]["resourceVersion"] == "7"
     assert [(step["op"], step["path"], step["value"]) for step in patch] == [
         ("test", "/metadata/resourceVersion", "7"),
         ("replace", "/metadata/managedFields", []),
     ]
     assert (path, scale["spec"]) == (f"{DEPLOYMENT}/scale", {"replicas": 3})
+
+
+async def test_replicas_that_changed_are_not_taken_over(api: Api, cluster: KubernetesCluster) -> None:
+    api.items[DEPLOYMENT] = deployment("kubectl")
+    snapshot = await read(cluster)
+    api.items[DEPLOYMENT]["spec"] = {"replicas": 4}
+    with pytest.raises(Conflict, match="team-a/chat no longer asks for 3 replicas"):
+        await cluster.take_over_replicas(snapshot, 3)
+    assert api.written == []
 
 
 @pytest.mark.parametrize("status", [403, 422, 500])
@@ -169,5 +183,56 @@ async def test_the_second_breach_within_minutes_is_an_event_as_well(
     snapshot = await read(cluster)
     for reason, message in (("Breached", "p95."), ("AllMet", "met."), ("Breached", "p95.")):
         await cluster.event(snapshot, "Normal", reason, message)
-    told = [body["reason"] for path, body in api.written if path == EVENTS]
-    assert told == ["Breached", "AllMet", "Breached"]
+    reported = [body["reason"] for path, body in api.written if path == EVENTS]
+    assert reported == ["Breached", "AllMet", "Breached"]
+
+
+def override(name: str, expires: str, target: str = "chat") -> JsonObject:
+    return {
+        "apiVersion": "kvpilot.io/v1alpha1",
+        "kind": "KVCacheOverride",
+        "metadata": {"name": name, "namespace": "team-a", "uid": f"u-{name}", "resourceVersion": "7"},
+        "spec": {"target": target, "expiresAt": expires, "pause": {}},
+    }
+
+
+async def test_overrides_in_force_are_read_with_the_resource(api: Api, cluster: KubernetesCluster) -> None:
+    items = [override("stop", "2026-11-23T03:00:00Z"), override("gone", "2026-11-23T01:00:00Z")]
+    items[0]["spec"]["pause"] = {"scaling": True}
+    api.lists[path_of("kvpilot.io/v1alpha1", "KVCacheOverride", "team-a")] = items
+    snapshot = await read(cluster)
+    assert (snapshot.paused_by, snapshot.scaling_paused, snapshot.overrides) == ("stop", True, ("stop",))
+
+
+async def test_sweep_tells_the_end_of_an_override_and_why_another_is_not_obeyed(
+    api: Api, cluster: KubernetesCluster
+) -> None:
+    api.lists[path_of("kvpilot.io/v1alpha1", "KVCacheOverride")] = [
+        override("gone", "2026-11-23T01:00:00Z"),
+        override("stop", "2026-11-23T03:00:00Z"),
+        override("lost", "2026-11-23T03:00:00Z", target="chta"),
+    ]
+    api.lists[path_of("kvpilot.io/v1alpha1", "KVCacheDeployment")] = [RESOURCE]
+    assert await cluster.sweep() == [CHAT]
+    reported = [body for path, body in api.written if path == EVENTS]
+    assert [(item["reason"], item["regarding"]["name"], item["note"]) for item in reported] == [
+        ("OverrideExpired", "gone", "pause of chat ended at 2026-11-23T01:00:00Z")
+    ]
+    statuses = {path.split("/")[-2]: body["status"] for path, body in api.written if path.endswith("/status")}
+    assert {name: item["conditions"][0]["reason"] for name, item in statuses.items()} == {
+        "stop": "InForce",
+        "lost": "NoSuchTarget",
+    }
+
+
+async def test_kept_records_are_read_back_and_broken_lines_left_out(
+    cluster: KubernetesCluster, api: Api
+) -> None:
+    snapshot = await read(cluster)
+    assert await cluster.recorded(snapshot) == []
+    api.items[DECISIONS] = {"data": {"decisions.jsonl": '{"id"\n'}}
+    record = Record("d-0041", NOW, "workers-up", "Started", "Trying.", None, (), generation=17)
+    await cluster.record(snapshot, record)
+    api.items[DECISIONS] = dict(api.written)[DECISIONS]
+    (kept,) = await cluster.recorded(snapshot)
+    assert (kept["id"], kept["outcome"], kept["generation"]) == ("d-0041", "Started", 17)

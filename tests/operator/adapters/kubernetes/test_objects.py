@@ -1,4 +1,4 @@
-"""What API objects mean: pods, managers of replicas, overrides in force."""
+"""What API objects mean: pods, and managers of replicas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvpilot_operator.adapters import kubernetes_objects as objects
-from kvpilot_operator.adapters.kubernetes_api import ApiError, path_of
+from kvpilot_operator.adapters.kubernetes import objects
+from kvpilot_operator.adapters.kubernetes.api import ApiError, path_of
 
 NOW = 1_795_399_200.0  # 2026-11-23T02:00:00Z
 
@@ -96,18 +96,18 @@ def workload(*managers: str, **status: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("managers", "rival"),
+    ("managers", "conflicting"),
     [((), ""), (("kvpilot-scale",), ""), (("kvpilot", "kvpilot-scale"), ""), (("kubectl",), "kubectl"),
      (("kvpilot-scale", "kube-controller-manager"), "")],
 )  # fmt: skip
-def test_who_else_writes_the_number_of_replicas(managers: tuple[str, ...], rival: str) -> None:
-    assert objects.rival_manager(workload(*managers)) == rival
+def test_who_else_writes_the_number_of_replicas(managers: tuple[str, ...], conflicting: str) -> None:
+    assert objects.conflicting_manager(workload(*managers)) == conflicting
 
 
 def test_what_others_own_beside_the_replicas_stays_theirs() -> None:
     edit = {"manager": "edit", "fieldsV1": {"f:spec": {"f:replicas": {}, "f:paused": {}}, "f:metadata": {}}}
     entries = [*workload("kvpilot-scale", "kubectl")["metadata"]["managedFields"], edit]
-    left = objects.without_rivals(entries)
+    left = objects.without_conflicting_managers(entries)
     assert [entry["manager"] for entry in left] == ["kvpilot-scale", "kube-controller-manager", "edit"]
     assert left[:2] == [entries[0], entries[2]], "the status of the Deployment is not the number asked for"
     assert left[2]["fieldsV1"] == {"f:spec": {"f:paused": {}}, "f:metadata": {}}
@@ -131,11 +131,11 @@ def test_pods_that_the_api_server_refuses_are_told_without_their_changing_names(
         "reason": "FailedCreate",
         "message": 'pods "chat-5d4-x7k2p" is forbidden: exceeded quota: team, used: pods=2, limited: pods=2',
     }
-    assert objects.refused_pods(workload(conditions=[failure])) == (
+    assert objects.replica_failure(workload(conditions=[failure])) == (
         "FailedCreate: forbidden: exceeded quota: team, used: pods=2, limited: pods=2"
     )
-    assert objects.refused_pods(workload(conditions=[{**failure, "status": "False"}])) == ""
-    assert objects.refused_pods(workload()) == ""
+    assert objects.replica_failure(workload(conditions=[{**failure, "status": "False"}])) == ""
+    assert objects.replica_failure(workload()) == ""
 
 
 @pytest.mark.parametrize(
@@ -159,38 +159,6 @@ def test_whose_token_is_in_the_secret(managers: dict[str, str], ours: bool) -> N
 )
 def test_whether_pods_are_being_replaced(status: dict[str, int], replacing: bool) -> None:
     assert objects.replacing_pods(workload(**status)) is replacing
-
-
-def override(
-    name: str, expires: str = "2026-11-23T02:10:00Z", target: str = "chat", **what: Any
-) -> dict[str, Any]:
-    return {"metadata": {"name": name}, "spec": {"target": target, "expiresAt": expires, **what}}
-
-
-def test_only_overrides_in_force_of_the_resource_count() -> None:
-    going = override("d", boost={"minReplicas": 9})
-    going["metadata"]["deletionTimestamp"] = "now"
-    found = objects.in_force(
-        [
-            override("c", boost={"minReplicas": 3}),
-            override("b", pause={}),
-            override("a", "2026-11-23T02:00:00Z", pause={}),
-            override("x", target="code", pause={}),
-            going,
-        ],
-        "chat",
-        NOW,
-    )
-    assert (found.paused_by, found.names) == ("b", ("b", "c"))
-    assert [(boost.min_replicas, boost.expires_at) for boost in found.boosts] == [(3, NOW + 600)]
-
-
-@pytest.mark.parametrize(
-    "expires", ["0000-01-01T00:00:00Z", "2027-01-01T12:00:00x5Z", "2027-01-01T12:00:00+99:00"]
-)
-def test_a_time_that_only_the_api_server_reads_has_expired(expires: str) -> None:
-    found = objects.in_force([override("a", expires, pause={}), override("b", pause={})], "chat", NOW)
-    assert found.names == ("b",)
 
 
 def test_the_admin_token_follows_from_the_key_and_the_resource() -> None:

@@ -3,138 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from aiohttp import web
-from tests.ports import free_port
-from tests.prometheus import Prometheus
+from tests.operator.adapters.metrics.scraping import SCRAPE_S, Exporter, Scraping, binary
 
 from kvpilot_engine.contract import metrics as names
-from kvpilot_operator.adapters.prometheus_metrics import PrometheusMetrics
-from kvpilot_operator.adapters.series import COUNTERS, GAUGES
-from kvpilot_operator.ports import Key, MetricsError
-from kvpilot_operator.sources import Source
-from kvpilot_operator.tuning.observation import Sample
+from kvpilot_operator.adapters.metrics.prometheus import PrometheusMetrics
+from kvpilot_operator.adapters.metrics.sources import Source
+from kvpilot_operator.ports import MetricsError
+from kvpilot_operator.status.snapshot import Key
+from kvpilot_operator.tuning.observation import Sample, SourceProblem
 
-SCRAPE_S = 0.2
 WINDOWS = {"short": 1.0, "long": 3.0}
 CHAT = Key("team-a", "chat")
 CODE = Key("team-b", "code")
-
-
-def binary() -> Path:
-    """Prometheus as `make cluster-up` built it, or as the machine has it."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvpilot"
-    built = sorted(cache.glob("go/prometheus-*/prometheus"))
-    found = built[0] if built else shutil.which("prometheus")
-    if found is None:
-        reason = "no Prometheus: `make programs` builds one"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    return Path(found)
-
-
-class Exporter:
-    """One engine's /metrics: every series of the contract, with values that a test sets."""
-
-    def __init__(self, pod: str, key: Key) -> None:
-        self.labels = {
-            "namespace": key.namespace, "kvpilot_name": key.name, "pod": pod, "pod_uid": f"uid-{pod}",
-            "component": "engine",
-        }  # fmt: skip
-        self.uid = f"uid-{pod}"
-        self.values: dict[str, float] = {}
-        self.reset()
-        exporter = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                body = "".join(f"{series} {value}\n" for series, value in exporter.values.items()).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain; version=0.0.4")
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
-        self.thread.start()
-
-    def reset(self) -> None:
-        """As after a restart: everything zero."""
-        self.values = {
-            name: 0.0 for name in (*COUNTERS, *GAUGES) if not name.endswith(("_bucket", "_requests_total"))
-        }
-        for histogram in (names.REQUEST_SECONDS, names.FIRST_TOKEN_SECONDS):
-            for edge in names.EDGES_S:
-                self.values[f'{histogram}_bucket{{le="{edge:g}"}}'] = 0.0
-        for outcome in names.Outcome:
-            self.values[f'{names.REQUESTS_TOTAL}{{outcome="{outcome}"}}'] = 0.0
-        self.values[names.CONFIG_GENERATION] = 7.0
-
-    def finished(self, requests: int) -> None:
-        """So many requests arrived and finished within 0.3 s."""
-        self.values[names.ARRIVALS_TOTAL] += requests
-        self.values[f'{names.REQUESTS_TOTAL}{{outcome="ok"}}'] += requests
-        for edge in names.EDGES_S:
-            if edge >= 0.3:
-                self.values[f'{names.REQUEST_SECONDS}_bucket{{le="{edge:g}"}}'] += requests
-
-    def stop(self) -> None:
-        if self.thread.is_alive():
-            self.server.shutdown()
-            self.thread.join()
-            self.server.server_close()
-
-
-@dataclass
-class Scraping:
-    """A running Prometheus and the exporters that it scrapes, by pod."""
-
-    server: Prometheus
-    exporters: dict[str, Exporter]
-
-    @classmethod
-    def below(cls, folder: Path, exporters: dict[str, Exporter]) -> Scraping:
-        return cls(Prometheus(binary(), folder / "prometheus.yaml", folder, free_port()), exporters)
-
-    @property
-    def url(self) -> str:
-        return self.server.url
-
-    def start(self) -> None:
-        interval = f"{int(SCRAPE_S * 1000)}ms"
-        config = {
-            "global": {"scrape_interval": interval, "scrape_timeout": interval},
-            "scrape_configs": [
-                {
-                    "job_name": "kvpilot",
-                    "static_configs": [
-                        {"targets": [f"127.0.0.1:{item.server.server_port}"], "labels": item.labels}
-                        for item in self.exporters.values()
-                    ],
-                }
-            ],
-        }
-        self.server.config.write_text(yaml.safe_dump(config))
-        self.server.start()
-
-    def stop(self) -> None:
-        for exporter in self.exporters.values():
-            exporter.stop()
-        self.server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +71,12 @@ def settled(uid: str, key: Key = CHAT) -> Callable[[Mapping[Key, Mapping[str, Sa
 
     def check(found: Mapping[Key, Mapping[str, Sample]]) -> bool:
         sample = found.get(key, {}).get(uid)
-        return sample is not None and sample.coverage_s >= WINDOWS["long"] - SCRAPE_S
+        return sample is not None and sample.coverage_s >= 0.9 * WINDOWS["long"]
 
     return check
 
 
+@pytest.mark.slow
 async def test_counts_resets_and_staleness(prometheus: Scraping, metrics: PrometheusMetrics) -> None:
     async def read() -> dict[Key, dict[str, Sample]]:
         return await metrics.samples({CHAT: WINDOWS})
@@ -206,7 +95,7 @@ async def test_counts_resets_and_staleness(prometheus: Scraping, metrics: Promet
         assert counts.completed == pytest.approx(100, rel=SCRAPE_S / length + 0.05), window
         assert counts.attainment("request", 0.25) == 0.0
         assert counts.attainment("request", 0.3) == pytest.approx(1.0)
-        assert counts.pod_seconds == pytest.approx(length, abs=2 * SCRAPE_S)
+        assert counts.replica_seconds == pytest.approx(length, abs=2 * SCRAPE_S)
     assert sample.age_s < 3 * SCRAPE_S + 0.5
     assert sample.gauges.generation == 7
 
@@ -344,10 +233,10 @@ async def test_a_failed_batch_is_halved_until_the_culprit_is_alone(impostor: Any
 
 async def test_a_source_that_scrapes_too_slowly_says_so() -> None:
     metrics = PrometheusMetrics({"slow": Source("slow", "http://nowhere", 15.0)}, lambda _: "slow")
-    with pytest.raises(
-        MetricsError, match=r"^ScrapeTooSlow: window short of 10 s is below 4 scrape intervals"
-    ):
+    message = "window short of 10 s is below 4 scrape intervals of metrics source slow (15 s)"
+    with pytest.raises(MetricsError) as raised:
         await metrics.samples({CHAT: {"short": 10.0, "long": 60.0}})
+    assert raised.value.problem == SourceProblem("ScrapeTooSlow", message)
     metrics.close()
 
 
@@ -381,3 +270,62 @@ async def test_the_token_is_read_for_each_request(impostor: Any, tmp_path: Path)
         assert seen[-1] == f"Bearer {secret}"
     metrics.close()
     await runner.cleanup()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "origins",
+    [
+        [{}, {}],
+        [{"prometheus_replica": "a"}, {"prometheus_replica": "b"}],
+        [{"endpoint": "http"}, {"endpoint": "http", "service": "chat"}],
+    ],
+    ids=["two jobs", "a highly available pair", "two monitors"],
+)
+async def test_an_engine_that_is_scraped_twice_counts_once(
+    tmp_path: Path, origins: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, sample = await measured_apart(tmp_path, SCRAPE_S, origins)
+    assert set(found) == {"uid-chat-1"}
+    assert sample.gauges.waiting == 4.0
+    assert sample.windows["long"].arrivals == pytest.approx(100, rel=0.2)
+    assert sample.windows["long"].attainment("request", 0.3) == pytest.approx(1.0)
+    assert capsys.readouterr().out.count("duplicate_series") == 1
+
+
+@pytest.mark.slow
+async def test_windows_are_covered_by_the_scrapes_as_they_are(tmp_path: Path) -> None:
+    _, sample = await measured_apart(tmp_path, 2 * SCRAPE_S, [{}])
+    assert sample.scrape_s == pytest.approx(2 * SCRAPE_S, rel=0.35)
+    assert sample.coverage_s == 15 * 2 * SCRAPE_S
+
+
+def covered(found: Mapping[Key, Mapping[str, Sample]]) -> float:
+    """What the long window of the one engine covers, s; 0 without a sample."""
+    sample = found.get(CHAT, {}).get("uid-chat-1")
+    return 0.0 if sample is None else sample.coverage_s
+
+
+async def measured_apart(
+    folder: Path, scrape_s: float, origins: list[dict[str, str]]
+) -> tuple[dict[str, Sample], Sample]:
+    """The samples of one engine in a Prometheus of its own, once the long window shows 100 requests."""
+    exporter = Exporter("chat-1", CHAT)
+    running = Scraping.below(folder, {"chat-1": exporter})
+    running.start(scrape_s, origins)
+    metrics = PrometheusMetrics(
+        {"default": Source("default", running.url, SCRAPE_S)}, lambda _: "default", timeout_s=3.0
+    )
+    try:
+        exporter.values[names.REQUESTS_WAITING] = 4.0
+
+        async def read() -> dict[Key, dict[str, Sample]]:
+            return await metrics.samples({CHAT: {"short": 5 * scrape_s, "long": 15 * scrape_s}})
+
+        await until(read, lambda found: covered(found) >= 14 * scrape_s)
+        exporter.finished(100)
+        found = await until(read, lambda found: found[CHAT][exporter.uid].windows["long"].arrivals > 80)
+        return found[CHAT], found[CHAT][exporter.uid]
+    finally:
+        metrics.close()
+        running.stop()

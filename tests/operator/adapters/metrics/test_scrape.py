@@ -11,9 +11,9 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvpilot_operator.adapters.scrape_metrics import History, PageReader, ScrapeMetrics, Target
-from kvpilot_operator.adapters.series import SeriesKey
-from kvpilot_operator.ports import Key
+from kvpilot_operator.adapters.metrics.scrape import History, PageReader, ScrapeMetrics, Target
+from kvpilot_operator.adapters.metrics.series import SeriesKey
+from kvpilot_operator.status.snapshot import Key
 
 KEY = Key("default", "chat")
 ARRIVALS: SeriesKey = ("kvpilot_arrivals_total", ())
@@ -148,7 +148,7 @@ async def test_another_interval_holds_at_once() -> None:
 
 def _page() -> str:
     from kvpilot_engine.contract.metrics import EDGES_S
-    from kvpilot_operator.adapters.series import COUNTERS, GAUGES
+    from kvpilot_operator.adapters.metrics.series import COUNTERS, GAUGES
 
     lines = []
     for name in (*COUNTERS, *GAUGES):

@@ -7,14 +7,16 @@ import math
 import pytest
 
 from kvpilot_engine.contract import metrics as names
-from kvpilot_operator.adapters.series import (
+from kvpilot_operator.adapters.metrics.series import (
     COUNTERS,
     GAUGES,
     IncompleteSeriesError,
     SeriesKey,
+    own_labels,
     sample_from,
     series_key,
 )
+from kvpilot_operator.tuning.observation import MemoryUse
 
 
 def key(name: str, **labels: str) -> SeriesKey:
@@ -43,10 +45,14 @@ def sample(**changed: dict[SeriesKey, float]) -> object:
     )
 
 
-def test_labels_of_identity_do_not_distinguish_series() -> None:
-    one = series_key({"__name__": "x_total", "pod": "a", "pod_uid": "1", "tier": "pool", "instance": "i"})
-    assert one == series_key({"__name__": "x_total", "pod": "b", "pod_uid": "2", "tier": "pool"})
-    assert one == ("x_total", (("tier", "pool"),))
+def test_only_labels_of_the_contract_distinguish_series() -> None:
+    name = names.HIT_TOKENS_TOTAL
+    one = series_key({"__name__": name, "pod": "a", "tier": "pool", "prometheus_replica": "a"})
+    assert one == series_key({"__name__": name, "pod": "b", "tier": "pool", "endpoint": "http"})
+    assert one == (name, (("tier", "pool"),))
+    bucket = f"{names.STAGE_SECONDS}_bucket"
+    assert own_labels(bucket) == {"stage", "le"}
+    assert own_labels("up") == frozenset()
 
 
 def test_counts_come_from_their_series() -> None:
@@ -63,7 +69,7 @@ def test_counts_come_from_their_series() -> None:
         key(f"{names.STAGE_SECONDS}_sum", stage="prefill"): 4.0,
     }
     counts = sample_from({"short": short}, gauges(), {"short": 10.0}, 0.5, 10.0).windows["short"]
-    assert (counts.arrivals, counts.judged, counts.completed, counts.pod_seconds) == (30, 22, 20, 10)
+    assert (counts.arrivals, counts.judged, counts.completed, counts.replica_seconds) == (30, 22, 20, 10)
     assert (counts.hit_tokens, counts.host_hit_tokens) == (160, 60)
     assert (counts.prefetch_used, counts.prefetch_wasted, counts.decode_seconds) == (7, 2, 0.25)
     assert counts.stage_seconds["prefill"] == 4.0
@@ -90,6 +96,42 @@ def test_memory_is_the_fullest_kind_and_bytes_are_all_tiers() -> None:
     got = sample_from({}, values, {}, 0, 0).gauges
     assert (got.memory_ratio, got.cached_bytes, got.generation) == (1.2, 16.0, 17)
     assert got.memory_limit_bytes == 70.0
+
+
+def test_memory_is_known_by_kind() -> None:
+    by_tier = {key(names.CACHE_BYTES), key(names.CACHE_BUDGET_BYTES)}
+    values = {name: value for name, value in gauges().items() if name not in by_tier} | {
+        key(names.MEMORY_RATIO, kind="host"): 0.4,
+        key(names.MEMORY_RATIO, kind="device"): 1.2,
+        key(names.MEMORY_LIMIT_BYTES, kind="host"): 100.0,
+        key(names.MEMORY_LIMIT_BYTES, kind="device"): 70.0,
+        key(names.CACHE_BYTES, tier="pool"): 10.0,
+        key(names.CACHE_BYTES, tier="host"): 5.0,
+        key(names.CACHE_BUDGET_BYTES, tier="pool"): 12.0,
+        key(names.CACHE_BUDGET_BYTES, tier="host"): 6.0,
+    }
+    got = sample_from({}, values, {}, 0, 0).gauges
+    assert got.host == MemoryUse(0.4, 100.0, 5.0, 6.0)
+    assert got.device == MemoryUse(1.2, 70.0, 10.0, 12.0)
+    values[key(names.MEMORY_LIMIT_BYTES, kind="device")] = 0.0
+    got = sample_from({}, values, {}, 0, 0).gauges
+    assert got.device is None
+    assert got.host == MemoryUse(0.4, 100.0, 15.0, 18.0), "the pool lies on the host"
+
+
+def test_optional_series_are_absent_and_not_zero() -> None:
+    short = increases() | {
+        key(names.BUCKET_ROWS_TOTAL, rows="16"): 320.0,
+        key(names.BUCKET_ROWS_TOTAL, rows="2"): 4.0,
+        key(names.BUCKET_SECONDS_TOTAL, rows="16"): 2.0,
+    }
+    curve = {key(names.STEP_CURVE_SECONDS, rows="8"): 0.02}
+    got = sample_from({"short": short}, gauges() | curve, {"short": 10.0}, 0.5, 10.0)
+    assert got.windows["short"].bucket_rows == {2: 4.0, 16: 320.0}
+    assert got.windows["short"].bucket_seconds == {16: 2.0}
+    assert got.gauges.curve == {8: 0.02}
+    without = sample_from({"short": increases()}, gauges(), {"short": 10.0}, 0.5, 10.0)
+    assert (without.windows["short"].bucket_rows, without.gauges.curve) == ({}, {})
 
 
 def test_a_window_without_series_is_absent_and_not_zero() -> None:

@@ -5,26 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.tuning.observations import BAD, GOOD, counts, gauges, observe, pod
-from tests.tuning.simulation import PRODUCTION
+from tests.operator.tuning.observations import BAD, GOOD, counts, gauges, observe, replica
+from tests.operator.tuning.policies import PRODUCTION
 
+from kvpilot_operator.tuning.assess.objectives import backlog_gone, judge, latency_met, met_again
 from kvpilot_operator.tuning.decision import Objective
-from kvpilot_operator.tuning.objectives import backlog_gone, judge
-from kvpilot_operator.tuning.observation import Observation, Pod
+from kvpilot_operator.tuning.observation import Observation, ObservedReplica
 
 
 def judged(observation: Observation, *, trusted: bool = True) -> dict[str, Objective]:
     return {item.name: item for item in judge(observation, PRODUCTION, trusted)}
 
 
-def with_short(item: Pod, **figures: object) -> Pod:
+def with_short(item: ObservedReplica, **figures: object) -> ObservedReplica:
     assert item.sample is not None
     windows = {**item.sample.windows, "short": counts(10.0, **figures)}
     return replace(item, sample=replace(item.sample, windows=windows))
 
 
 def test_latency_is_judged_by_attainment_at_the_edge() -> None:
-    objective = judged(observe(pod(attained=BAD)))["p95"]
+    objective = judged(observe(replica(attained=BAD)))["p95"]
     assert objective.state == "Breached"
     assert objective.measured_short == pytest.approx(0.41)
     assert objective.target == 0.95
@@ -32,7 +32,7 @@ def test_latency_is_judged_by_attainment_at_the_edge() -> None:
 
 def test_shed_requests_count_against_latency_and_errors() -> None:
     # 20% shed: at most 1 / 1.2 of the judged requests can be within any edge.
-    shedding = judged(observe(pod(shed=0.2, attained={"p50": 0.8, "p95": 0.83, "p99": 0.83})))
+    shedding = judged(observe(replica(shed=0.2, attained={"p50": 0.8, "p95": 0.83, "p99": 0.83})))
     assert shedding["errors"].measured_short == pytest.approx(1 / 6)
     assert (shedding["errors"].state, shedding["p95"].state, shedding["p50"].state) == (
         "Breached",
@@ -42,14 +42,14 @@ def test_shed_requests_count_against_latency_and_errors() -> None:
 
 
 def test_a_breach_needs_both_windows() -> None:
-    calm_now = with_short(pod(attained=BAD), attained=GOOD)
-    bad_now = with_short(pod(attained=GOOD), attained=BAD)
+    calm_now = with_short(replica(attained=BAD), attained=GOOD)
+    bad_now = with_short(replica(attained=GOOD), attained=BAD)
     assert judged(observe(calm_now))["p95"].state == "Met"
     assert judged(observe(bad_now))["p95"].state == "Met"
 
 
 def test_few_requests_say_nothing() -> None:
-    objectives = judged(observe(pod(rate=0.3, attained=BAD)))  # 18 in the long window
+    objectives = judged(observe(replica(rate=0.3, attained=BAD)))  # 18 in the long window
     assert {objectives[name].state for name in ("p50", "p95", "errors", "throughput", "hitRate")} == {
         "Unknown"
     }
@@ -57,18 +57,18 @@ def test_few_requests_say_nothing() -> None:
 
 def test_few_requests_in_the_short_window_widen_it() -> None:
     # 4 now, which is too few; 24 in the long window.
-    few = judged(observe(with_short(pod(rate=0.4, attained=BAD), rate=0.4, attained=GOOD)))["p95"]
+    few = judged(observe(with_short(replica(rate=0.4, attained=BAD), rate=0.4, attained=GOOD)))["p95"]
     assert (few.state, few.measured_short, few.measured_long) == (
         "Breached",
         few.measured_long,
         few.measured_short,
     )
-    many = judged(observe(with_short(pod(rate=2.0, attained=BAD), rate=2.0, attained=GOOD)))["p95"]
+    many = judged(observe(with_short(replica(rate=2.0, attained=BAD), rate=2.0, attained=GOOD)))["p95"]
     assert (many.state, many.measured_short) == ("Met", pytest.approx(0.99))
 
 
 def test_without_trust_everything_is_unknown() -> None:
-    states = {item.state for item in judge(observe(pod(attained=BAD)), PRODUCTION, trusted=False)}
+    states = {item.state for item in judge(observe(replica(attained=BAD)), PRODUCTION, trusted=False)}
     assert states == {"Unknown"}
 
 
@@ -84,23 +84,61 @@ def test_without_trust_everything_is_unknown() -> None:
     ],
 )
 def test_throughput_is_judged_by_what_is_offered(rate: float, done: float, state: str) -> None:
-    assert judged(observe(pod(rate=rate, done=done)))["throughput"].state == state
+    assert judged(observe(replica(rate=rate, done=done)))["throughput"].state == state
+
+
+@pytest.mark.parametrize(
+    ("rate", "done", "severity"),
+    [
+        (90.0, 0.5, "critical"),  # 45 completed, 50 is the floor
+        (90.0, 0.7, "breach"),  # 63: below what is offered, above the floor
+        (45.0, 0.5, "breach"),  # the floor is not offered
+        (200.0, 0.9, ""),
+    ],
+)
+def test_throughput_below_the_floor_is_critical(rate: float, done: float, severity: str) -> None:
+    assert judged(observe(replica(rate=rate, done=done)))["throughput"].severity == severity
+
+
+def test_throughput_below_a_floor_that_equals_the_target_is_critical() -> None:
+    wanted = replace(PRODUCTION, throughput=100, floor=100)
+    found = {o.name: o for o in judge(observe(replica(rate=200.0, done=0.48)), wanted, trusted=True)}
+    assert (found["throughput"].state, found["throughput"].severity) == ("Breached", "critical")
+
+
+def test_breach_of_another_objective_is_not_critical() -> None:
+    found = judged(observe(replica(attained=BAD, gauges=gauges(memory_ratio=0.85))))
+    assert {found[name].severity for name in ("p50", "p95", "p99", "memory")} == {"breach"}
+    assert (found["errors"].severity, found["errors"].state) == ("", "Met")
+
+
+@pytest.mark.parametrize(
+    ("ticks", "index"), [("", None), ("mm", None), ("mmm", 2), ("mm-mmm", 5), ("-mmmm", 3)]
+)
+def test_met_again_needs_three_ticks_in_a_row(ticks: str, index: int | None) -> None:
+    assert met_again(tick == "m" for tick in ticks) == index
+
+
+def test_latency_is_met_by_the_short_window_of_every_latency_objective() -> None:
+    good = judge(observe(with_short(replica(attained=BAD), attained=GOOD)), PRODUCTION, trusted=True)
+    bad = judge(observe(with_short(replica(attained=GOOD), attained=BAD)), PRODUCTION, trusted=True)
+    assert (latency_met(good), latency_met(bad), latency_met(())) == (True, False, False)
 
 
 def test_hit_rate_above_its_ceiling_is_infeasible_and_no_breach() -> None:
-    low = judged(observe(pod(hit=0.3, ceiling=0.9)))["hitRate"]
-    impossible = judged(observe(pod(hit=0.3, ceiling=0.35)))["hitRate"]
+    low = judged(observe(replica(hit=0.3, ceiling=0.9)))["hitRate"]
+    impossible = judged(observe(replica(hit=0.3, ceiling=0.35)))["hitRate"]
     assert (low.state, impossible.state) == ("Breached", "Infeasible")
     assert impossible.measured_short == pytest.approx(0.3)
 
 
 def test_memory_is_the_worst_engine() -> None:
-    objective = judged(observe(pod("a"), pod("b", gauges=gauges(memory_ratio=0.85))))["memory"]
+    objective = judged(observe(replica("a"), replica("b", gauges=gauges(memory_ratio=0.85))))["memory"]
     assert (objective.state, objective.measured_short) == ("Breached", 0.85)
 
 
 def test_first_token_signal_uses_its_own_histogram() -> None:
-    item = pod(attained=BAD)
+    item = replica(attained=BAD)
     assert item.sample is not None
     windows = {
         name: replace(window, first_token_within=counts(10.0 if name == "short" else 60.0).request_within)

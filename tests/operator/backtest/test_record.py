@@ -1,0 +1,206 @@
+"""Recordings: read from a real Prometheus, written, and replayed; gaps are printed and never filled."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.operator.adapters.metrics.scraping import Exporter, Scraping, binary
+from tests.operator.cli.runs import kvpilot, started
+
+from kvpilot_engine.contract import metrics as names
+from kvpilot_operator.backtest.record import RecordOptions, run_record
+from kvpilot_operator.backtest.recording import (
+    Interval,
+    lines_of,
+    read_recording,
+    recording_of,
+    told_gaps,
+)
+from kvpilot_operator.backtest.scenes import LoadSpec, scene_of
+from kvpilot_operator.backtest.traces import recorded
+from kvpilot_operator.load.workload import LoadError
+from kvpilot_operator.resource.load import load_document
+from kvpilot_operator.status.snapshot import Key
+
+CHAT = Key("team-a", "chat")
+STEP_S = 5
+
+
+def write(path: Path, *intervals: Interval) -> Path:
+    path.write_text(
+        "".join(f"{line}\n" for line in lines_of(recording_of("team-a/chat", 0.0, 60.0, intervals)))
+    )
+    return path
+
+
+def busy(at: float, arrivals: float = 600.0) -> Interval:
+    return Interval(at, arrivals, 500.0, 400.0, 20.0)
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[Scraping]:
+    binary()  # before any thread: a skip here must leave nothing running
+    pods = {pod: Exporter(pod, CHAT) for pod in ("chat-1", "chat-2")}
+    running = Scraping.below(tmp_path, pods)
+    # Two servers scrape each pod, as a highly available pair does.
+    running.start(origins=({"prometheus": "a"}, {"prometheus": "b"}))
+    yield running
+    running.stop()
+
+
+def answer(exporter: Exporter, requests: int) -> None:
+    """So many requests with 500 prompt tokens, of which 400 could be cached, and 20 new tokens."""
+    exporter.finished(requests)
+    for name, tokens in (
+        (names.QUERY_TOKENS_TOTAL, 500),
+        (names.CEILING_TOKENS_TOTAL, 400),
+        (names.OUTPUT_TOKENS_TOTAL, 20),
+    ):
+        exporter.values[name] += tokens * requests
+
+
+@pytest.mark.slow
+def test_recording_holds_what_prometheus_counted(
+    prometheus: Scraping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, deadline = tmp_path / "chat.jsonl", time.monotonic() + 60
+    options = RecordOptions("chat", "team-a", prometheus.url, out, since="40s", step=STEP_S)
+    known: list[Interval] = []
+    while time.monotonic() < deadline and sum(item.arrivals > 0 for item in known) < 3:
+        for exporter in prometheus.exporters.values():
+            answer(exporter, 10)
+        # What is waited for is the passing of scrapes: each round adds the same number of requests.
+        time.sleep(0.25)
+        if run_record(options) == 0:
+            known = [item for item in read_recording(out).intervals if not item.gap]
+    full = [item for item in known if item.arrivals > 0][1]
+    assert full.prompt == pytest.approx(500, rel=0.05)
+    assert full.cached == pytest.approx(400, rel=0.05)
+    assert full.output == pytest.approx(20, rel=0.05)
+    rounds = full.arrivals / 20
+    assert 2 <= rounds <= STEP_S / 0.25 * 1.2, "the second server's counts are not added"
+    recording = read_recording(out)
+    assert (recording.resource, recording.step) == ("team-a/chat", STEP_S)
+    assert recording.gaps and recording.gaps[0][0] == 0.0, "before Prometheus ran nobody counted"
+    printed = capsys.readouterr().out
+    assert "gap         no data from 0 s to" in printed
+    assert "replay it with `kvpilot backtest --trace" in printed
+
+
+def test_recording_without_any_data_is_refused(
+    prometheus: Scraping, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, deadline = tmp_path / "none.jsonl", time.monotonic() + 20
+    options = RecordOptions("no-such", "team-a", prometheus.url, out, since="30s", step=STEP_S)
+    while (code := run_record(options)) == 1 and time.monotonic() < deadline:
+        time.sleep(0.2)  # Prometheus starts
+    assert code == 2
+    assert "team-a/no-such" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--url", "http://127.0.0.1:9"), 1, "metrics source prometheus (http://127.0.0.1:9) cannot be read"),
+        (("--url", "prometheus:9090"), 2, "--url: must be an http:// or https:// URL"),
+        (
+            ("--url", "http://p", "--since", "soon"),
+            2,
+            "--since: must be a duration before now (24h) or an RFC",
+        ),
+        (("--url", "http://p", "--since", "1h", "--until", "2h"), 2, "--since: must be 1 to 100000 steps"),
+        (("--url", "http://p", "--step", "1"), 2, "--step: must be a whole number from 5 to 3600, got 1"),
+        (("--url", "http://p", "-n", 'x"}'), 2, "--namespace: must be a DNS label such as chat, got"),
+    ],
+)
+def test_invalid_options_are_one_line(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = kvpilot("record", "chat", "--out", str(tmp_path / "r.jsonl"), *arguments)
+    assert (done.exit_code, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert message in done.stderr
+
+
+def test_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
+    intervals = (busy(0.0), Interval(60.0, gap=True), Interval(120.0), busy(180.0, 12.5))
+    found = read_recording(write(tmp_path / "r.jsonl", *intervals))
+    assert found.intervals == intervals
+    assert (found.resource, found.start, found.step) == ("team-a/chat", "1970-01-01T00:00:00Z", 60.0)
+
+
+def test_gaps_are_told_and_hold_no_request(tmp_path: Path) -> None:
+    gap = [Interval(60.0 * index, gap=True) for index in (2, 3, 5)]
+    path = write(tmp_path / "r.jsonl", busy(0), busy(60), *gap[:2], busy(240), gap[2], busy(360))
+    assert told_gaps(read_recording(path)) == [
+        "no data from 120 s to 240 s: no requests are played there",
+        "no data from 300 s to 360 s: no requests are played there",
+    ]
+    times = [request.at for request in recorded(path, 1)]
+    assert times == sorted(times)
+    assert len(times) == 4 * 600
+    assert not any(120 <= at < 240 or 300 <= at < 360 for at in times)
+
+
+def test_replay_has_the_recorded_sizes(tmp_path: Path) -> None:
+    requests = recorded(write(tmp_path / "r.jsonl", *(busy(60.0 * index) for index in range(10))), 3)
+    count = len(requests)
+    assert sum(item.prompt for item in requests) / count == pytest.approx(500, rel=0.05)
+    assert sum(item.out for item in requests) / count == pytest.approx(20, rel=0.05)
+    assert sum(item.cached for item in requests) / count == pytest.approx(400, rel=0.05)
+    assert all(item.cached <= 0.98 * item.prompt for item in requests)
+    assert recorded(tmp_path / "r.jsonl", 3) == requests != recorded(tmp_path / "r.jsonl", 4)
+
+
+def test_backtest_replays_a_recording_and_names_its_gaps(tmp_path: Path) -> None:
+    intervals = [busy(60.0 * index) for index in range(6)]
+    intervals[3] = Interval(180.0, gap=True)
+    path, out = write(tmp_path / "r.jsonl", *intervals), tmp_path / "out.json"
+    done = started(
+        "backtest", "--trace", str(path), "--pace", "Fast", "--seeds", "1", "--against", "do-nothing",
+        "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no data from 180 s to 240 s: no requests are played there" in done.stdout
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    assert [row["controller"] for row in rows] == ["kvpilot", "do-nothing"]
+
+
+HEAD = '{"kvpilotRecording": 1, "resource": "a/b", "step": 60}\n'
+FULL = '{"at": 0, "arrivals": 5, "prompt": 10, "cached": 5, "output": 4}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD, "holds no interval with data"),
+        (HEAD + '{"at": 0, "gap": true}\n', "holds no interval with data"),
+        (HEAD.replace("1,", "2,"), ":1: kvpilotRecording: must be 1, got 2"),
+        (HEAD.replace("60", "0"), ":1: step: must be a number from 1 to 1e+12, got 0"),
+        (HEAD + "{", ":2: not JSON"),
+        (HEAD + FULL.replace("5,", "-5,", 1), ":2: arrivals: must be a number from 0 to 1e+12, got -5"),
+        (
+            HEAD + FULL.replace(', "output": 4', ""),
+            ":2: output: must be a number from 1 to 1e+12, got nothing",
+        ),
+        (HEAD + FULL + FULL, ":3: at: must be 60, one step after the line above, got 0"),
+        (
+            HEAD + FULL + FULL.replace('"at": 0', '"at": 120'),
+            ":3: at: must be 60, one step after the line above, got 120; a gap has a line of its own",
+        ),
+        (HEAD + FULL.replace("10", "NaN"), ":2: prompt: must be a number"),
+    ],
+)
+def test_broken_recording_names_file_line_and_fault(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(LoadError) as error:
+        scene_of(load_document(Path("examples/production.yaml")), LoadSpec(trace=path))
+    assert str(error.value).startswith(f"recording {path}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,79 @@
+"""The operator crashes, the status is lost, an engine restarts."""
+
+from __future__ import annotations
+
+import copy
+
+from tests.operator.backtest.simulations import (
+    SMALL,
+    assert_settled,
+    in_verify,
+    overload,
+    promoted,
+    simulate,
+)
+
+
+def test_crash_before_any_effect_still_ends_promoted() -> None:
+    """The operator dies before its n-th write, for every n: the next one goes on from what is there."""
+    at_breach = simulate(SMALL, load=overload).run(58)
+    effects = 0
+
+    def count() -> bool:
+        nonlocal effects
+        effects += 1
+        return False
+
+    free = copy.deepcopy(at_breach)
+    free.cluster.crash = count
+    free.run(100, until=lambda s: s.promoted.generation == 2 and s.state.change is None)
+    assert free.promoted.generation == 2, free.report()
+    assert effects >= 10
+    for fatal in range(1, effects + 1):
+        left = fatal
+
+        def dies() -> bool:
+            nonlocal left
+            left -= 1
+            return left == 0
+
+        sim = copy.deepcopy(at_breach)
+        sim.cluster.crash = dies
+        sim.run(110, until=lambda s: s.promoted.generation == 2 and s.state.change is None)
+        assert sim.promoted.config["numWorkers"] > 2, (fatal, sim.report())
+        assert_settled(sim)
+
+
+def test_lost_status_restarts_from_the_config_map_after_one_cooldown() -> None:
+    sim = in_verify()
+    sim.cluster.lose_status()
+    sim.run(4)
+    assert sim.state.cooldown_until > sim.cluster.now
+    assert sim.state.last_generation == 2, "the canary's generation is not used again"
+    assert sim.state.next_decision == 2, "nor the number of its decision"
+    assert (sim.promoted.config, sim.promoted.generation) == (SMALL, 1)
+    assert sim.outcomes() == ["Started"], "nothing is recorded as the user's edit"
+    assert_settled(sim)
+
+
+def test_lost_status_keeps_the_promoted_configuration() -> None:
+    sim = simulate(SMALL, load=overload)
+    sim.run(240, until=lambda s: s.promoted.generation == 2 and s.state.change is None)
+    tuned = sim.promoted.config
+    assert tuned["numWorkers"] > 2
+    sim.cluster.lose_status()
+    sim.run(4)
+    assert sim.promoted.config == tuned
+    assert {(o.knob, o.based_on, o.value) for o in sim.state.overlay} == {
+        ("numWorkers", 2, tuned["numWorkers"]),
+        ("batchSize", 2, tuned["batchSize"]),
+    }
+    assert [hold.reason for hold in sim.state.holds] == ["Cooldown"]
+    assert_settled(sim)
+
+
+def test_engine_with_an_old_configuration_gets_the_promoted_one() -> None:
+    sim = promoted()
+    sim.cluster.engines[1].config, sim.cluster.engines[1].generation = dict(SMALL), 1
+    sim.run(2)
+    assert_settled(sim)

@@ -1,0 +1,165 @@
+"""Situations in which a tuner is easily misled, each with its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from tests.operator.backtest.simulations import SMALL, WIDE, in_verify, overload, simulate, spec_of
+
+from kvpilot_operator.backtest.faults import TimedFault
+from kvpilot_operator.backtest.model import EngineModel
+from kvpilot_operator.backtest.simulation import START, Simulation
+from kvpilot_operator.tuning.configuration import value
+from kvpilot_operator.tuning.pace import PACES
+
+HOUR = 3_600.0
+TICK_S = PACES["Standard"].tick
+
+
+def conditions(sim: Simulation) -> dict[str, tuple[str, str]]:
+    """Conditions of the resource: reason and message of those that are true."""
+    found = sim.cluster.snapshot().status.conditions
+    return {item.type: (item.reason, item.message) for item in found if item.status == "True"}
+
+
+def test_one_young_replica_of_twenty_does_not_hold_up_capacity() -> None:
+    busy = EngineModel(step_s=lambda rows: 0.016 + 0.008 * rows, noise=0.03)  # 28 requests/s each at 16 rows
+    surge = 900.0
+    sim = simulate(
+        {**WIDE, "maxQueue": 32},
+        pace="Standard",
+        replicas=20,
+        scaling={"min": 20, "max": 60},
+        load=lambda t: 200.0 if t < surge else 800.0,
+        model=busy,
+        start_s=90.0,
+    )
+    sim.run(surge - 60)
+    sim.cluster.engines.pop(0)
+    sim.cluster.converge(sim.cluster.now + 5)
+    sim.run(120 + 60, until=lambda s: bool(s.records))
+    (first,) = sim.records[:1]
+    assert (first.rule, first.outcome) == ("replicas-up", "ScaledOut"), sim.report()
+    assert first.at - (START + surge) <= 2 * TICK_S
+    assert "NearlyAll" in {reason for reason, _ in conditions(sim).values()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [45.0, 60.0])
+def test_one_slow_replica_of_three_is_named_and_changes_no_knob(load: float) -> None:
+    model = EngineModel(step_s=lambda rows: 0.016 + 0.004 * rows, noise=0.02)
+    sim = simulate(
+        {"numWorkers": 2, "batchSize": 2},
+        pace="Standard",
+        load=lambda _: load,
+        model=model,
+        faults=[TimedFault("slow", 0.0, 3 * HOUR)],
+    ).run(2 * HOUR)
+    slow = sim.cluster.engines[0].name
+    assert [record.rule for record in sim.records if record.changes] == [], sim.report()
+    assert sim.state.blocked_values == ()
+    reason, message = conditions(sim)["ReplicaOutlier"]
+    assert (reason, message.startswith(f"{slow}: its steps are slower")) == ("Differs", True)
+
+
+def test_a_median_that_no_engine_reaches_is_infeasible_and_buys_nothing() -> None:
+    sim = simulate(
+        WIDE,
+        pace="Standard",
+        replicas=2,
+        scaling={"min": 1, "max": 6},
+        objectives={"latency": {"p50Ms": 100, "p95Ms": 30000, "p99Ms": 30000}},
+        load=lambda _: 1.2,
+        model=EngineModel(tokens=200.0),
+    ).run(2 * HOUR)
+    assert sim.cluster.desired_replicas <= 2, sim.report()
+    assert [record.outcome for record in sim.records if record.outcome == "ScaledOut"] == []
+    reason, message = conditions(sim)["Infeasible"]
+    assert "p50: 100 ms is asked for" in message
+    assert "ms could be reached" in message, (reason, message)
+
+
+def test_light_traffic_on_a_large_fleet_is_scaled_in() -> None:
+    sim = simulate(
+        {"numWorkers": 64, "batchSize": 64},
+        pace="Standard",
+        replicas=8,
+        scaling={"min": 1, "max": 8},
+        objectives={"latency": {"p50Ms": 3000, "p95Ms": 5000, "p99Ms": 10000}},
+        load=lambda _: 6.0,
+        model=EngineModel(step_s=lambda rows: 0.009 + 0.00035 * rows, tokens=150.0, marginal_gain=None),
+    ).run(1.5 * HOUR)
+    assert sim.cluster.desired_replicas <= 2, sim.report()
+
+
+def test_a_leak_never_scales_in() -> None:
+    def memory(config: Mapping[str, Any]) -> float:
+        return 0.4 if sim.seconds < 200 else 0.85 + (sim.seconds - 200) / HOUR / 5
+
+    sim = simulate(
+        WIDE,
+        pace="Standard",
+        replicas=4,
+        scaling={"min": 1, "max": 6},
+        load=lambda _: 2.0,
+        model=EngineModel(memory=memory),
+    )
+    sim.run(HOUR)
+    assert [record for record in sim.records if record.outcome == "ScaledIn"] == [], sim.report()
+
+
+def test_an_invalid_edit_takes_the_candidate_off_within_two_ticks() -> None:
+    sim = in_verify()
+    broken = spec_of(SMALL)
+    broken["engine"]["config"]["numWorkers"] = -1
+    sim.cluster.edit(broken)
+    sim.run(2 * PACES["Fast"].tick)
+    assert {value(engine.config, "numWorkers") for engine in sim.cluster.engines} == {2}
+
+
+def test_ten_replicas_are_two_within_an_hour_of_the_night() -> None:
+    night = 1_800.0
+    sim = simulate(
+        WIDE,
+        pace="Standard",
+        replicas=10,
+        scaling={"min": 2, "max": 10},
+        objectives={"latency": {"p50Ms": 30000, "p95Ms": 30000, "p99Ms": 30000}},
+        load=lambda t: 60.0 if t < night else 3.0,
+        model=EngineModel(step_s=lambda rows: 0.03 + 0.01 * rows, tokens=30.0, marginal_gain=None),
+        start_s=90.0,
+    )
+    sim.cluster.drain_s = 140.0
+    sim.run(night)
+    assert sim.cluster.desired_replicas >= 9, sim.report()
+    sim.run(HOUR, until=lambda s: s.cluster.desired_replicas == 2)
+    assert sim.cluster.desired_replicas == 2, sim.report()
+
+
+@pytest.mark.slow
+def test_a_surge_at_standard_pace_is_cured_within_minutes() -> None:
+    """Violation minutes of one doubling beyond what the workers hold."""
+    sim = simulate(
+        {"numWorkers": 2, "batchSize": 2}, pace="Standard", load=lambda t: overload(0 if t < 1_800 else 60)
+    )
+    sim.run(1_800 + 2 * HOUR)
+    breached = [
+        at for at, d in sim.decisions if any(o.state == "Breached" and o.kind.latency for o in d.objectives)
+    ]
+    assert len(breached) * TICK_S / 60 <= 8, sim.report()
+
+
+def test_an_outlier_is_replaced_once_where_that_is_allowed() -> None:
+    model = EngineModel(step_s=lambda rows: 0.016 + 0.004 * rows)
+    for allowed in (False, True):
+        sim = simulate(SMALL, load=lambda _: 30.0, model=model, recycleOutliers=allowed)
+        sim.run(4)
+        slow = sim.cluster.engines[1]
+        slow.outlier = 2.0
+        sim.run(120)
+        recycled = [record.summary for record in sim.records if record.outcome == "Recycled"]
+        why = f"{slow.name} is replaced: its steps are slower than those of the other replicas."
+        assert recycled == ([why] if allowed else []), sim.report()
+        assert (slow in sim.cluster.engines) is not allowed

@@ -1,0 +1,112 @@
+"""The commands against an API server: what they ask of it, and its refusals in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from tests.operator.cli.api_server import ApiServer
+from tests.operator.cli.runs import manifest, ok, records, refused
+
+from kvpilot_operator.resource import KVCacheOverride
+
+
+def test_override_is_created_as_the_user_of_the_cluster(api: ApiServer) -> None:
+    output = ok("pause", "chat", "--for", "2h")
+    [item] = api.of("kvcacheoverrides")
+    assert KVCacheOverride.parse(item).spec.kind == "pause"
+    assert (item["metadata"]["namespace"], item["spec"]["by"]) == ("team-a", "ana@example.com")
+    assert item["spec"]["ttl"] == "2h"
+    assert output.splitlines()[0].startswith("chat in team-a: tuning is paused; bounds and boosts go on")
+    assert output.splitlines()[1] == "End it earlier: kvpilot resume chat -n team-a"
+    assert ok("resume", "chat") == (
+        f"chat in team-a: the pause by ana@example.com is ended ({item['metadata']['name']}).\n"
+    )
+    assert api.of("kvcacheoverrides") == []
+
+
+def test_every_command_that_writes_works_in_the_cluster(api: ApiServer) -> None:
+    ok("pin", "chat", "numWorkers", "16")
+    ok("boost", "chat", "3", "-n", "team-a")
+    ok("rollback", "chat", "--to", "5")
+    assert [item["spec"]["target"] for item in api.of("kvcacheoverrides")] == ["chat"] * 3
+    ok("unpin", "chat", "numWorkers")
+    ok("unboost", "chat")
+    assert [KVCacheOverride.parse(item).spec.kind for item in api.of("kvcacheoverrides")] == ["rollback"]
+
+
+def test_decision_that_waits_is_shown_and_approved(api: ApiServer) -> None:
+    document = manifest()
+    document["metadata"]["namespace"] = "team-a"
+    document["spec"]["tuning"]["mode"] = "Approve"
+    pending = {
+        "id": "d-0042",
+        "rule": "workers-up",
+        "values": [{"knob": "numWorkers", "from": "8", "to": "16"}],
+        "since": "2026-11-22T09:30:00Z",
+        "expires": "2026-11-22T10:30:00Z",
+    }
+    document["status"] = {**document["status"], "tuning": {"state": "Observe", "pending": [pending]}}
+    api.add("kvcachedeployments", document)
+    line = "d-0042 (workers-up): numWorkers 8 -> 16, waits until 2026-11-22T10:30:00Z"
+    assert f"  Pending     {line}: kvpilot approve chat d-0042" in ok("status", "chat")
+    assert "d-0042 pending" in ok("status")
+    assert ok("approve", "chat", "d-0042").startswith("chat in team-a: d-0042 is approved, until ")
+    assert refused("approve", "chat", "d-0041") == (
+        "kvpilot approve: d-0041 is not pending; pending now: d-0042"
+    )
+
+
+def test_status_and_history_read_the_cluster(api: ApiServer) -> None:
+    other = copy.deepcopy(manifest("code"))
+    other["metadata"]["namespace"] = "team-b"
+    api.add("kvcachedeployments", other)
+    path = "/api/v1/namespaces/team-a/configmaps/chat-decisions"
+    api.objects[path] = {"data": {"decisions.jsonl": "\n".join(map(json.dumps, records()))}}
+    assert [line.split()[0] for line in ok("status").splitlines()] == ["NAME", "chat"]
+    assert [line.split()[1] for line in ok("status", "-A").splitlines()] == ["NAME", "chat", "code"]
+    assert [line.split()[0] for line in ok("status", "-n", "team-b").splitlines()] == ["NAME", "code"]
+    assert [line.split()[1] for line in ok("history", "chat").splitlines()[:3]] == ["ID", "d-0002", "d-0003"]
+    assert "d-0003  Promoted by workers-up" in ok("explain", "chat")
+
+
+@pytest.mark.parametrize(
+    ("forbidden", "command", "line"),
+    [
+        (
+            ("POST", "kvcacheoverrides"),
+            "pause chat --by x",
+            "pause: POST /apis/kvpilot.io/v1alpha1/namespaces/team-a/kvcacheoverrides: 403 "
+            'kvcacheoverrides.kvpilot.io is forbidden: User "ana" cannot post resource',
+        ),
+        (
+            ("GET", "kvcachedeployments"),
+            "status",
+            "status: GET /apis/kvpilot.io/v1alpha1/namespaces/team-a/kvcachedeployments: 403 "
+            'kvcachedeployments.kvpilot.io is forbidden: User "ana" cannot get resource',
+        ),
+    ],
+)
+def test_who_is_not_allowed_is_told_in_one_line(
+    api: ApiServer, forbidden: tuple[str, str], command: str, line: str
+) -> None:
+    api.forbidden.add(forbidden)
+    assert refused(*command.split()) == f"kvpilot {line}"
+
+
+def test_user_who_may_not_review_himself_is_the_one_of_the_kubeconfig(api: ApiServer) -> None:
+    api.forbidden.add(("POST", "selfsubjectreviews"))
+    ok("pause", "chat")
+    assert api.of("kvcacheoverrides")[0]["spec"]["by"] == "ana"
+
+
+def test_unknown_name_lists_those_of_the_namespace(api: ApiServer) -> None:
+    line = refused("boost", "chta", "3", "-n", "team-a")
+    assert line == "kvpilot boost: no resource chta in namespace team-a; there are: chat"
+
+
+def test_cluster_that_does_not_answer_is_one_line(api: ApiServer) -> None:
+    api.shutdown()
+    api.server_close()
+    assert "namespace team-a: GET /apis/kvpilot.io" in refused("pause", "chat")

@@ -1,0 +1,95 @@
+"""Replicas that differ by themselves are named, and no knob of all replicas is to cure them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.operator.tuning.observations import BAD, GOOD, NOW, many, observe, replica
+from tests.operator.tuning.policies import policy_of
+
+from kvpilot_operator.tuning.assess.outliers import outliers
+from kvpilot_operator.tuning.decide import decide
+from kvpilot_operator.tuning.observation import ObservedReplica
+from kvpilot_operator.tuning.state import TuningState
+
+SLOWER = "its steps are slower than those of the other replicas"
+FAILS = "it fails more requests than the other replicas"
+QUEUED = {"admission_wait": 0.7, "decode": 0.3}
+SMALL = {"numWorkers": 2, "batchSize": 2}
+
+
+def fleet(*odd: dict[str, Any], alike: int, **figures: Any) -> list[ObservedReplica]:
+    """Replicas alike, and odd ones after them."""
+    common = {"row_rate": 100.0, "rows": 8, **figures}
+    pods = [replica(f"chat-{index}", **common) for index in range(alike)]
+    return pods + [replica(f"odd-{index}", **{**common, **item}) for index, item in enumerate(odd)]
+
+
+def named(pods: list[ObservedReplica]) -> list[tuple[str, str]]:
+    return [(item.name, item.clause) for item in outliers(pods)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "found"), [(50.0, True), (71.0, True), (72.0, False), (100.0, False), (300.0, False)]
+)
+def test_slow_replica_of_three_is_named(rate: float, found: bool) -> None:
+    assert named(fleet({"row_rate": rate}, alike=2)) == ([("odd-0", SLOWER)] if found else [])
+
+
+def test_replica_that_fails_more_is_named() -> None:
+    assert named(fleet({"errors": 0.15}, alike=2)) == [("odd-0", FAILS)]
+    assert named(fleet({"errors": 0.05}, alike=2)) == []
+    assert named(fleet({"errors": 0.15}, alike=2, errors=0.1)) == [], "the others fail as well"
+
+
+def test_few_replicas_have_no_majority() -> None:
+    assert named(fleet({"row_rate": 50.0}, alike=1)) == []
+    assert named(fleet({"row_rate": 50.0}, {"errors": 0.3}, alike=2)) == [], "two of four are no minority"
+    assert len(named(fleet({"row_rate": 50.0}, {"errors": 0.3}, alike=3))) == 2
+
+
+def test_rates_are_compared_at_the_same_number_of_rows() -> None:
+    """A replica with few rows advances fewer per second, and is none the slower for it."""
+    assert named(fleet({"row_rate": 50.0, "rows": 2}, alike=4)) == []
+
+
+def test_a_short_time_in_steps_says_nothing() -> None:
+    assert named(fleet({"row_rate": 50.0, "busy": 0.01}, alike=4)) == []
+
+
+def test_few_requests_say_nothing_about_errors() -> None:
+    assert named(fleet({"errors": 0.5, "rate": 0.2}, alike=4)) == []
+
+
+def test_no_knob_of_all_replicas_cures_one_of_them() -> None:
+    pods = fleet({"row_rate": 20.0, "attained": BAD, "stages": QUEUED}, alike=2, attained=GOOD)
+    decision = decide(observe(*pods, config=SMALL), TuningState(last_generation=1), policy_of(), NOW)
+    assert decision.outliers == (f"odd-0: {SLOWER}",)
+    assert (decision.records, decision.actions) == ((), ())
+    breached = [item.name for item in decision.objectives if item.state == "Breached"]
+    holds = [(hold.reason, hold.message) for hold in decision.state.holds]
+    assert breached == ["p95", "p99"], "a third of the requests is late"
+    assert holds == [
+        ("ReplicaOutlier", f"no knob of all replicas cures one of them (odd-0: {SLOWER})"),
+    ]
+
+
+def test_an_outlier_is_in_neither_arm() -> None:
+    pods = fleet({"row_rate": 20.0}, alike=3, attained=BAD, stages=QUEUED)
+    decision = decide(
+        observe(*pods, config=SMALL), TuningState(last_generation=1), policy_of(scaling=None), NOW
+    )
+    change = decision.state.change
+    assert change is not None
+    assert {change.canary_uid, *change.control_uids} == {f"uid-chat-{index}" for index in range(3)}
+
+
+def test_a_replica_that_runs_a_candidate_differs_because_of_it() -> None:
+    pods = list(many(3, row_rate=100.0, rows=8))
+    assert pods[0].engine is not None
+    tried = replica("chat-0", row_rate=20.0, rows=8)
+    tried = replace(tried, engine=replace(pods[0].engine, generation=2))
+    decision = decide(observe(tried, *pods[1:]), TuningState(last_generation=1), policy_of(), NOW)
+    assert decision.outliers == ()

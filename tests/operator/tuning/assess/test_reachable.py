@@ -1,0 +1,86 @@
+"""Latency that no replica and no knob can reach: the work of one request alone takes longer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.operator.tuning.observations import NOW, counts, curve, gauges, many, observe
+from tests.operator.tuning.policies import PRODUCTION, policy_of
+
+from kvpilot_operator.tuning.assess.capacity import Capacity
+from kvpilot_operator.tuning.assess.reachable import Unreachable, unreachable
+from kvpilot_operator.tuning.decide import decide
+from kvpilot_operator.tuning.policy import Objectives
+from kvpilot_operator.tuning.state import TuningState
+
+SLOW = {"p50": 0.0, "p95": 0.2, "p99": 0.97}
+"""Half of the requests take longer than 100 ms, all of them nearly 1 s."""
+
+
+def engine(work_s: float) -> Capacity:
+    """An engine that serves a request alone in ``work_s``."""
+    return Capacity(1.0, 1.0, 0.0, {1: work_s, 2: work_s})
+
+
+def found(work_s: float, seconds: float, **figures: Any) -> dict[str, Unreachable]:
+    seen = counts(60.0, stages={"decode": seconds}, **figures)
+    return {item.name: item for item in unreachable(seen, engine(work_s), PRODUCTION)}
+
+
+def test_an_objective_that_an_empty_engine_misses_is_out_of_reach() -> None:
+    slow = found(0.6, 0.6, attained=SLOW)
+    assert set(slow) == {"p50", "p95", "p99"}
+    assert (slow["p50"].edge_s, slow["p50"].reachable_s) == (0.1, 1.0)
+    assert slow["p99"].reachable_s is None, "97% within 1 s, and nothing is known beyond the last edge"
+
+
+def test_a_queue_is_no_work() -> None:
+    """Requests take 0.8 s, of which 50 ms are work: with enough slots they would be 16 times faster."""
+    assert found(0.05, 0.8, attained={"p50": 0.0, "p95": 0.0, "p99": 1.0}) == {}
+
+
+def test_what_is_reached_is_within_reach() -> None:
+    assert found(0.08, 0.08) == {}
+
+
+def test_shed_requests_say_nothing_about_work() -> None:
+    assert set(found(0.6, 0.6, attained=SLOW, shed=1.0)) == {"p50", "p95"}
+
+
+@pytest.mark.parametrize("capacity", [None, engine(0.6)])
+def test_nothing_is_said_without_a_measurement(capacity: Capacity | None) -> None:
+    seen = counts(60.0, stages={"decode": 0.6}, attained=SLOW, rate=0.0 if capacity else 20.0)
+    assert unreachable(seen, capacity, PRODUCTION) == ()
+
+
+def impossible(**policy: Any) -> Any:
+    """Three engines that are idle most of the time, whose requests need 30 steps of 17 ms."""
+    own: Objectives = replace(PRODUCTION, hit_rate=0.0, throughput=0, floor=0, latency={"p50": (0.1, 0.5)})
+    pods = many(
+        3,
+        attained={"p50": 0.0, "p95": 0.6, "p99": 1.0},
+        stages={"decode": 0.5, "prefill": 0.01},
+        rate=2.0,
+        busy=0.8,
+        rows=1,
+        row_rate=75.0,
+        gauges=gauges(curve=curve(), running=1.0),
+    )
+    seen = observe(*pods, config={"numWorkers": 16, "batchSize": 16})
+    return decide(seen, TuningState(last_generation=1), policy_of(objectives=own, **policy), NOW)
+
+
+def test_what_cannot_be_reached_is_no_breach_and_asks_for_no_replica() -> None:
+    decision = impossible()
+    states = {item.name: item.state for item in decision.objectives}
+    assert states["p50"] == "Infeasible"
+    assert decision.infeasible == (
+        "p50: 100 ms is asked for, and an engine with no other request takes longer for these; "
+        "about 400 ms could be reached; relax the target"
+    )
+    assert [(r.rule, r.outcome) for r in decision.records] == [("objectives", "Infeasible")]
+    assert decision.actions == ()
+    again = impossible()
+    assert again.state == decision.state

@@ -1,0 +1,171 @@
+"""Verdicts on changes of capacity: step rates prove and refute them, errors and long work are harm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.operator.tuning.experiments import CURED, canary, change, context, controls, seen
+from tests.operator.tuning.observations import BAD, GOOD, gauges, replica
+
+from kvpilot_operator.tuning.experiment.canary import judge_change
+from kvpilot_operator.tuning.experiment.capacity_verdict import capacity_effect, is_calm, rates_before
+from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict
+from kvpilot_operator.tuning.observation import Observation
+from kvpilot_operator.tuning.state import Change, Effect, Measure, StepRate
+
+VERIFY_S, LONG_S = 45.0, 60.0
+QUEUED = gauges(waiting=40.0)
+ALIKE = {"row_rate": 100.0}
+
+
+def arms(one: dict[str, Any], other: dict[str, Any], seconds: float = 20.0, **figures: Any) -> Observation:
+    """Both arms with a backlog, after ``seconds`` of verification."""
+    figures = {"gauges": QUEUED, "seconds": seconds, **figures}
+    return seen(canary(verify={**ALIKE, **one}, **figures), *controls(verify={**ALIKE, **other}, **figures))
+
+
+def judged(observation: Observation, tried: Change | None = None, since: float = 20.0) -> Verdict:
+    _, verdict = judge_change(context(observation), tried or change(since=since))
+    return verdict
+
+
+def name_of(verdict: Verdict) -> tuple[str, bool]:
+    return verdict.name, verdict.aborted
+
+
+def test_a_gain_is_proven_as_soon_as_the_rates_show_it() -> None:
+    verdict = judged(arms({"row_rate": 200.0}, {}))
+    assert name_of(verdict) == ("Promoted", False)
+    evidence = verdict.evidence
+    assert (evidence["ratio"], evidence["predictedRatio"], evidence["predictionError"]) == (2.0, 1.8, 0.111)
+    assert evidence["ratioLow"] < 2.0 < evidence["ratioHigh"]
+    assert evidence["gainEValue"] >= 20
+    assert evidence["unproven"] is False
+
+
+def test_latencies_prove_nothing() -> None:
+    """As near saturation: the canary is lucky or unlucky for a while, and works as fast as the others."""
+    lucky = judged(arms({"attained": CURED}, {"attained": BAD}))
+    unlucky = judged(arms({"attained": {"p50": 0.0, "p95": 0.0, "p99": 0.0}}, {"attained": GOOD}))
+    assert name_of(lucky) == name_of(unlucky) == (OPEN, False)
+    assert lucky.effect == "p95 within 500 ms rose from 41% to 99%, mean time stayed at 0.08 s"
+
+
+@pytest.mark.parametrize(
+    ("figures", "harmful"),
+    [
+        ({"row_rate": 50.0}, True),
+        ({"row_rate": 90.0}, False),
+        ({"errors": 0.2}, True),
+        ({"errors": 0.01}, False),
+        ({"stages": {"decode": 2.5}}, True),  # the limits leave 0.2 s of work
+        ({"stages": {"decode": 0.15}}, False),
+        ({"stages": {"admission_wait": 2.5, "decode": 0.06}}, False),  # a wait is the load's
+    ],
+)
+def test_harm(figures: dict[str, Any], harmful: bool) -> None:
+    assert name_of(judged(arms(figures, {}))) == (("Harmful", False) if harmful else (OPEN, False))
+
+
+def test_long_work_that_the_controls_have_as_well_is_no_harm() -> None:
+    slow = {"stages": {"decode": 2.5}}
+    assert judged(arms(slow, slow)).name == OPEN
+
+
+def test_a_gain_that_comes_with_errors_is_not_promoted() -> None:
+    failing = judged(arms({"row_rate": 200.0, "errors": 0.05}, {}))
+    assert failing.name != "Promoted"
+
+
+@pytest.mark.parametrize(
+    ("drained", "waiting", "verdict"), [(False, 40.0, "NoGain"), (True, 40.0, OPEN), (False, 0.0, OPEN)]
+)
+def test_no_gain_is_only_shown_while_there_is_work_for_the_candidate(
+    drained: bool, waiting: float, verdict: str
+) -> None:
+    tried = change(since=20.0, ratio=4.0, drained=drained)
+    observation = arms({}, {}, gauges=gauges(waiting=waiting), attained=BAD)
+    assert judged(observation, tried).name == verdict
+
+
+def test_what_drained_once_stays_so() -> None:
+    calm = context(arms({}, {}, gauges=gauges(waiting=0.0)))
+    assert is_calm(calm, change(since=20.0))
+    drained, _ = judge_change(calm, change(since=20.0))
+    again, _ = judge_change(context(arms({}, {})), drained)
+    assert (drained.drained, again.drained) == (True, True)
+
+
+def test_a_breach_that_is_gone_without_the_change_ends_it() -> None:
+    calm = arms({}, {}, gauges=gauges(), attained=GOOD, seconds=LONG_S)
+    assert name_of(judged(calm, since=LONG_S)) == ("BreachGone", True)
+    assert judged(calm, since=LONG_S - 1).name == OPEN, "one long window first"
+    queued = arms({}, {}, attained=GOOD, seconds=LONG_S)
+    assert judged(queued, change(since=LONG_S, drained=True)).name == OPEN, (
+        "the controls still have a backlog"
+    )
+
+
+def test_a_cure_that_shows_needs_less_of_a_proof() -> None:
+    """The canary meets its objectives and the controls do not, while a fifth more is likely."""
+    better = {"row_rate": 145.0}
+    pods = arms(better, {}, attained=CURED, seconds=50.0)
+    pods = replace(
+        pods,
+        replicas=(pods.replicas[0], *(controls(verify=ALIKE, gauges=QUEUED, seconds=50.0, attained=BAD))),
+    )
+    soon, later = change(since=VERIFY_S - 1), change(since=VERIFY_S)
+    assert 3 <= judged(pods, soon).evidence["gainEValue"] < 20
+    assert (judged(pods, soon).name, judged(pods, later).name) == (OPEN, "Promoted")
+    everyone = arms(better, {}, attained=CURED, seconds=50.0)
+    assert judged(everyone, later).name == OPEN, "the controls are cured as well"
+
+
+def test_what_proves_nothing_ends_inconclusive() -> None:
+    assert judged(arms({}, {}, seconds=179.0), since=179.0).name == OPEN
+    assert name_of(judged(arms({}, {}, seconds=180.0), since=180.0)) == ("Inconclusive", False)
+
+
+def test_what_the_machines_differed_by_is_no_gain() -> None:
+    faster = arms({"row_rate": 150.0}, {}, seconds=60.0)
+    tried = change(since=60.0)
+    fresh = capacity_effect(context(faster), tried)
+    known = capacity_effect(context(faster), replace(tried, difference_before=Effect(0.4, 0.001)))
+    assert fresh is not None and known is not None
+    assert known.log_ratio < 0.3 * fresh.log_ratio
+    assert judged(faster, replace(tried, difference_before=Effect(0.4, 0.001))).name == "NoGain"
+
+
+def test_one_replica_is_compared_with_its_past_and_said_to_be_unproven() -> None:
+    tried = change(
+        since=20.0,
+        controls=(),
+        before=(Measure("errors", 0.0, 1200.0), Measure("p95", 700.0, 1200.0)),
+        rate_before=StepRate(100.0, 1200.0),
+    )
+    faster = seen(canary(verify={"row_rate": 200.0}, gauges=QUEUED, seconds=20.0))
+    assert name_of(judged(faster, tried)) == ("Promoted", False)
+    assert judged(faster, tried).evidence["unproven"] is True
+    slower = seen(canary(verify={"row_rate": 50.0}, gauges=QUEUED, seconds=20.0))
+    assert judged(slower, tried).name == "Harmful"
+
+
+def test_rates_before_are_those_of_the_long_window() -> None:
+    pods = [replica(f"chat-{i}", row_rate=rate) for i, rate in enumerate((200.0, 100.0, 100.0))]
+    rate, differ = rates_before(
+        context(seen(*pods)), (), "uid-chat-0", frozenset({"uid-chat-1", "uid-chat-2"})
+    )
+    assert rate.requests == pytest.approx(3600.0)
+    assert differ is not None
+    assert differ.log_ratio == pytest.approx(0.693, abs=0.001)
+    alone = rates_before(context(seen(pods[0])), (), "uid-chat-0", frozenset())
+    assert (alone[0].rate, alone[1]) == (pytest.approx(200.0), None)
+
+
+def test_a_runtime_without_buckets_of_rows_ends_undecided() -> None:
+    blind = {"row_rate": 0.0}
+    assert judged(arms(blind, blind)).name == OPEN
+    assert judged(arms(blind, blind, seconds=180.0), since=180.0).name == "Inconclusive"
+    assert judged(arms({**blind, "errors": 0.3}, blind)).name == "Harmful"

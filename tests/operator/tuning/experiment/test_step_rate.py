@@ -1,0 +1,154 @@
+"""Step rates of two arms: no false proofs from machines that differ and wander, and quick true ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tests.operator.tuning.observations import counts
+
+from kvpilot_operator.tuning.experiment.capacity_verdict import BETTER, WORSE
+from kvpilot_operator.tuning.experiment.evidence import GAIN_EVIDENCE, HARM_EVIDENCE
+from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
+from kvpilot_operator.tuning.experiment.step_rate import corrected, difference, step_rate
+from kvpilot_operator.tuning.observation import Counts
+from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
+
+LONG_S, TICK_S, VERIFY_S = 60, 2, 180
+"""Seconds before the change, between two looks, and until the experiment is overdue, at Fast pace."""
+
+RATE = 20.0
+"""Requests/s of each arm."""
+
+Array = npt.NDArray[np.float64]
+
+
+def arm(
+    draw: np.random.Generator, runs: int, machine: float, wander: float, effect: float
+) -> tuple[Array, Array]:
+    """Rates that ``runs`` machines show: over the long window before, and by seconds since the change.
+
+    The log of a machine's speed is its own plus what it wanders by within a minute; requests differ by a
+    log-normal of variance 0.3.
+    """
+    keep = math.exp(-1 / 60)
+    fresh = draw.normal(0, wander, (runs, LONG_S + VERIFY_S))
+    log = np.empty_like(fresh)
+    now = draw.normal(0, wander, runs)
+    for second in range(fresh.shape[1]):
+        now = keep * now + math.sqrt(1 - keep**2) * fresh[:, second]
+        log[:, second] = now
+    log += draw.normal(0, machine / math.sqrt(2), (runs, 1))
+    log[:, LONG_S:] += effect
+    shown = np.exp(log + draw.normal(0, math.sqrt(0.3 / RATE), log.shape))
+    since = np.cumsum(shown[:, LONG_S:], axis=1) / np.arange(1, VERIFY_S + 1)
+    return shown[:, :LONG_S].mean(axis=1), since
+
+
+@cache
+def experiments(effect: float, machine: float, wander: float, runs: int) -> list[tuple[float, float]]:
+    """Seconds to the proof of a gain, and to that of harm, of each run; infinite without."""
+    draw = np.random.default_rng(11)
+    before, rates = arm(draw, runs, machine, wander, effect)
+    other_before, other_rates = arm(draw, runs, machine, wander, 0.0)
+    return [
+        verdict(
+            difference(StepRate(before[run], LONG_S * RATE), StepRate(other_before[run], LONG_S * RATE)),
+            rates[run],
+            other_rates[run],
+        )
+        for run in range(runs)
+    ]
+
+
+def verdict(known: Effect | None, rates: Array, others: Array) -> tuple[float, float]:
+    """When one experiment ends with a gain, and when with harm, as it is looked at after every tick."""
+    for at in range(4, VERIFY_S + 1, TICK_S):
+        requests = at * RATE
+        found = difference(StepRate(rates[at - 1], requests), StepRate(others[at - 1], requests))
+        assert found is not None
+        judged = corrected(found, known)
+        if mixture_evidence(judged, BETTER) >= GAIN_EVIDENCE:
+            return at, math.inf
+        if mixture_evidence(judged, WORSE, above=False) >= HARM_EVIDENCE:
+            return math.inf, at
+    return math.inf, math.inf
+
+
+@pytest.mark.parametrize("machine", [0.0, 0.15])
+@pytest.mark.parametrize("wander", [0.05, 0.1])
+def test_machines_that_differ_prove_nothing(machine: float, wander: float) -> None:
+    runs = experiments(0.0, machine, wander, 1000)
+    assert sum(gain < math.inf for gain, _ in runs) <= 50
+    assert sum(harm < math.inf for _, harm in runs) <= 20
+
+
+def test_twice_the_capacity_is_proven_by_a_few_hundred_requests() -> None:
+    gains = sorted(gain for gain, _ in experiments(math.log(2), 0.1, 0.05, 400))
+    assert gains[len(gains) // 2] * RATE <= 100
+    assert gains[len(gains) * 95 // 100] * RATE <= 300
+
+
+def test_half_the_capacity_is_proven_harmful() -> None:
+    runs = experiments(math.log(0.5), 0.1, 0.05, 400)
+    assert sum(harm < math.inf for _, harm in runs) >= 380
+    assert not any(gain < math.inf for gain, _ in runs)
+
+
+def test_the_best_bucket_shows_what_an_engine_can_do() -> None:
+    seen = counts(60.0, rows=8, row_rate=100.0, busy=0.5)
+    two = Counts(
+        outcomes=seen.outcomes,
+        step_rows=seen.step_rows * 2,
+        bucket_rows={4: seen.step_rows, 8: seen.step_rows},
+        bucket_seconds={4: 60.0, 8: 30.0},
+    )
+    assert step_rate(two, ()).rate == pytest.approx(100.0)
+    assert step_rate(two, ()).requests == pytest.approx(600.0), "half of the row-steps of 1,200 requests"
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        Counts(),
+        counts(60.0),  # a runtime without buckets of rows
+        counts(60.0, rows=8, row_rate=100.0, busy=0.01),  # 0.6 s in steps
+        counts(60.0, rows=8, row_rate=100.0, rate=0.05),  # three requests
+        counts(60.0, rows=8, row_rate=100.0, done=0.0),
+    ],
+    ids=["nothing", "no buckets", "too short", "too few", "none ended"],
+)
+def test_too_little_work_shows_no_rate(seen: Counts) -> None:
+    assert step_rate(seen, ()) == StepRate()
+    assert difference(step_rate(seen, ()), StepRate(100.0, 50.0)) is None
+
+
+def test_the_rate_does_not_depend_on_the_load() -> None:
+    shown = {step_rate(counts(60.0, rows=8, row_rate=100.0, busy=busy), ()).rate for busy in (0.1, 0.5, 0.95)}
+    assert max(shown) - min(shown) < 1e-9
+
+
+def test_what_the_machines_differed_by_before_is_taken_out_as_far_as_it_is_known() -> None:
+    now = Effect(math.log(1.2), 0.001)
+    assert corrected(now, None).log_ratio == now.log_ratio
+    known = corrected(now, Effect(math.log(1.2), 0.001))
+    assert 0 < known.log_ratio < 0.2 * now.log_ratio
+    assert now.variance < known.variance < corrected(now, None).variance
+    vague = corrected(now, Effect(math.log(1.2), 10.0))
+    assert vague.log_ratio == pytest.approx(now.log_ratio, rel=0.01)
+
+
+def test_larger_chunks_are_compared_by_requests_as_each_takes_fewer_row_steps() -> None:
+    chunk, workers = (KnobChange("maxStepTokens", 16, 32),), (KnobChange("numWorkers", 2, 4),)
+    small = replace(counts(60.0, rows=8, row_rate=100.0), step_rows=32 * 1200.0)
+    large = replace(counts(60.0, rows=8, row_rate=80.0), step_rows=16 * 1200.0)
+    by_steps = difference(step_rate(large, workers), step_rate(small, workers))
+    by_requests = difference(step_rate(large, chunk), step_rate(small, chunk))
+    assert by_steps is not None and by_requests is not None
+    assert math.exp(by_steps.log_ratio) == pytest.approx(0.8), "each step is longer"
+    assert math.exp(by_requests.log_ratio) == pytest.approx(1.6), "and does twice the work"
+    assert by_requests.variance == pytest.approx(2 * by_steps.variance)

@@ -1,0 +1,89 @@
+"""Relief of memory: the kind that is over, never below what requests need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.operator.tuning.observations import context_of, curve, gauges, observe, three
+
+from kvpilot_operator.tuning.context import Plan
+from kvpilot_operator.tuning.observation import MemoryUse
+from kvpilot_operator.tuning.rules.memory import memory_emergency, memory_relief
+from kvpilot_operator.tuning.state import BlockedValue, TuningState
+
+MIB = 1 << 20
+GIB = 1024 * MIB
+CALM_HOST = MemoryUse(0.3, 64 * GIB, 4 * GIB, 8 * GIB)
+CALM_DEVICE = MemoryUse(0.5, 80 * GIB, 10 * GIB, 20 * GIB)
+CONFIG = {"maxTokens": 65536, "hostMemoryMb": 8192, "useCompression": False}
+
+
+def relief(**changes: Any) -> Any:
+    full = gauges(**changes)
+    return memory_relief(context_of(observe(*three(gauges=full), config=CONFIG)))
+
+
+def test_device_over_its_limit_shrinks_the_pool_and_not_the_host_tier() -> None:
+    full = MemoryUse(0.9, 80 * GIB, 40 * GIB, 40 * GIB)
+    found = relief(memory_ratio=0.9, host=CALM_HOST, device=full, longest_request_tokens=3000.0)
+    (change,) = found.values
+    assert (change.knob, change.before) == ("maxTokens", 65536)
+    freed = 40 * GIB * (1 - change.after / 65536)
+    assert 0.9 - freed / (80 * GIB) == pytest.approx(0.72, abs=0.01)
+    assert found.predicted_gain == pytest.approx(freed / (80 * GIB) / 0.9)
+    assert found.message.startswith("device memory was at 90% of its limit, 80% is allowed")
+
+
+def test_host_over_its_limit_shrinks_the_host_tier_and_not_the_pool() -> None:
+    full = MemoryUse(0.85, 64 * GIB, 8 * GIB, 8 * GIB)
+    found = relief(memory_ratio=0.85, host=full, device=CALM_DEVICE)
+    assert [change.knob for change in found.values] == ["hostMemoryMb"]
+
+
+def test_relief_says_how_much_of_the_step_rate_it_leaves_at_least() -> None:
+    device = MemoryUse(0.9, 80 * GIB, 40 * GIB, 40 * GIB)
+    host = MemoryUse(0.85, 64 * GIB, 8 * GIB, 8 * GIB)
+    pool = relief(memory_ratio=0.9, host=CALM_HOST, device=device)
+    part = pool.values[0].after / 65536
+    assert (pool.measure, pool.ratio) == ("memory", part), "rows in proportion, where no curve is known"
+    assert relief(memory_ratio=0.85, host=host, device=CALM_DEVICE).ratio == 1.0, "a tier holds no rows"
+
+
+def test_hits_that_relief_costs_slow_the_steps_as_well() -> None:
+    """4 rows of 100 in steps of 0.04 s, half of it prefill; 80% of the tokens are hits."""
+    full = MemoryUse(0.9, 80 * GIB, 40 * GIB, 40 * GIB)
+    shown = gauges(memory_ratio=0.9, host=CALM_HOST, device=full, curve=curve(0.016, 0.001))
+    pods = three(gauges=shown, rows=4, row_rate=100.0, hit=0.8)
+    found = memory_relief(context_of(observe(*pods, config=CONFIG)))
+    assert not isinstance(found, tuple)
+    part = found.values[0].after / 65536
+    computed, rows = (1 - part * 0.8) / 0.2, 4 * part
+    step_s = 0.016 + 0.001 * rows + 0.02 * computed * rows / 4
+    assert found.ratio == pytest.approx(rows / step_s / 100.0)
+
+
+def test_the_pool_never_falls_below_the_longest_request_of_the_last_day() -> None:
+    full = MemoryUse(0.99, 80 * GIB, 20 * GIB, 20 * GIB)
+    found = relief(memory_ratio=0.99, host=CALM_HOST, device=full, longest_request_tokens=60_000.0)
+    assert found.values[0].after == 60_032, "in whole blocks"
+    found = relief(memory_ratio=0.99, host=CALM_HOST, device=full, longest_request_tokens=65_536.0)
+    assert found == ("AtBound", "maxTokens is 65536, and requests need up to 65536 tokens")
+
+
+def test_the_budget_never_falls_below_the_longest_request_of_the_last_day() -> None:
+    full = MemoryUse(0.99, 1000 * MIB, 400 * MIB, 400 * MIB)
+    found = relief(memory_ratio=0.99, host=full, longest_request_tokens=3072.0, token_bytes=0.125 * MIB)
+    assert (found.values[0].knob, found.values[0].after) == ("maxMemoryMb", 384)
+
+
+def test_an_emergency_that_freed_nothing_is_not_repeated() -> None:
+    full = context_of(observe(*three(gauges=gauges(memory_ratio=0.97)), config={"batchSize": 16}))
+    found = memory_emergency(full, TuningState(), Plan())
+    assert not isinstance(found, tuple)
+    assert (found.values[0].before, found.values[0].after) == (16, 8)
+    blocked = TuningState(blocked_values=(BlockedValue("batchSize", 8, full.now + 60),))
+    assert memory_emergency(full, blocked, Plan()) == (
+        "ValueBlocked",
+        "batchSize 8 freed no memory a short while ago",
+    )
