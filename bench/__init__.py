@@ -1,1 +1,1 @@
-"""Benchmarks. Each writes its figures and the command that made them to ``bench/results``."""
+"""Benchmarks. Each writes its figures and its command line to ``bench/results``."""

@@ -1,7 +1,7 @@
 """Time to the first streamed token over HTTP after a cache hit and after a miss, in interleaved pairs.
 
-A hit shares 1,024 tokens with earlier requests and brings 16 new ones; a miss brings 1,040 new ones.
-Without a URL an engine is started on a free port.
+A hit shares 1,024 tokens with earlier requests and has 16 new ones; a miss has 1,040 new ones. Without a URL
+the benchmark starts an engine on a free port.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench import results
+from bench import command, results
+from bench.command import CannotRunError
 
 SHARED_TOKENS, NEW_TOKENS = 1024, 16
 TARGET_RATIO = 8.0
@@ -38,12 +39,12 @@ CONFIG: dict[str, Any] = {
 
 
 def text(generator: random.Random, length: int) -> str:
-    """Printable characters: one token each for a built-in model."""
+    """Random printable characters, one token each for a built-in model."""
     return "".join(chr(generator.randint(0x20, 0x7E)) for _ in range(length))
 
 
 def first_token_s(connection: http.client.HTTPConnection, prompt: str) -> tuple[float, int]:
-    """Seconds from the request's first byte to the first token, and cached tokens as the server says."""
+    """Seconds from sending the request to the first token, and the number of cached tokens in the usage."""
     body = json.dumps(
         {
             "model": "builtin/tiny-llama",
@@ -59,7 +60,7 @@ def first_token_s(connection: http.client.HTTPConnection, prompt: str) -> tuple[
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != http.client.OK:
-        raise RuntimeError(f"HTTP {response.status}: {response.read()[:300]!r}")
+        raise CannotRunError(f"HTTP {response.status}: {response.read()[:300]!r}")
     for raw in response:
         line = raw.decode().strip()
         if not line.startswith("data: ") or line == "data: [DONE]":
@@ -70,13 +71,13 @@ def first_token_s(connection: http.client.HTTPConnection, prompt: str) -> tuple[
         if usage := chunk.get("usage"):
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
     if first is None:
-        raise RuntimeError("the stream ended without a token")
+        raise CannotRunError("the stream ended without a token")
     return first, cached
 
 
 @contextmanager
 def served(url: str | None) -> Iterator[str]:
-    """The given URL, or that of an engine that runs as long as the block does."""
+    """The given URL, or that of an engine that runs until the block ends."""
     if url is not None:
         yield url
         return
@@ -100,11 +101,15 @@ def served(url: str | None) -> Iterator[str]:
 
 
 def wait_ready(port: int, process: subprocess.Popen[bytes], timeout_s: float = 300.0) -> None:
-    """Until /readyz says 200."""
+    """Wait until /readyz answers 200.
+
+    Raises:
+        CannotRunError: the engine ended, or is not ready after ``timeout_s``.
+    """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the engine ended with status {process.returncode}")
+            raise CannotRunError(f"the engine ended with status {process.returncode}")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
             connection.request("GET", "/readyz")
@@ -114,11 +119,11 @@ def wait_ready(port: int, process: subprocess.Popen[bytes], timeout_s: float = 3
             time.sleep(0.2)
         finally:
             connection.close()
-    raise RuntimeError(f"not ready after {timeout_s:g} s")
+    raise CannotRunError(f"not ready after {timeout_s:g} s")
 
 
 def measure(url: str, pairs: int, seed: int) -> dict[str, Any]:
-    """Interleaved pairs, after a few of each kind that do not count."""
+    """Measure interleaved pairs after three pairs of warm-up; times in ms."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=60)
     generator = random.Random(seed)
@@ -145,7 +150,7 @@ def measure(url: str, pairs: int, seed: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when a hit is at least 8 times as fast at the median, else 1."""
+    """Exit status 0 if the median hit is at least 8 times as fast as the median miss, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="of a running server; default: start one")
     parser.add_argument("--pairs", type=int, default=30)
@@ -166,4 +171,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("first_token", main))

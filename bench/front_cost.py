@@ -1,7 +1,7 @@
-"""What the front process costs: its CPU time for a request and for a streamed token, beside the core's.
+"""CPU time of the front process per request and per streamed token, compared with the core process.
 
-Closed loop of keep-alive connections against a real engine with short prompts. CPU time comes from the
-scheduler's accounts (/proc/PID/task/*/schedstat), so a busy machine inflates it by cold caches only.
+A closed loop of keep-alive connections sends short prompts to a real engine. CPU time comes from the
+scheduler's accounting (/proc/PID/task/*/schedstat); on a busy machine only cold caches increase it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from bench import results
+from bench import command, results
+from bench.command import CannotRunError
 from bench.first_token import served
 
 PROMPT = "A prompt of four pages, which every request of this benchmark has."
 
 
 def cpu_s(process: psutil.Process) -> float:
-    """CPU time of all threads of a process so far."""
+    """CPU seconds of all threads of a process since its start."""
     files = (Path(f"/proc/{process.pid}/task/{thread.id}/schedstat") for thread in process.threads())
     return sum(int(file.read_text().split()[0]) for file in files) / 1e9
 
@@ -42,14 +43,18 @@ class Load:
         self._request = head.encode() + body
 
     async def connection(self) -> None:
-        """Send one request after the other until none is left."""
+        """Send one request after another until none is left.
+
+        Raises:
+            CannotRunError: an answer is not HTTP 200.
+        """
         reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
         while self._left > 0:
             self._left -= 1
             writer.write(self._request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             if b" 200 " not in head.split(b"\r\n")[0]:
-                raise RuntimeError(head.decode())
+                raise CannotRunError(head.decode())
             if b"transfer-encoding: chunked" in head:
                 await self._chunked(reader)
             else:
@@ -65,7 +70,7 @@ class Load:
 
 
 async def measure(port: int, connections: int, requests: int, tokens: int, stream: bool) -> dict[str, Any]:
-    """One run: rates, and CPU time by process."""
+    """Rates and CPU time by process of one run."""
     front = next(c for c in psutil.Process().children() if f"{port}" in c.cmdline())
     core = front.children()[0]
     load = Load(port, requests, tokens, stream)
@@ -107,4 +112,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("front_cost", main))

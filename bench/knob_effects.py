@@ -1,8 +1,8 @@
-"""What each hot knob does to its stage or counter: two engines side by side that differ in the knob alone.
+"""Effect of each hot knob on its stage or counter: two engines that differ only in the knob.
 
-Both arms serve the same requests in turns, round by round, so that what else the machine does falls on both.
-The engines run through: every value is applied hot, and the cache goes on. A figure is that of the second
-arm over that of the first, the median of the rounds, or of the sums where rounds are alike only on the whole.
+Both arms serve the same rounds of requests in turn, so that other load on the machine affects both. The
+engines are not restarted: every value is applied hot and the cache stays. A figure is the second arm's value
+divided by the first arm's: the median of the rounds, or of their sums if rounds vary.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 
-from bench import results
-from kvpilot_engine import protocol
+from bench import command, results
+from bench.command import CannotRunError
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_engine.contract.metrics import Stage
-from kvpilot_engine.engine import Engine
+from kvpilot_engine.contract.metrics import TIERS, Samples, Stage
+from kvpilot_engine.core.engine import Engine
+from kvpilot_engine.ipc import messages
 
 Prompts = list[list[int]]
 Load = Callable[[], Iterator[Prompts]]
-"""Rounds of prompts without an end; those of one round are submitted at once."""
+"""Endless rounds of prompts; those of one round are submitted at once."""
 
 BASE: dict[str, Any] = {
     "numWorkers": 16,
@@ -50,7 +51,7 @@ _seeds = iter(range(1_000_000))
 
 
 def prompt(length: int) -> list[int]:
-    """Tokens that no prompt before has begun with."""
+    """Random tokens of a new seed, so that no prompts share a beginning."""
     return random.Random(next(_seeds)).choices(_IDS, k=length)
 
 
@@ -65,7 +66,7 @@ def fresh(count: int, length: int) -> Load:
 
 
 def revisits(count: int, length: int, at_once: int, *, tail: int = 16) -> Load:
-    """The same prompts again and again in one order, each with ``tail`` new tokens."""
+    """The same prompts repeatedly in one order, each with ``tail`` new tokens."""
 
     def rounds() -> Iterator[Prompts]:
         known = [prompt(length) for _ in range(count)]
@@ -77,7 +78,7 @@ def revisits(count: int, length: int, at_once: int, *, tail: int = 16) -> Load:
 
 
 def drawn(count: int, length: int, at_once: int) -> Load:
-    """Some of the same prompts at random, the same draws for every trial."""
+    """A random sample of the same prompts in each round, with the same seed in every trial."""
 
     def rounds() -> Iterator[Prompts]:
         known = [prompt(length) for _ in range(count)]
@@ -89,7 +90,7 @@ def drawn(count: int, length: int, at_once: int) -> Load:
 
 
 def scanned(count: int, length: int, scans: int, *, calm: int) -> Load:
-    """A few prompts in turn, after the first ``calm`` rounds with ``scans`` new ones behind each."""
+    """``count`` prompts in turn; after ``calm`` rounds, ``scans`` new prompts follow each."""
 
     def rounds() -> Iterator[Prompts]:
         known = [prompt(length) for _ in range(count)]
@@ -103,7 +104,7 @@ def scanned(count: int, length: int, scans: int, *, calm: int) -> Load:
 
 @dataclass(frozen=True)
 class Effect:
-    """One measure, and what is claimed of its ratio: it is at least, or at most, ``bound``."""
+    """One measure and the bounds of its ratio (second arm over first)."""
 
     measure: str
     at_least: float = 0.0
@@ -115,10 +116,10 @@ class Trial:
     """One knob between two values.
 
     Attributes:
-        base: values of both arms that differ from ``BASE``, and what makes the knob matter.
-        warm: rounds that do not count, until the cache holds what it will hold.
-        rounds: that count.
-        pooled: rounds differ, so sums over them are compared instead of each with its counterpart.
+        base: values of both arms that differ from ``BASE``, so that the knob has an effect.
+        warm: warm-up rounds, until the content of the cache is steady.
+        rounds: measured rounds.
+        pooled: compare sums over the rounds, because single rounds differ.
     """
 
     knob: str
@@ -155,12 +156,12 @@ TRIALS: tuple[Trial, ...] = (
         "maxTokens", (1024, 8192), drawn(12, 256, 2), (Effect("hit rate", at_least=1.5),),
         output=2, warm=12, rounds=16, pooled=True,
     ),
-    # Four prompts return after 4 x 16 pages of their own and 8 x 16 of scans, more than the 160 of the pool.
+    # Between two uses of a prompt pass 4 x 16 pages of prompts and 8 x 16 of scans; the pool has 160.
     Trial(
         "cacheStrategy", ("lru", "lfu"), scanned(4, 256, 2, calm=12), (Effect("hit rate", at_least=1.5),),
         {"maxTokens": 2560}, output=2, warm=12, rounds=24, pooled=True,
     ),
-    # One prompt returns after 64 pages of scans, which fit the 96 of the pool; by age it is soon the oldest.
+    # Between two uses pass 64 pages of scans, fewer than the pool's 96; by age the prompt is soon the oldest.
     Trial(
         "cacheStrategy", ("fifo", "lru"), scanned(1, 257, 4, calm=0), (Effect("hit rate", at_least=1.1),),
         {"maxTokens": 1600}, output=2, warm=5, rounds=40, pooled=True,
@@ -188,7 +189,7 @@ TRIALS: tuple[Trial, ...] = (
 
 
 class Arm:
-    """One engine, and what it has measured since ``begin``."""
+    """One engine with one of the two values."""
 
     def __init__(self) -> None:
         config = KVCacheConfig.model_validate({**BASE, "dtype": "float32", "device": "cpu"}, context=QUIET)
@@ -197,66 +198,78 @@ class Arm:
         self._sent = 0
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """Empty the cache, as what is left of another trial would tell in this one, and take these values."""
+        """Empty the cache, so that trials do not affect each other, and apply these values hot."""
         for change in ({"maxTokens": 128, "hostMemoryMb": 0}, values):
             self._generation += 1
             answer = self._engine.apply(
-                protocol.Apply(id="a", generation=self._generation, epoch=1, values=dict(change))
+                messages.Apply(id="a", generation=self._generation, epoch=1, values=dict(change))
             )
-            assert isinstance(answer, protocol.Applied), answer
+            assert isinstance(answer, messages.Applied), answer
             while self._engine.has_work:
                 self._engine.step()
 
     def serve(self, prompts: Prompts, output: int) -> dict[str, float]:
-        """One round; sums of what it took."""
-        before = self._engine.sample("s").counters
+        """Serve one round; sums of stage seconds and counter increments.
+
+        Raises:
+            CannotRunError: a request failed.
+        """
+        before = _series(self._engine.sample("s").counters)
         for tokens in prompts:
             self._sent += 1
             self._engine.submit(
-                protocol.Generate(id=str(self._sent), prompt=tokens, max_new_tokens=output, timeout_s=3600.0)
+                messages.Generate(id=str(self._sent), prompt=tokens, max_new_tokens=output, timeout_s=3600.0)
             )
         sums: dict[str, float] = defaultdict(float)
         while self._engine.has_work:
             for message in self._engine.step():
-                if not isinstance(message, protocol.Finished):
+                if not isinstance(message, messages.Finished):
                     continue
                 if message.reason not in {"length", "stop"}:
-                    raise RuntimeError(f"a request ended with {message.reason}: {message.message}")
+                    raise CannotRunError(f"a request ended with {message.reason}: {message.message}")
                 sums["requests"] += 1
                 for stage, seconds in message.stages.items():
                     sums[stage] += seconds
         after = self._engine.sample("s")
-        for name, value in after.counters.items():
-            sums[name] += value - before[name]
-        sums["held"] = after.gauges[f"{names.CACHED_PAGES}{{tier=host}}"] / 8
+        for series, value in _series(after.counters).items():
+            sums[series] += value - before[series]
+        sums["held"] = after.gauges[names.CACHED_PAGES]["host"] / 8
         return sums
 
     def close(self) -> None:
-        """Check the cache, and end."""
+        """Check the integrity of the cache and stop the engine."""
         self._engine.check_integrity()
         self._engine.close()
 
 
+def _series(samples: Samples) -> dict[str, float]:
+    """Values by metric name, followed by the label's value if there is one."""
+    return {
+        f"{name} {label}".rstrip(): value
+        for name, values in samples.items()
+        for label, value in values.items()
+    }
+
+
 def measured(sums: Mapping[str, float], rounds: int = 1) -> dict[str, float]:
-    """The measures that effects name; absent where nothing was counted."""
+    """Measures by the name that effects use; one without data is absent."""
     requests = sums["requests"]
-    hits = sum(sums[f"{names.HIT_TOKENS_TOTAL}{{tier={tier}}}"] for tier in ("pool", "host"))
+    hits = sum(sums[f"{names.HIT_TOKENS_TOTAL} {tier}"] for tier in TIERS)
     found = {f"{stage.value}{SECONDS_PER_REQUEST}": sums[stage.value] / requests for stage in Stage}
     found |= {
         "tokens/s": sums[names.OUTPUT_TOKENS_TOTAL] / sums[names.STEP_BUSY_SECONDS_TOTAL],
         "steps per request": sums[names.STEPS_TOTAL] / requests,
         "hit rate": hits / sums[names.QUERY_TOKENS_TOTAL],
-        "prefetched blocks used per request": sums[f"{names.PREFETCH_BLOCKS_TOTAL}{{result=used}}"]
-        / requests,
+        "prefetched blocks used per request": sums[f"{names.PREFETCH_BLOCKS_TOTAL} used"] / requests,
         "blocks held": sums["held"] / rounds,
     }
-    if blocks := sums[names.TIER_LOAD_BLOCKS_TOTAL]:
-        found["decode s per block"] = sums[f"{names.CODEC_SECONDS_TOTAL}{{op=decode}}"] / blocks
+    if blocks := sum(sums[f"{names.TIER_LOAD_BLOCKS_TOTAL} {tier}"] for tier in TIERS[1:]):
+        found["decode s per block"] = sums[f"{names.CODEC_SECONDS_TOTAL} decode"] / blocks
     return found
 
 
 def run_trial(trial: Trial, arms: tuple[Arm, Arm]) -> tuple[dict[str, float], dict[str, float]]:
-    """Measures of both arms: the medians over the rounds, or of the sums."""
+    """Measures of both arms: medians over the rounds, or of the pooled sums."""
     for arm, value in zip(arms, trial.arms, strict=True):
         arm.begin({**BASE, **trial.base, trial.knob: value})
     load = trial.load()
@@ -282,12 +295,12 @@ def _middle(rounds: list[dict[str, float]], pooled: bool) -> dict[str, float]:
 
 
 def ratio(first: float, second: float) -> float:
-    """Second over first; infinite where the first is nothing."""
+    """Second over first; infinite if only the first is 0, 1 if both are."""
     return second / first if first else float("inf") if second else 1.0
 
 
 def measure(wanted: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Figures, and a line for each effect that was not seen."""
+    """Figures, and a line for each effect that is out of its bounds."""
     arms = (Arm(), Arm())
     figures: dict[str, Any] = {}
     failed = []
@@ -310,18 +323,21 @@ def measure(wanted: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when every knob has its effect, else 1."""
+    """Exit status 0 if every knob has its effects, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--knob", action="append", default=[], help="camelCase; default: all")
     parser.add_argument("--output", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(argv)
+    known = {trial.knob for trial in TRIALS}
+    if unknown := sorted(set(options.knob) - known):
+        raise CannotRunError(f"--knob: {', '.join(unknown)}: unknown, allowed: {', '.join(sorted(known))}")
     torch.set_num_threads(1)
     figures, failed = measure(options.knob)
-    results.write("knob-effects", "What each hot knob does, second value over first", figures, options.output)
+    results.write("knob-effects", "Effect of each hot knob, second value over first", figures, options.output)
     for line in failed:
         print(f"knob_effects: FAILED: {line}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("knob_effects", main))

@@ -1,4 +1,4 @@
-"""How every benchmark writes what it found."""
+"""Write the figures of a benchmark to ``bench/results``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DIRECTORY = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """The command line that is running, without the path of this checkout."""
+    """The present command line, without the path of this checkout."""
     return " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 def write(name: str, title: str, figures: dict[str, Any], directory: Path = DIRECTORY) -> Path:
-    """Write ``name.json`` and ``name.md``; returns the path of the latter."""
+    """Write ``name.json`` and ``name.md`` with command, time and machine; path of the latter."""
     directory.mkdir(parents=True, exist_ok=True)
     about = {
         "command": command(),

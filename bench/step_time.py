@@ -1,7 +1,7 @@
-"""Time of a decode step over rows, and of a prefill, on the built-in model.
+"""Time of a decode step by number of rows, and of a prefill, on the built-in model.
 
-CPU time of the one torch thread is reported beside wall time: on a machine that others use, only the former
-says what a step costs.
+CPU time of the one torch thread is reported with wall time, because on a shared machine wall time includes
+waiting for a CPU.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import results
+from bench import command, results
 from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_engine.determinism import make_deterministic
-from kvpilot_engine.model_runner import ModelRunner, Work
-from kvpilot_engine.models import load_model
+from kvpilot_engine.model.determinism import make_deterministic
+from kvpilot_engine.model.loading import load_model
+from kvpilot_engine.model.runner import ModelRunner, Work
 
 ROWS = (1, 2, 4, 8, 16, 32)
 POOL_PAGES = 4096
 
 
 def timed(runner: ModelRunner, works: list[Work], k: torch.Tensor, v: torch.Tensor, runs: int) -> str:
-    """Least ``CPU (wall)`` time of a step, ms."""
+    """Lower quartile of the CPU time of a step and minimum of its wall time, ms: ``CPU (wall)``."""
     cpu, wall = [], []
     for _ in range(runs):
         before = time.process_time(), time.perf_counter()
@@ -38,7 +38,7 @@ def timed(runner: ModelRunner, works: list[Work], k: torch.Tensor, v: torch.Tens
 
 
 def measure(dtype: str, deterministic: bool, runs: int) -> dict[str, Any]:
-    """Decode steps over rows for two lengths on scattered pages, then three prefills."""
+    """Decode steps by number of rows for two lengths on scattered pages, then three prefills; ms."""
     config = KVCacheConfig.model_validate({"dtype": dtype, "device": "cpu"}, context=QUIET)
     model = load_model("builtin/tiny-llama", config)
     if deterministic:
@@ -63,7 +63,7 @@ def measure(dtype: str, deterministic: bool, runs: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0; the figures judge nothing."""
+    """Write the figures; exit status 0, because there is no target."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--deterministic", action="store_true")
@@ -78,4 +78,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("step_time", main))

@@ -1,7 +1,7 @@
-"""Hit rate of a recorded trace on the real engine, against a plain simulation of the same cache.
+"""Hit rate of a recorded trace on the real engine, compared with a simulation of the same LRU cache.
 
-The engine serves the trace at its own arrival times, lru, host tier off. Its order of lookups and insertions
-is logged and fed to a dictionary in order of use. Both count whole pages, output pages included.
+The engine serves the trace at its recorded arrival times with the lru policy and no host tier. The simulation
+replays the engine's lookups and insertions. Both count whole pages, including pages of outputs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 
-from bench import results
-from kvpilot_engine import protocol
+from bench import command, results
+from bench.command import CannotRunError
 from kvpilot_engine.contract import PAGE_TOKENS, KVCacheConfig
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.config import QUIET
-from kvpilot_engine.engine import Engine
-from kvpilot_engine.tokenizer import load_tokenizer
+from kvpilot_engine.contract.metrics import total
+from kvpilot_engine.core.engine import Engine
+from kvpilot_engine.frontend.tokenizer import load_tokenizer
+from kvpilot_engine.ipc import messages
 from kvpilot_operator.load.trace import TraceRequest, prompt_of, read_trace
 
 TRACE = "mooncake_conversation_first_half.jsonl"
@@ -31,14 +33,14 @@ TRACE = "mooncake_conversation_first_half.jsonl"
 
 @dataclass
 class Simulation:
-    """An LRU cache of whole pages: a lookup counts and touches the leading pages that it holds."""
+    """An LRU cache of whole pages. A lookup counts the leading pages in the cache and marks them as used."""
 
     pages: int
     hits: int = 0
     _held: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     def feed(self, event: str, subject: Any, _: int = 0) -> None:
-        """One line of the engine's log."""
+        """Apply one lookup or insertion that the engine reports."""
         if event == "insert":
             self._held[subject] = None
             self._held.move_to_end(subject)
@@ -48,23 +50,33 @@ class Simulation:
         found = 0
         while found < len(subject) and subject[found] in self._held:
             found += 1
-        # The tail is the first to go: it is useless without what comes before it.
+        # The last page becomes the oldest, because it is useless without the pages before it.
         for page in reversed(subject[:found]):
             self._held.move_to_end(page)
         self.hits += found
 
 
-def find_trace(given: str | None) -> Path | None:
-    """The trace named on the command line or found in KVPILOT_TRACES, default ``../shared/traces``."""
-    directory = Path(os.environ.get("KVPILOT_TRACES", "../shared/traces"))
-    path = Path(given) if given else directory / TRACE
-    return path if path.is_file() else None
+def find_trace(given: str | None) -> Path:
+    """Path of the given trace, else of ``TRACE`` in the directory of the variable KVPILOT_TRACES.
+
+    Raises:
+        CannotRunError: there is no such file.
+    """
+    directory = os.environ.get("KVPILOT_TRACES")
+    if given is None and directory is None:
+        raise CannotRunError(
+            f"no trace: give --trace FILE, or set KVPILOT_TRACES to the directory of {TRACE}"
+        )
+    path = Path(given) if given is not None else Path(directory or "") / TRACE
+    if not path.is_file():
+        raise CannotRunError(f"no trace: there is no file {path}")
+    return path
 
 
 def serve(
     engine: Engine, requests: list[TraceRequest], speed: float, shrink: int, paced: bool
 ) -> dict[str, int]:
-    """Run the trace; the number of requests by how they ended."""
+    """Serve the trace; the number of requests by finish reason."""
     encode = load_tokenizer("builtin/tiny-llama").encode
     began = time.monotonic()
     reasons: dict[str, int] = {}
@@ -74,7 +86,7 @@ def serve(
         while at < len(requests) and (not paced or requests[at].at / speed <= now):
             request = requests[at]
             engine.submit(
-                protocol.Generate(
+                messages.Generate(
                     id=str(at),
                     prompt=encode(prompt_of(request, shrink, str(at))),
                     max_new_tokens=max(1, -(-request.output_tokens // shrink)),
@@ -86,13 +98,13 @@ def serve(
             time.sleep(max(0.0, requests[at].at / speed - now))
             continue
         for message in engine.step():
-            if isinstance(message, protocol.Finished):
+            if isinstance(message, messages.Finished):
                 reasons[message.reason] = reasons.get(message.reason, 0) + 1
     return reasons
 
 
 def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Serve, simulate, compare."""
+    """Serve the trace and compare the hit rates; all figures by name."""
     minutes = options.minutes * 60
     requests = [r for r in read_trace(path) if r.at < minutes]
     config = KVCacheConfig.model_validate(
@@ -116,8 +128,8 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
     engine.check_integrity()
     counters = engine.sample("").counters
     engine.close()
-    queried = counters[names.QUERY_TOKENS_TOTAL]
-    measured = 100 * counters[f"{names.HIT_TOKENS_TOTAL}{{tier=pool}}"] / queried
+    queried = total(counters, names.QUERY_TOKENS_TOTAL)
+    measured = 100 * counters[names.HIT_TOKENS_TOTAL]["pool"] / queried
     simulated = 100 * simulation.hits * PAGE_TOKENS / queried
     return {
         "trace": path.name,
@@ -129,8 +141,8 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
         "requests": len(requests),
         "ended": reasons,
         "prompt_tokens": int(queried),
-        "evicted_pages": int(counters[names.EVICTED_PAGES_TOTAL]),
-        "preemptions": int(counters[names.PREEMPTIONS_TOTAL]),
+        "evicted_pages": int(total(counters, names.EVICTED_PAGES_TOTAL)),
+        "preemptions": int(total(counters, names.PREEMPTIONS_TOTAL)),
         "hit_rate_percent": round(measured, 3),
         "simulated_percent": round(simulated, 3),
         "difference_points": round(measured - simulated, 3),
@@ -141,9 +153,9 @@ def measure(options: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when no request failed and the rates are within a point, else 1."""
+    """Exit status 0 if no request failed and the two rates differ by at most one point, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trace", help="a Mooncake trace; default: from KVPILOT_TRACES or ../shared/traces")
+    parser.add_argument("--trace", help=f"a Mooncake trace; default: {TRACE} in the directory KVPILOT_TRACES")
     parser.add_argument("--model", default="builtin/tiny-llama", help="the rate does not depend on it")
     parser.add_argument("--minutes", type=float, default=30.0, help="of the trace")
     parser.add_argument("--speed", type=float, default=5.0)
@@ -155,9 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(argv)
     path = find_trace(options.trace)
-    if path is None:
-        print(f"trace_hit_rate: skipped: no {options.trace or TRACE}; set KVPILOT_TRACES")
-        return 0
     torch.set_num_threads(1)
     figures = measure(options, path)
     written = results.write(
@@ -167,11 +176,12 @@ def main(argv: list[str] | None = None) -> int:
     failed = {reason: n for reason, n in figures["ended"].items() if reason not in {"length", "stop"}}
     if failed or abs(figures["difference_points"]) > 1.0:
         print(
-            f"trace_hit_rate: FAILED: ended {figures['ended']}, {figures['difference_points']} points apart"
+            f"trace_hit_rate: FAILED: requests ended {figures['ended']}, "
+            f"the rates differ by {figures['difference_points']} points"
         )
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("trace_hit_rate", main))
