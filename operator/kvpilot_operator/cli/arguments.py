@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,13 @@ from kvpilot_operator.cli.output import Format
 
 if TYPE_CHECKING:
     from kvpilot_operator.status.model import Status
+
+
+class Switch(StrEnum):
+    """Values of --tuning."""
+
+    ON = "on"
+    OFF = "off"
 
 
 def complete_names(context: typer.Context, incomplete: str) -> list[str]:

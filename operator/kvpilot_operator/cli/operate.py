@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvpilot_operator.cli.arguments import Switch
+
 if TYPE_CHECKING:
     from kvpilot_operator.status.snapshot import Key
-
-
-class Switch(StrEnum):
-    """Values of --tuning."""
-
-    ON = "on"
-    OFF = "off"
 
 
 def register(app: typer.Typer) -> None:

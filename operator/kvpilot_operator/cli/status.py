@@ -102,16 +102,19 @@ def rows_of(found: list[Overview]) -> Any:
         return "no KVCacheDeployment"
     headings = ("NAMESPACE", "NAME", "MODE", "STATE", "READY", "GEN", "OBJECTIVES", "CHANGE / HOLDS")
     several = len({item.namespace for item in found}) > 1
-    return table(headings[not several :], (_row(item)[not several :] for item in found), wrapping=2)
+    rows = table(headings[not several :], (_row(item)[not several :] for item in found), wrapping=2)
+    off = dict.fromkeys(item.off.text for item in found if item.off)
+    return [rows, *(f"Tuning is {text}." for text in off)]
 
 
 def _row(item: Overview) -> tuple[Any, ...]:
     worst = next((s for s in ("Breached", "Infeasible", "Met") if item.having(s)), "")
     paused = [one.kind for one in item.overrides if one.in_force]
     notes = [
+        "tuning off" if item.off else "",
         item.change,
         *(f"{one.split()[0]} pending" for one in item.pending),
-        *item.holds,
+        *item.other_holds,
         *(f"override {kind}" for kind in dict.fromkeys(paused)),
     ]
     return (

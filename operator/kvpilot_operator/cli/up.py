@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvpilot_operator.cli.arguments import Switch
 from kvpilot_operator.options import given_options
 
 
@@ -51,6 +52,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
         duration: Annotated[float | None, typer.Option(help="Stop after this many seconds of load.")] = None,
         mode: Annotated[_Mode | None, typer.Option(help="Tuning mode instead of the manifest's.")] = None,
+        tuning: Annotated[
+            Switch,
+            typer.Option(help="off makes no change, whatever the mode; bounds, boosts and pins go on."),
+        ] = Switch.ON,
         check: Annotated[
             bool,
             typer.Option(
@@ -79,6 +84,7 @@ def register(app: typer.Typer) -> None:
             rate=rate,
             duration=duration,
             mode=None if mode is None else mode.value,
+            tuning=tuning is Switch.ON,
             check=check,
             report=report,
             json_out=json_out,

@@ -17,6 +17,12 @@ log = structlog.get_logger(__name__)
 SWITCH_KEY = "tuning"
 """Key of the ConfigMap; its value is ``on`` or ``off``."""
 
+BY_KEY, REASON_KEY = "by", "reason"
+"""Keys that say who switched it off and why, for those who read the status."""
+
+TEXT_LIMIT = 200
+"""Characters that are kept of each of the two."""
+
 
 class Reader(Protocol):
     """Reads an object by its path; None if there is none."""
@@ -59,7 +65,7 @@ class KillSwitch:
         off = "" if self._enabled else "the operator runs with --tuning=off"
         if not off and (name := self._config_map) is not None:
             found = await self._api.get(path_of("v1", "ConfigMap", name.namespace, name.name))
-            off = _off(name, ((found or {}).get("data") or {}).get(SWITCH_KEY, "on"))
+            off = _off(name, (found or {}).get("data") or {})
         if off == self._fleet.off:
             return
         self._fleet.off = off
@@ -76,10 +82,13 @@ class KillSwitch:
                 log.warning("switch_not_read", config_map=str(self._config_map), error=str(error))
 
 
-def _off(name: Key, value: object) -> str:
+def _off(name: Key, data: Mapping[str, Any]) -> str:
     """Why tuning is off; "" while it is on. What is neither counts as off: somebody wanted to stop it."""
+    value = data.get(SWITCH_KEY, "on")
     if value == "on":
         return ""
+    who, why = (" ".join(str(data.get(key, "")).split())[:TEXT_LIMIT] for key in (BY_KEY, REASON_KEY))
+    said = (f", by {who}" if who else "") + (f" ({why})" if why else "")
     if value == "off":
-        return f"ConfigMap {name} says {SWITCH_KEY}: off"
-    return f'ConfigMap {name}: {SWITCH_KEY} must be "on" or "off", got {value!r:.40}'
+        return f"ConfigMap {name} says {SWITCH_KEY}: off{said}"
+    return f'ConfigMap {name}: {SWITCH_KEY} must be "on" or "off", got {value!r:.40}{said}'

@@ -60,6 +60,7 @@ class UpOptions:
     rate: float | None
     duration: float | None
     mode: Literal["Off", "Recommend", "Auto"] | None
+    tuning: bool
     check: bool
     report: Path | None
     json_out: Path | None
@@ -77,6 +78,8 @@ def workload_of(options: UpOptions) -> Workload | None:
     """
     if options.duration is not None and not 0 < options.duration < math.inf:
         raise OptionError(f"--duration: must be above 0 and finite, got {options.duration:g}")
+    if options.check and not options.tuning:
+        raise OptionError("--check: cannot go with --tuning off, which makes no change")
     if options.load == "trace" and options.trace is None:
         raise OptionError("--load trace: needs --trace FILE")
     if options.trace is not None:
@@ -163,6 +166,7 @@ async def _run(
         check=options.check,
         seconds=options.duration if workload is None else None,
         pace_scale=options.pace_scale,
+        off="" if options.tuning else "kvpilot up runs with --tuning=off",
         start_s=None if options.duration is None else max(options.duration, MIN_START_TIMEOUT_S),
     )
     return await Session(manifest, run, state, router, display).run()

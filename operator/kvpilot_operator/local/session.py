@@ -26,6 +26,7 @@ from kvpilot_operator.local.recorder import Point, Recorder
 from kvpilot_operator.local.replicas import BAD_START, MAX_FAILED_STARTS
 from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.local.watch import watch, watch_overrides
+from kvpilot_operator.reconcile.fleet import Fleet
 from kvpilot_operator.reconcile.reconciler import Reconciler
 from kvpilot_operator.resource.resolve import policy_of
 from kvpilot_operator.router.proxy import Backend, Router
@@ -55,6 +56,7 @@ class RunOptions:
         workload: sent through the router; the run ends with it. None runs until a signal.
         check: end as soon as the check is clear.
         seconds: end after this long in any case.
+        off: why the kill switch keeps tuning off; "" while it is on.
         start_s: how long the load waits for all engines to be ready; None: for ever.
     """
 
@@ -66,6 +68,7 @@ class RunOptions:
     pace_scale: float
     request_timeout_s: float = 120.0
     start_s: float | None = None
+    off: str = ""
 
 
 @dataclass
@@ -125,12 +128,15 @@ class Session:
         self._recorder = Recorder(self._load_phase, self._point, self._record)
         self._metrics = ScrapeMetrics(lambda: self._cluster.targets, self._policy.pace.scrape)
         self._engines = EngineAdmin()
+        fleet = Fleet(pace_scale=options.pace_scale)
+        fleet.off = options.off
         self._reconciler = Reconciler(
             self._cluster,
             self._metrics,
             self._engines,
             pace_scale=options.pace_scale,
             telemetry=self._recorder,
+            fleet=fleet,
         )
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()

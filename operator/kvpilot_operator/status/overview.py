@@ -6,12 +6,40 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from kvpilot_operator.resource.times import moment
 from kvpilot_operator.status.model import ChangeStatus, PendingStatus, Status, value_text
 from kvpilot_operator.status.overrides import name_of, overrides_of
+from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.state import PIN
 
 Json = Mapping[str, Any]
+
+
+GOES_ON = ("bounds", "schedules", "boosts", "pins", "rollbacks")
+"""What acts while the kill switch keeps tuning off."""
+
+
+@dataclass(frozen=True)
+class SwitchedOff:
+    """The kill switch keeps tuning off.
+
+    Attributes:
+        since: RFC 3339.
+        why: the option or the ConfigMap that says so, and who wrote it, where that is known.
+        goes_on: what acts all the same.
+    """
+
+    since: str
+    why: str
+    goes_on: tuple[str, ...] = GOES_ON
+
+    @property
+    def text(self) -> str:
+        """For people, after ``tuning is``."""
+        *first, last = self.goes_on
+        return f"off since {self.since}: {self.why}; {', '.join(first)} and {last} go on"
 
 
 @dataclass(frozen=True)
@@ -32,6 +60,7 @@ class Overview:
     """The present state of one resource.
 
     Attributes:
+        off: by whom and why the kill switch keeps tuning off; None while tuning is not switched off.
         objectives: state (Met, Breached, Infeasible, Unknown) by name.
         change: the change in flight in words; "" without one.
         holds: reasons why no change begins, with their messages.
@@ -45,6 +74,7 @@ class Overview:
     namespace: str
     mode: str
     state: str
+    off: SwitchedOff | None
     objectives: Mapping[str, str]
     ready: int
     replicas: int
@@ -62,6 +92,11 @@ class Overview:
         return [name for name, found in self.objectives.items() if found == state]
 
     @property
+    def other_holds(self) -> list[str]:
+        """Reasons of the holds besides the kill switch."""
+        return [reason for reason in self.holds if reason != reasons.KILL_SWITCH]
+
+    @property
     def objectives_text(self) -> str:
         """``3/4 met, p95 breached``."""
         judged = [name for name, state in self.objectives.items() if state != "Unknown"]
@@ -76,7 +111,8 @@ class Overview:
     def as_json(self) -> dict[str, Any]:
         """For ``-o json``: camelCase."""
         plain = asdict(self)
-        return plain | {"overrides": [_camel(item) for item in plain["overrides"]]}
+        off = None if self.off is None else _camel(plain["off"])
+        return plain | {"off": off, "overrides": [_camel(item) for item in plain["overrides"]]}
 
     def lines(self) -> Iterator[str]:
         """For people: everything."""
@@ -85,13 +121,14 @@ class Overview:
         yield f"{self.name} in {self.namespace}: mode {self.mode}, state {self.state}"
         generation = "none yet" if self.generation is None else str(self.generation)
         rows = [
+            ("Tuning", [self.off.text] if self.off else []),
             ("Objectives", [self.objectives_text]),
             ("Replicas", [f"{self.ready} of {self.replicas} ready"]),
             ("Generation", [generation]),
             ("Differs", list(self.differs)),
             ("Change", [self.change] if self.change else []),
             ("Pending", [f"{item}: kvpilot approve {self.name} {item.split()[0]}" for item in self.pending]),
-            ("Holds", [f"{reason}: {message}" for reason, message in self.holds.items()]),
+            ("Holds", [f"{reason}: {self.holds[reason]}" for reason in self.other_holds]),
             ("Overrides", [_override_text(item) for item in self.overrides]),
             ("Last", [self.last] if self.last else []),
         ]
@@ -101,7 +138,7 @@ class Overview:
 
 
 def _camel(plain: dict[str, Any]) -> dict[str, Any]:
-    return {{"in_force": "inForce", "expires_at": "expiresAt"}.get(key, key): plain[key] for key in plain}
+    return {to_camel(key): value for key, value in plain.items()}
 
 
 def _override_text(item: Override) -> str:
@@ -128,6 +165,7 @@ def overview_of(manifest: Json, overrides: Iterable[Json], now: float, *, ended:
         namespace=str(metadata.get("namespace", "default")),
         mode=str((spec.get("tuning") or {}).get("mode", "Auto")),
         state=tuning.phase.value if tuning else "not reconciled yet",
+        off=_switched_off(status),
         objectives={item.name: item.state for item in status.objectives},
         ready=status.ready_replicas or 0,
         replicas=status.replicas or 0,
@@ -144,6 +182,12 @@ def overview_of(manifest: Json, overrides: Iterable[Json], now: float, *, ended:
         last="".join(f"{item.id} {item.outcome} at {moment(item.at)}: {item.summary}" for item in last),
         ended=ended,
     )
+
+
+def _switched_off(status: Status) -> SwitchedOff | None:
+    holds = status.tuning.holds if status.tuning else ()
+    found = (SwitchedOff(moment(h.since), h.message) for h in holds if h.reason == reasons.KILL_SWITCH)
+    return next(found, None)
 
 
 def change_text(change: ChangeStatus) -> str:

@@ -66,6 +66,13 @@ def manifest(name: str = "chat", status: dict[str, Any] | None = None, **spec: A
     }
 
 
+def switched_off(why: str) -> dict[str, Any]:
+    """The status while the kill switch keeps tuning off."""
+    hold = {"reason": "KillSwitch", "message": why, "since": "2026-11-22T09:30:00Z"}
+    metrics = {"reason": "MetricsStale", "message": "no scrape", "since": "2026-11-22T09:30:00Z"}
+    return {**STATUS, "tuning": {**STATUS["tuning"], "state": "Hold", "holds": [hold, metrics]}}
+
+
 def records() -> list[dict[str, Any]]:
     """Two decisions: generation 6 was reverted, 7 was promoted."""
     common = {"rule": "workers-up", "objectives": [], "diagnosis": None}

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from tests.operator.cli.api_server import ApiServer
-from tests.operator.cli.runs import manifest, ok, records, refused
+from tests.operator.cli.runs import manifest, ok, records, refused, switched_off
 
 from kvpilot_operator.resource import KVCacheOverride
 
@@ -69,6 +69,18 @@ def test_status_and_history_read_the_cluster(api: ApiServer) -> None:
     assert [line.split()[0] for line in ok("status", "-n", "team-b").splitlines()] == ["NAME", "code"]
     assert [line.split()[1] for line in ok("history", "chat").splitlines()[:3]] == ["ID", "d-0002", "d-0003"]
     assert "d-0003  Promoted by workers-up" in ok("explain", "chat")
+
+
+def test_kill_switch_of_the_operator_is_told_once_below_the_table(api: ApiServer) -> None:
+    why = "ConfigMap ops/kvpilot-tuning says tuning: off, by ana (incident 4711)"
+    for name in ("chat", "code"):
+        document = manifest(name, switched_off(why))
+        document["metadata"]["namespace"] = "team-a"
+        api.add("kvcachedeployments", document)
+    heading, chat, code, last = ok("status").splitlines()
+    assert (heading.split()[0], chat.split()[0], code.split()[0]) == ("NAME", "chat", "code")
+    assert last.startswith(f"Tuning is off since 2026-11-22T09:30:00Z: {why}; ")
+    assert f"  Tuning      off since 2026-11-22T09:30:00Z: {why}; " in ok("status", "chat")
 
 
 @pytest.mark.parametrize(

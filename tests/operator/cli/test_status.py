@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
-from tests.operator.cli.runs import manifest, ok, refused, running
+from tests.operator.cli.runs import manifest, ok, refused, running, switched_off
 
 from kvpilot_operator.local.state import StateDirectory
 
@@ -37,6 +37,26 @@ def test_status_of_one_run_is_told_in_full(run: StateDirectory) -> None:
     assert lines[5].startswith("  Overrides   pin until ")
     assert " by ana (test), chat-pin-" in lines[5]
     assert lines[6] == ("  Last        d-0003 Promoted at 2026-11-22T09:40:00Z: numWorkers 8 -> 16; p95 met.")
+
+
+def test_kill_switch_is_told_with_its_cause_and_with_what_goes_on(run: StateDirectory) -> None:
+    run.write_resource(manifest(status=switched_off("kvpilot up runs with --tuning=off")))
+    told = "off since 2026-11-22T09:30:00Z: kvpilot up runs with --tuning=off; bounds, schedules, boosts, "
+    lines = ok("status", "chat").splitlines()
+    assert lines[1] == f"  Tuning      {told}pins and rollbacks go on"
+    assert "  Holds       MetricsStale: no scrape" in lines
+    assert "KillSwitch" not in "".join(lines), "told once"
+    row, last = ok("status").splitlines()[1:]
+    assert row.rstrip().endswith("tuning off, MetricsStale")
+    assert last == f"Tuning is {told}pins and rollbacks go on."
+    assert json.loads(ok("status", "chat", "-o", "json"))["off"] == {
+        "since": "2026-11-22T09:30:00Z",
+        "why": "kvpilot up runs with --tuning=off",
+        "goesOn": ["bounds", "schedules", "boosts", "pins", "rollbacks"],
+    }
+    run.write_resource(manifest())
+    assert "Tuning" not in ok("status", "chat")
+    assert json.loads(ok("status", "chat", "-o", "json"))["off"] is None
 
 
 def test_status_for_programs(run: StateDirectory) -> None:

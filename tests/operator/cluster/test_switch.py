@@ -47,6 +47,11 @@ def switch(maps: ConfigMaps, fleet: Fleet, *, enabled: bool = True, named: bool 
         ({}, ""),
         ({"tuning": "on"}, ""),
         ({"tuning": "off"}, "ConfigMap ops/kvpilot-tuning says tuning: off"),
+        (
+            {"tuning": "off", "by": "ana", "reason": "incident\n4711"},
+            "ConfigMap ops/kvpilot-tuning says tuning: off, by ana (incident 4711)",
+        ),
+        ({"tuning": "on", "by": "ana"}, ""),
         ({"tuning": "Off "}, 'ConfigMap ops/kvpilot-tuning: tuning must be "on" or "off", got \'Off \''),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -117,6 +118,15 @@ async def test_run_ends_with_the_message_of_engines_that_never_serve(
         "an engine ended 3 times before it was ready, the last time with status 1: no luck"
     )
     assert not result.bad_input
+
+
+async def test_a_run_whose_tuning_is_off_says_so_in_its_status(tmp_path: Path) -> None:
+    path = written(tmp_path / "chat.yaml")
+    async with session_of(path, off="kvpilot up runs with --tuning=off", seconds=0.5) as (session, _):
+        await session.run()
+    status = json.loads((tmp_path / "chat/resource.json").read_text())["status"]
+    [hold, *_] = status["tuning"]["holds"]
+    assert (hold["reason"], hold["message"]) == ("KillSwitch", "kvpilot up runs with --tuning=off")
 
 
 async def test_load_waits_for_replicas_up_to_a_limit(tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def test_invalid_manifest_exits_2_with_the_field(
     [
         (["--load", "trace"], "--load trace: needs --trace FILE"),
         (["--check"], "--check: needs --load or --trace"),
+        (
+            ["--load", "chat", "--check", "--tuning", "off"],
+            "--check: cannot go with --tuning off, which makes no change",
+        ),
         (["--rate", "3"], "--rate: needs --load chat"),
         (["--load", "chat", "--duration", "0"], "--duration: must be above 0 and finite, got 0"),
         (["--duration", "inf"], "--duration: must be above 0 and finite, got inf"),
@@ -301,8 +305,10 @@ def test_check_verdict_is_printed_even_if_the_figures_cannot_be_written(
     )
     options = UpOptions(
         manifest=Path("small.yaml"), load="chat", trace=None, speed=1, shrink=1, rate=None, duration=None,
-        mode=None, check=True, report=None, json_out=Path("/proc/x.json"), port=0, fresh=False, pace_scale=1,
+        mode=None, tuning=True, check=True, report=None, json_out=Path("/proc/x.json"), port=0, fresh=False,
+        pace_scale=1,
     )  # fmt: skip
+
     assert conclude(options, resource, result, Path()) == 1
     reported = capsys.readouterr()
     assert "check passed: cured: seen" in reported.out

@@ -12,7 +12,7 @@ from tests.operator.tuning.policies import policy_of
 from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, WriteConfig
-from kvpilot_operator.tuning.observation import Observation, Pin, Promoted, Rollback
+from kvpilot_operator.tuning.observation import FleetLimits, Observation, Pin, Promoted, Rollback
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.state import BlockedValue, Generation, OverlayEntry, Phase, TuningState
 
@@ -54,6 +54,13 @@ def test_each_promoted_configuration_is_kept_with_its_decision() -> None:
     kept = act(found, state).state.generations
     assert kept[1:] == (Generation(2, NOW, "d-0001", "Promoted", '{"numWorkers":4}'),)
     assert act(found, replace(state, generations=kept)).state.generations == kept
+
+
+def test_the_way_back_is_open_while_tuning_is_off() -> None:
+    off = FleetLimits(off="the operator runs with --tuning=off")
+    decision = act(running(rollback=BACK, fleet=off))
+    assert [item.values["numWorkers"] for item in written(decision)] == [8]
+    assert [record.outcome for record in decision.records] == ["RolledBack"]
 
 
 def test_ten_are_kept() -> None:

@@ -13,7 +13,7 @@ from tests.operator.tuning.policies import CATALOGUE_BOUNDS, policy_of
 
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, Push, WriteConfig
-from kvpilot_operator.tuning.observation import Observation, Pin, Promoted
+from kvpilot_operator.tuning.observation import FleetLimits, Observation, Pin, Promoted
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.rules.order import consider
 from kvpilot_operator.tuning.state import OverlayEntry, Phase, TuningState
@@ -44,6 +44,11 @@ def written(decision: Decision) -> list[tuple[int, Any]]:
 
 def outcomes(decision: Decision) -> list[str]:
     return [record.outcome for record in decision.records]
+
+
+def test_a_pin_is_obeyed_while_tuning_is_off() -> None:
+    off = FleetLimits(off="the operator runs with --tuning=off")
+    assert written(pinned(replace(quiet(STOP_GAP), fleet=off))) == [(2, 4)]
 
 
 @pytest.mark.parametrize("mode", ["Off", "Auto"])
