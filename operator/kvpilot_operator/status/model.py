@@ -148,6 +148,7 @@ class StepRateStatus(_Status):
 
     rate: Number = Field(0.0, description="Row-steps per second of stepping; 0 if unknown.")
     requests: Number = Field(0.0, description="Requests' worth of row-steps that it rests on.")
+    rows: Number = Field(0.0, description="Most rows at once that were seen long enough.")
 
 
 class TallyStatus(_Status):
@@ -228,6 +229,13 @@ class ChangeStatus(_Status):
         None, description="What canary and controls differed by before it."
     )
     tally: TallyStatus = Field(default_factory=TallyStatus, description="Intervals of its verification.")
+    work: TallyStatus = Field(
+        default_factory=TallyStatus,
+        description="The same of the time in work, where another measure improves.",
+    )
+    work_before: EffectStatus | None = Field(
+        None, description="What the arms differed by in it before the change."
+    )
     crossed_at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
         None, description="When the arms of two replicas were swapped."
     )

@@ -99,6 +99,11 @@ class Counts:
         return self.outcomes.get("error", 0.0) + self.outcomes.get("too_large", 0.0)
 
     @property
+    def answered(self) -> float:
+        """Requests that ended well or with an error, and not by the load alone, shed or late."""
+        return self.completed + self.errors
+
+    @property
     def completed(self) -> float:
         """Successful requests."""
         return self.outcomes.get("ok", 0.0)

@@ -67,10 +67,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class StepRate:
-    """Row-steps per second of stepping, and the requests' worth of them that show it; zeros if unknown."""
+    """Row-steps per second of stepping, and the requests' worth of them that show it; zeros if unknown.
+
+    ``rows``: the most rows that were at work at once for long enough to show a rate (a bucket of rows).
+    """
 
     rate: float = 0.0
     requests: float = 0.0
+    rows: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class Change:
             it, of all replicas before it.
         difference_before: what the arms differed by before it; None if that could not be measured.
         tally: intervals of the verification so far.
+        work, work_before: the same for the time in work, where another measure is to improve.
         crossed_at: when the arms of two replicas were swapped, s since the epoch; 0 if they were not.
         deadline: when the verification ends without a verdict, s since the epoch; 0 before it began.
         unseen_since: since when the arms cannot be observed, s since the epoch; 0 while they can.
@@ -162,6 +167,8 @@ class Change:
     judged_before: float = 0.0
     difference_before: Effect | None = None
     tally: Tally = Tally()
+    work: Tally = Tally()
+    work_before: Effect | None = None
     crossed_at: float = 0.0
     deadline: float = 0.0
     unseen_since: float = 0.0

@@ -77,6 +77,22 @@ def test_each_rule_cures_its_breach(
     assert_settled(sim)
 
 
+def test_hits_that_load_more_slowly_than_they_would_be_computed_are_reverted() -> None:
+    """A higher compression level holds more blocks, and takes longer to decode them."""
+    model = EngineModel(
+        hits=lambda c: {1.0: 0.5, 0.52: 0.7, 0.3: 0.75}[value(c, "compressionRatio")],
+        tier_s=lambda c: {1.0: 0.05, 0.52: 0.2, 0.3: 0.4}[value(c, "compressionRatio")],
+    )
+    base = {**WIDE, "compressionRatio": 1.0, "hostMemoryMb": 256, "useCompression": True}
+    objectives = {"hitRate": "70%", "latency": {"p50Ms": 1000, "p95Ms": 2000, "p99Ms": 3000}}
+    others = ["strategy-adaptive", "cache-quota-up"]
+    sim = simulate(base, objectives=objectives, load=lambda _: 30.0, model=model, disabledRules=others)
+    sim.run(200, until=lambda s: "Reverted" in s.outcomes() or "Promoted" in s.outcomes())
+    ends = [(r.rule, r.outcome, r.evidence.get("verdict")) for r in sim.records if r.outcome != "Started"]
+    assert ends == [("compression-up", "Reverted", "Harmful")], sim.report()
+    assert "the hit rate rose from 50% to 70%, but requests are longer in work" in sim.records[-1].summary
+
+
 def test_memory_emergency_halves_the_batch_on_all_replicas_at_once() -> None:
     model = EngineModel(memory=lambda c: 0.6 + 0.4 * value(c, "batchSize") / 16)
     sim = simulate(WIDE, load=lambda _: 30.0, model=model).run(120)

@@ -59,6 +59,9 @@ def knob_changes(draw: st.DrawFn) -> KnobChange:
 
 REPLICAS = st.builds(ReplicaRef, NAMES, NAMES)
 EFFECTS = st.builds(Effect, st.floats(-9, 9), st.floats(0, 9))
+TALLIES = st.builds(
+    Tally, st.integers(0, 99), st.floats(-9, 9), st.floats(0, 99), st.floats(0, 1e6), st.just(0.0) | TIMES
+)
 CHANGES = st.builds(
     Change,
     id=NAMES,
@@ -81,13 +84,13 @@ CHANGES = st.builds(
     measured_from=st.just(0.0) | TIMES,
     widened=st.lists(REPLICAS, max_size=4).map(tuple),
     drained=st.booleans(),
-    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6)),
+    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 256)),
     errors_before=st.floats(0, 1),
     judged_before=st.floats(0, 1e6),
     difference_before=st.none() | EFFECTS,
-    tally=st.builds(
-        Tally, st.integers(0, 99), st.floats(-9, 9), st.floats(0, 99), st.floats(0, 1e6), st.just(0.0) | TIMES
-    ),
+    tally=TALLIES,
+    work=TALLIES,
+    work_before=st.none() | EFFECTS,
     crossed_at=st.just(0.0) | TIMES,
     deadline=st.just(0.0) | TIMES,
     unseen_since=st.just(0.0) | TIMES,
@@ -99,7 +102,7 @@ WATCHES = st.builds(
     values=st.lists(knob_changes(), min_size=1, max_size=3).map(tuple),
     since=TIMES,
     until=TIMES,
-    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6)),
+    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 256)),
     errors_before=st.floats(0, 1),
     judged_before=st.floats(0, 1e6),
     own=st.booleans(),

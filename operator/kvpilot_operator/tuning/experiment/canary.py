@@ -22,7 +22,7 @@ from kvpilot_operator.tuning.experiment.capacity_verdict import (
     load_is_elsewhere,
     rates_before,
 )
-from kvpilot_operator.tuning.experiment.evidence import CAPACITY, ERRORS, MEMORY, arm
+from kvpilot_operator.tuning.experiment.evidence import CAPACITY, FAULTS, MEMORY, WORK, arm
 from kvpilot_operator.tuning.experiment.measure_verdict import (
     difference_before,
     judge_measure,
@@ -60,7 +60,7 @@ SETTLE_LIMIT = 3
 """The canary's backlog prolongs settling up to so many times its length."""
 
 INCONCLUSIVE_COOLDOWNS = 10
-"""A value that showed nothing is blocked for so many cooldowns."""
+"""A value that showed nothing, or that an engine did not take, is blocked for so many cooldowns."""
 
 LIFE_LIMIT = 8
 """An experiment that cannot be observed is given up so many verify times after its start."""
@@ -87,8 +87,10 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
     measure = proposal.measure or (CAPACITY if proposal.ratio else proposal.objective)
     errors = errors_of(context)
     rate, differ = rates_before(context, proposal.values, canary.uid, others)
+    longer = None
     if measure != CAPACITY:
         differ = difference_before(context, measure, canary.uid, others)
+        longer = difference_before(context, WORK, canary.uid, others)
     change = draft.new_change(
         context,
         proposal,
@@ -103,6 +105,7 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         errors_before=errors.share or 0.0,
         judged_before=errors.of,
         difference_before=differ,
+        work_before=longer,
     )
     against = ", ".join(replica.name for replica in controls) or "its own past (one replica, unproven)"
     return draft.recorded(
@@ -136,8 +139,8 @@ def _drawn(
 
 
 def errors_of(context: Context) -> Measure:
-    """Requests of the long window that failed with an error, of the judged ones."""
-    return Measure(ERRORS, context.long.errors, context.long.judged)
+    """Requests of the long window that were answered with an error, of the answered ones."""
+    return Measure(FAULTS, context.long.errors, context.long.answered)
 
 
 def enough_exposure(context: Context) -> bool:
@@ -338,7 +341,6 @@ def _crossed(context: Context, draft: Draft, change: Change) -> Draft:
         controls=(change.canary,) if change.canary is not None else (),
         crossed_at=context.now,
         measured_from=0.0,
-        tally=replace(change.tally, at=0.0),
     )
     return _enter(context, draft, swapped, Phase.CANARY)
 
@@ -383,6 +385,8 @@ def _give_up(context: Context, draft: Draft, verdict: Verdict) -> Draft:
         )
         draft = _record(context, draft, change, verdict, outcome="Aborted", text=text)
         named = f"Aborted({verdict.name})"
+        if verdict.name == reasons.PUSH_FAILED:  # nor would the same push be taken a moment later
+            draft = _blocked(context, draft, change, INCONCLUSIVE_COOLDOWNS * context.policy.pace.cooldown)
     else:
         text = (
             f"{changed} was reverted ({verdict.name}): {verdict.effect}; "
@@ -403,14 +407,17 @@ def _without_promotion(draft: Draft, change: Change) -> Draft:
 
 
 def _remember_failure(context: Context, draft: Draft, change: Change, verdict: str) -> Draft:
-    state, leading = draft.state, change.values[0]
-    reversals = (*state.reversals, Reversal(leading.knob, context.now))[-MAX_REVERSALS:]
-    draft = draft.with_state(reversals=reversals)
+    reversals = (*draft.state.reversals, Reversal(change.values[0].knob, context.now))[-MAX_REVERSALS:]
     # What showed nothing may show more under another load, but first it is the turn of the next remedy.
     proven = verdict in {reasons.HARMFUL, reasons.NO_GAIN}
-    until = context.now + (DAY if proven else INCONCLUSIVE_COOLDOWNS * context.policy.pace.cooldown)
-    blocked_values = (*state.blocked_values, BlockedValue(leading.knob, leading.after, until))
-    return draft.with_state(blocked_values=blocked_values[-MAX_BLOCKED_VALUES:])
+    seconds = DAY if proven else INCONCLUSIVE_COOLDOWNS * context.policy.pace.cooldown
+    return _blocked(context, draft.with_state(reversals=reversals), change, seconds)
+
+
+def _blocked(context: Context, draft: Draft, change: Change, seconds: float) -> Draft:
+    leading = change.values[0]
+    blocked = BlockedValue(leading.knob, leading.after, context.now + seconds)
+    return draft.with_state(blocked_values=(*draft.state.blocked_values, blocked)[-MAX_BLOCKED_VALUES:])
 
 
 def _promoted(context: Context, draft: Draft, change: Change) -> Draft:
@@ -455,14 +462,15 @@ def _finish(context: Context, draft: Draft, change: Change, *, overlaid: bool) -
         overlay = overlay_with(base, state.overlay, change.values, change.id)
         state = replace(state, overlay=overlay)
         if change.verdict in {reasons.PROMOTED, reasons.EMERGENCY}:
-            state = replace(state, watch=_watch(context, change))
+            state = replace(state, watch=watch_of(context, change))
     # After a change of capacity it is enough that the short window holds nothing from before it: a backlog
     # that drains holds the next change up, and the flap budget bounds the way back.
     until = context.now + (pace.short + pace.scrape if change.measure == CAPACITY else pace.cooldown)
     return replace(draft, state=replace(state, change=None, phase=Phase.COOLDOWN, cooldown_until=until))
 
 
-def _watch(context: Context, change: Change) -> Watch:
+def watch_of(context: Context, change: Change) -> Watch:
+    """The watch over a change that runs on all replicas from now on."""
     memory = next((item.bad for item in change.before if change.verdict == reasons.EMERGENCY), 0.0)
     pace = context.policy.pace
     return Watch(

@@ -22,7 +22,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     errors_bounded,
 )
 from kvpilot_operator.tuning.experiment.statistics import Z95, mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
 from kvpilot_operator.tuning.experiment.verdict import (
     GAIN_SHARE,
     OPEN,
@@ -54,17 +54,16 @@ def judge_capacity(context: Context, change: Change) -> Verdict:
     canary, control = arms(context, change)
     effect = capacity_effect(context, change)
     failed = error_evidence(canary, control)
-    evidence = _evidence(change, canary, control, effect, failed)
+    slower = 0.0 if effect is None else _slower(context, change, effect)
+    evidence = _evidence(change, canary, control, effect, max(failed, slower))
     text = format_effect(change, canary, control, context.policy.objectives)
 
     def verdict(name: str, *, aborted: bool = False) -> Verdict:
         return Verdict(name, text, evidence, aborted)
 
-    if failed >= HARM_EVIDENCE or _works_too_long(context, canary, control):
+    if max(failed, slower) >= HARM_EVIDENCE or _works_too_long(context, canary, control):
         return verdict(reasons.HARMFUL)
     if effect is not None:
-        if mixture_evidence(effect, harm_below(change.ratio), above=False) >= HARM_EVIDENCE:
-            return verdict(reasons.HARMFUL)
         if _proven(context, change, effect, (canary, control), elapsed):
             return verdict(reasons.PROMOTED)
         half = max(BETTER, GAIN_SHARE * _log(change.ratio))
@@ -88,13 +87,25 @@ def harm_below(ratio: float) -> float:
 def capacity_effect(context: Context, change: Change) -> Effect | None:
     """Log ratio of the capacities that both arms showed, without what the machines differed by before."""
 
+    found = difference(*_rates(context, change))
+    before = change.difference_before if change.others else None
+    return None if found is None else corrected(found, before)
+
+
+def _rates(context: Context, change: Change) -> tuple[StepRate, StepRate]:
+    """Step rates of candidate and controls, or of what was before where there are none."""
+
     def rate(uids: frozenset[str]) -> StepRate:
         return step_rate(context.measured.counts("verify", uids), change.values)
 
-    now, against = rate(change.candidates), rate(change.others) if change.others else change.rate_before
-    found = difference(now, against)
-    before = change.difference_before if change.others else None
-    return None if found is None else corrected(found, before)
+    return rate(change.candidates), rate(change.others) if change.others else change.rate_before
+
+
+def _slower(context: Context, change: Change, effect: Effect) -> float:
+    """E-value against "the candidate does as much work per second as it leaves by its prediction"."""
+    if not as_loaded(*_rates(context, change), change.values):
+        return 0.0
+    return mixture_evidence(effect, harm_below(change.ratio), above=False)
 
 
 def rates_before(
@@ -183,7 +194,7 @@ def _log(ratio: float) -> float:
 
 
 def _evidence(
-    change: Change, canary: Arm, control: Arm, effect: Effect | None, failed: float
+    change: Change, canary: Arm, control: Arm, effect: Effect | None, harm: float
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
         **format_arms(canary, control),
@@ -194,7 +205,6 @@ def _evidence(
     if effect is None:
         return found
     reach = Z95 * math.sqrt(effect.variance)
-    harm = max(failed, mixture_evidence(effect, harm_below(change.ratio), above=False))
     return found | {
         "ratio": round(math.exp(effect.log_ratio), 3),
         "ratioLow": round(math.exp(effect.log_ratio - reach), 3),

@@ -25,7 +25,7 @@ GAIN_EVIDENCE = 20.0
 HARM_ALLOWED = 0.05
 """Errors that the 95% bound leaves possible on the canary, in points, or a fifth of the objective if more."""
 
-ERRORS, SECONDS, WORK, TIER_LOAD = "errors", "seconds", "work", "tierLoad"
+ERRORS, FAULTS, SECONDS, WORK, TIER_LOAD = "errors", "faults", "seconds", "work", "tierLoad"
 MEMORY, MISSES, WASTE = "memory", "hitRate", "prefetchWaste"
 CAPACITY = "capacity"
 
@@ -75,6 +75,8 @@ def arm_of(stored: Sequence[Measure]) -> Arm:
 def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
     """Everything that is reported of an arm, lower is better.
 
+    ``errors``: failed requests, as the objective counts them; ``faults``: those that failed by a fault of the
+    engine, of the ones that it answered, since an arm that sheds must not look better by what it refused.
     ``seconds``: mean request time; ``work``: the part of it in work. Shed requests spend none.
     """
     judged = counts.judged
@@ -86,7 +88,8 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
     spent = counts.stage_seconds
     return (
         *within,
-        Measure(ERRORS, counts.errors, judged),
+        Measure(ERRORS, counts.failed, judged),
+        Measure(FAULTS, counts.errors, counts.answered),
         Measure(SECONDS, sum(spent.values()), ended),
         Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), ended),
         Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), ended),
@@ -121,21 +124,17 @@ def effect_of(tally: Tally, before: Effect | None) -> Effect | None:
 
 
 def error_evidence(canary: Arm, control: Arm) -> float:
-    """E-value against "the canary fails no more of its requests"; shed and late requests are the load's."""
-    if ERRORS not in canary.measures or ERRORS not in control.measures:
+    """E-value against "the canary answers no more with an error"; shed and late requests are the load's."""
+    if FAULTS not in canary.measures or FAULTS not in control.measures:
         return 1.0
-    return math.exp(min(700.0, log_evidence(canary.measures[ERRORS], control.measures[ERRORS])))
+    return math.exp(min(700.0, log_evidence(canary.measures[FAULTS], control.measures[FAULTS])))
 
 
-def errors_bounded(canary: Arm, control: Arm, wanted: Objectives, allowed: float = HARM_ALLOWED) -> bool:
-    """True if the one-sided 95% bound of additional errors is small."""
-    if ERRORS not in canary.measures or ERRORS not in control.measures:
+def errors_bounded(
+    canary: Arm, control: Arm, wanted: Objectives, allowed: float = HARM_ALLOWED, measure: str = FAULTS
+) -> bool:
+    """True if the one-sided 95% bound of additional faults, or of all additional errors, is small."""
+    if measure not in canary.measures or measure not in control.measures:
         return False
-    bound = harm_bound(canary.measures[ERRORS], control.measures[ERRORS])
+    bound = harm_bound(canary.measures[measure], control.measures[measure])
     return bound <= max(allowed, wanted.errors / 5)
-
-
-def relative_fall(canary: Arm, control: Arm, name: str) -> float | None:
-    """1 - canary / control."""
-    now, before = canary.share(name), control.share(name)
-    return 1 - now / before if now is not None and before else None

@@ -15,19 +15,22 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context
 from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
 from kvpilot_operator.tuning.experiment.evidence import (
+    ERRORS,
+    FAULTS,
     GAIN_EVIDENCE,
     HARM_EVIDENCE,
     MEMORY,
+    SECONDS,
+    WORK,
     Arm,
     arm,
     compared,
     effect_of,
     error_evidence,
     errors_bounded,
-    relative_fall,
 )
 from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, Z95, mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
 from kvpilot_operator.tuning.experiment.verdict import (
     GAIN_SHARE,
     OPEN,
@@ -38,7 +41,7 @@ from kvpilot_operator.tuning.experiment.verdict import (
     met_by,
     overdue,
 )
-from kvpilot_operator.tuning.state import Change, Effect
+from kvpilot_operator.tuning.state import Change, Effect, Tally
 
 BETTER = math.log(0.95)
 """Log ratio of the measure that a gain must fall below."""
@@ -48,22 +51,33 @@ HARM = math.log(1.1)
 
 MIN_INTERVALS = 3
 
+TIMES = frozenset({SECONDS, WORK})
+"""Measures of whole requests. Any other may improve at the cost of the time in work, as a compression level
+that holds more blocks and loads them more slowly, so that is compared beside it."""
+
 
 def with_interval(context: Context, change: Change) -> Change:
     """The change with one more interval, once a whole short window has passed since the last one."""
     length = context.policy.pace.short
-    last = change.tally.at or change.measured_from
+    last = max(change.tally.at, change.measured_from)  # a push began the measurement anew
     if context.now - last < length or change.measure == MEMORY:
         return change
     canary, control = arms(context, change, "short")
     found = compared(canary, control, change.measure)
     if found is None:
         return change
-    sign = -1.0 if change.crossed_at else 1.0
-    before = change.difference_before
-    shift = 0.0 if before is None else sign * before.log_ratio
     least = min(canary.judged, control.judged) if change.others else canary.judged
-    return replace(change, tally=change.tally.with_interval(found - shift, least, context.now))
+
+    def extended(tally: Tally, ratio: float, before: Effect | None) -> Tally:
+        sign = -1.0 if change.crossed_at else 1.0
+        shift = 0.0 if before is None else sign * before.log_ratio
+        return tally.with_interval(ratio - shift, least, context.now)
+
+    change = replace(change, tally=extended(change.tally, found, change.difference_before))
+    longer = compared(canary, control, WORK) if change.others and change.measure not in TIMES else None
+    if longer is None:
+        return change
+    return replace(change, work=extended(change.work, longer, change.work_before))
 
 
 def difference_before(context: Context, measure: str, canary: str, controls: frozenset[str]) -> Effect | None:
@@ -73,6 +87,8 @@ def difference_before(context: Context, measure: str, canary: str, controls: fro
     wanted, seen = context.policy.objectives, context.measured
     one, other = (arm(seen, "long", uids, wanted) for uids in (frozenset({canary}), controls))
     found = compared(one, other, measure)
+    if measure == MEMORY:  # a gauge, which is as it is
+        return None if found is None else Effect(found, 0.0)
     least = min(one.judged, other.judged)
     return None if found is None or least <= 0 else Effect(found, 2 * OVERDISPERSION / least)
 
@@ -80,7 +96,8 @@ def difference_before(context: Context, measure: str, canary: str, controls: fro
 def judge_measure(context: Context, change: Change) -> Verdict:
     """The verdict by the intervals of a measure."""
     canary, control = arms(context, change)
-    effect, failed = _effect(change), error_evidence(canary, control)
+    effect, failed = _effect(change.tally, change.difference_before), error_evidence(canary, control)
+    longer = _effect(change.work, change.work_before) if change.work.count >= MIN_INTERVALS else None
     slower = _capacity_lost(context, change)
     evidence = _evidence(change, canary, control, effect, max(failed, slower))
     wanted = context.policy.objectives
@@ -92,14 +109,19 @@ def judge_measure(context: Context, change: Change) -> Verdict:
     late = overdue(context, change)
     enough = effect is not None and change.tally.count >= MIN_INTERVALS
     worse = mixture_evidence(effect, HARM) if effect is not None and enough else 0.0
-    if max(failed, slower, worse) >= HARM_EVIDENCE:
+    lengthened = mixture_evidence(longer, HARM) if longer is not None and enough else 0.0
+    if lengthened >= HARM_EVIDENCE:
+        text += ", but requests are longer in work"
+    if max(failed, slower, worse, lengthened) >= HARM_EVIDENCE:
         return verdict(reasons.HARMFUL)
     if effect is None or not enough:
         return verdict(reasons.TOO_FEW_REQUESTS if late else OPEN, aborted=late)
     if change.others and met_by(control, change.objective, wanted) and _verified_long(context, change):
         return verdict(reasons.BREACH_GONE, aborted=True)
     gained = mixture_evidence(effect, BETTER, above=False) >= GAIN_EVIDENCE
-    if gained and errors_bounded(canary, control, wanted):
+    harmless = longer is None or longer.log_ratio <= HARM
+    harmless &= all(errors_bounded(canary, control, wanted, measure=name) for name in (FAULTS, ERRORS))
+    if gained and harmless:
         return verdict(reasons.PROMOTED)
     half = min(BETTER, math.log(max(1e-3, 1 - GAIN_SHARE * change.predicted_gain)))
     if mixture_evidence(effect, half) >= GAIN_EVIDENCE:
@@ -111,7 +133,8 @@ def judge_memory(context: Context, change: Change) -> Verdict:
     """The verdict on memory: the canary's against the controls', once it has had time to fall."""
     canary, control = arms(context, change)
     wanted, failed = context.policy.objectives, error_evidence(canary, control)
-    fall = relative_fall(canary, control, MEMORY)
+    ratio, before = compared(canary, control, MEMORY), change.difference_before
+    fall = None if ratio is None else 1 - math.exp(ratio - (0.0 if before is None else before.log_ratio))
     evidence = {
         **format_arms(canary, control),
         "gain": None if fall is None else round(fall, 4),
@@ -130,10 +153,9 @@ def judge_memory(context: Context, change: Change) -> Verdict:
     return Verdict(OPEN, text, evidence)
 
 
-def _effect(change: Change) -> Effect | None:
+def _effect(tally: Tally, before: Effect | None) -> Effect | None:
     """What the intervals show; the difference before the change is out of each, its variance comes on top."""
-    before = change.difference_before
-    return effect_of(change.tally, None if before is None else Effect(0.0, before.variance))
+    return effect_of(tally, None if before is None else Effect(0.0, before.variance))
 
 
 def _verified_long(context: Context, change: Change) -> bool:
@@ -149,7 +171,7 @@ def _capacity_lost(context: Context, change: Change) -> float:
         step_rate(seen.counts("verify", uids), change.values) for uids in (change.candidates, change.others)
     )
     found = difference(one, other)
-    if found is None:
+    if found is None or not as_loaded(one, other, change.values):
         return 0.0
     return mixture_evidence(corrected(found, None), harm_below(change.ratio), above=False)
 

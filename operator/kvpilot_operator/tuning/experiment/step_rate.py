@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
@@ -42,12 +43,27 @@ def step_rate(counts: Counts, values: Sequence[KnobChange]) -> StepRate:
     # The sizes of requests are in the rate a second time then, so they count half.
     unit, part = (row_steps, 0.5) if per_request else (1.0, 1.0)
     shown = [
-        StepRate(rows / seconds / unit, part * rows / row_steps)
+        StepRate(rows / seconds / unit, part * rows / row_steps, bucket)
         for bucket, rows in counts.bucket_rows.items()
         if (seconds := counts.bucket_seconds.get(bucket, 0.0)) >= MIN_SECONDS
         and rows / row_steps >= MIN_REQUESTS
     ]
-    return max(shown, key=lambda item: item.rate, default=StepRate())
+    best = max(shown, key=lambda item: item.rate, default=StepRate())
+    return replace(best, rows=max((item.rows for item in shown), default=0.0))
+
+
+def as_loaded(now: StepRate, before: StepRate, values: Sequence[KnobChange]) -> bool:
+    """True if ``now`` was seen with as many rows as ``before``, less what the change takes away of them.
+
+    A rate with fewer rows is lower by the load alone, so it shows no harm.
+    """
+    numbers = (int, float)
+    left = [
+        item.after / item.before
+        for item in values
+        if isinstance(item.before, numbers) and isinstance(item.after, numbers) and item.before
+    ]
+    return now.rows >= before.rows * min([1.0, *left])
 
 
 def difference(one: StepRate, other: StepRate) -> Effect | None:

@@ -14,6 +14,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     SECONDS,
     TIER_LOAD,
     WASTE,
+    WORK,
     Arm,
     arm,
     arm_of,
@@ -96,7 +97,8 @@ def format_arms(canary: Arm, control: Arm) -> dict[str, Any]:
 
 def format_effect(change: Change, canary: Arm, control: Arm, wanted: Objectives) -> str:
     """Effect of the change on what it should cure, in one clause: controls first, then canary."""
-    objective = change.objective if change.measure in {CAPACITY, TIER_LOAD} else change.measure
+    of_requests = change.measure in {CAPACITY, TIER_LOAD, SECONDS, WORK}
+    objective = change.objective if of_requests else change.measure
     if objective in wanted.latency:
         edge = wanted.latency[objective][0]
         name = f"{objective} within {edge * 1000:g} ms"

@@ -16,9 +16,9 @@ from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_changes
 from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK, errors_of
 from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
-from kvpilot_operator.tuning.experiment.evidence import ERRORS, HARM_EVIDENCE, Arm, error_evidence
+from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, error_evidence
 from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
@@ -42,12 +42,15 @@ def watch(context: Context, draft: Draft) -> Draft:
         return draft
     counts = context.measured.counts("watch", frozenset(replica.uid for replica in context.current))
     if context.trust.nothing is None and counts.judged:
-        before = Measure(ERRORS, seen.errors_before * seen.judged_before, seen.judged_before)
-        now = Measure(ERRORS, counts.errors, counts.judged)
-        found = difference(step_rate(counts, seen.values), seen.rate_before)
-        failed = error_evidence(Arm({ERRORS: now}, now.of), Arm({ERRORS: before}, before.of))
+        before = Measure(FAULTS, seen.errors_before * seen.judged_before, seen.judged_before)
+        now = Measure(FAULTS, counts.errors, counts.answered)
+        rate = step_rate(counts, seen.values)
+        found = difference(rate, seen.rate_before)
+        failed = error_evidence(Arm({FAULTS: now}, now.of), Arm({FAULTS: before}, before.of))
         bound = harm_below(seen.ratio)
-        slower = 0.0 if found is None else mixture_evidence(corrected(found, None), bound, above=False)
+        slower = 0.0
+        if found is not None and as_loaded(rate, seen.rate_before, seen.values):
+            slower = mixture_evidence(corrected(found, None), bound, above=False)
         evidence = {
             "verdict": reasons.HARMFUL,
             "ratio": None if found is None else round(math.exp(found.log_ratio), 3),

@@ -18,7 +18,7 @@ from kvpilot_operator.tuning.assess.diagnosis import share, waits_for_pages
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Found, Proposal
-from kvpilot_operator.tuning.experiment.evidence import WORK
+from kvpilot_operator.tuning.experiment.evidence import SECONDS, WORK
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.rules.bounds import Room, room
 from kvpilot_operator.tuning.rules.prediction import grown, ladder_gain, needed_concurrency, queue_gain
@@ -103,7 +103,7 @@ def workers_down(context: Context) -> Found:
         1 - capacity.work_s(after) / capacity.work_s(now),
         f"work took {capacity.work_s(now):.2f} s with {now:.0f} requests at once; {after} complete the load",
         ratio=capacity.rate(after) / capacity.rate(most),
-        measure=WORK,
+        measure=SECONDS,  # not the work alone: what is not admitted waits instead
     )
 
 

@@ -69,6 +69,12 @@ def test_harm(figures: dict[str, Any], harmful: bool) -> None:
     assert name_of(judged(arms(figures, {}))) == (("Harmful", False) if harmful else (OPEN, False))
 
 
+def test_fewer_rows_than_the_controls_had_are_no_harm() -> None:
+    drained = change(since=20.0, drained=True)
+    assert judged(arms({"row_rate": 50.0, "rows": 4}, {"rows": 8}), drained).name == OPEN
+    assert judged(arms({"row_rate": 50.0, "rows": 8}, {"rows": 8}), drained).name == "Harmful"
+
+
 def test_long_work_that_the_controls_have_as_well_is_no_harm() -> None:
     slow = {"stages": {"decode": 2.5}}
     assert judged(arms(slow, slow)).name == OPEN
@@ -108,6 +114,14 @@ def test_a_breach_that_is_gone_without_the_change_ends_it() -> None:
     )
 
 
+def test_a_breach_by_shedding_is_not_gone_while_the_controls_shed() -> None:
+    """They meet every latency objective, as 3% of shed requests do; 1% may fail."""
+    calm = {"gauges": gauges(), "attained": GOOD, "seconds": LONG_S}
+    shedding = arms({}, {}, shed=0.03, **calm)
+    assert judged(shedding, change(since=LONG_S, objective="errors")).name == OPEN
+    assert name_of(judged(arms({}, {}, shed=0.005, **calm), since=LONG_S)) == ("BreachGone", True)
+
+
 def test_a_cure_that_shows_needs_less_of_a_proof() -> None:
     """The canary meets its objectives and the controls do not, while a fifth more is likely."""
     better = {"row_rate": 145.0}
@@ -142,7 +156,7 @@ def test_one_replica_is_compared_with_its_past_and_said_to_be_unproven() -> None
     tried = change(
         since=20.0,
         controls=(),
-        before=(Measure("errors", 0.0, 1200.0), Measure("p95", 700.0, 1200.0)),
+        before=(Measure("faults", 0.0, 1200.0), Measure("p95", 700.0, 1200.0)),
         rate_before=StepRate(100.0, 1200.0),
     )
     faster = seen(canary(verify={"row_rate": 200.0}, gauges=QUEUED, seconds=20.0))

@@ -16,14 +16,15 @@ from kvpilot_operator.tuning.experiment.evidence import (
     effect_of,
     error_evidence,
     errors_bounded,
-    relative_fall,
+    measures,
 )
 from kvpilot_operator.tuning.experiment.statistics import harm_bound, mixture_evidence
+from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import Effect, Measure, Tally
 
 
 def counted(bad: float, of: float) -> Arm:
-    return Arm({"errors": Measure("errors", bad, of)}, of)
+    return Arm({"faults": Measure("faults", bad, of)}, of)
 
 
 def errors_path(rate_canary: float, rate_control: float, looks: int, seed: int) -> float:
@@ -73,8 +74,8 @@ def test_intervals_prove_what_is_there(effect: float, scatter: float) -> None:
 
 
 def test_harm_is_bounded_by_counts_not_by_rates_alone() -> None:
-    assert harm_bound(Measure("errors", 2, 100), Measure("errors", 2, 200)) > 0.05
-    assert harm_bound(Measure("errors", 8, 400), Measure("errors", 8, 400)) < 0.05
+    assert harm_bound(Measure("faults", 2, 100), Measure("faults", 2, 200)) > 0.05
+    assert harm_bound(Measure("faults", 8, 400), Measure("faults", 8, 400)) < 0.05
     assert errors_bounded(counted(8, 400), counted(8, 400), PRODUCTION)
     assert not errors_bounded(counted(80, 400), counted(8, 400), PRODUCTION)
 
@@ -87,4 +88,27 @@ def test_comparison_is_the_log_ratio_with_a_floor() -> None:
     assert compared(arm(tierLoad=0.1), arm(tierLoad=0.4), "tierLoad") == pytest.approx(math.log(0.25))
     assert compared(arm(tierLoad=0.0), arm(tierLoad=0.4), "tierLoad") == pytest.approx(math.log(0.02))
     assert compared(arm(tierLoad=0.1), arm(tierLoad=0.0), "tierLoad") is None
-    assert relative_fall(arm(memory=0.7), arm(memory=0.9), "memory") == pytest.approx(2 / 9)
+
+
+def outcomes(**ended: float) -> Arm:
+    return Arm(
+        {item.name: item for item in measures(Counts(outcomes=ended), PRODUCTION)}, sum(ended.values())
+    )
+
+
+def test_what_an_arm_sheds_makes_its_engines_neither_better_nor_worse() -> None:
+    """Both fail 2% of what they answer, and the controls refuse half of what comes to them."""
+    canary, control = outcomes(ok=1960.0, error=40.0), outcomes(ok=980.0, error=20.0, shed=1000.0)
+    assert error_evidence(canary, control) < 1
+    assert errors_bounded(canary, control, PRODUCTION)
+    failing = outcomes(ok=400.0, error=100.0, shed=1500.0, timeout=500.0)
+    assert error_evidence(failing, outcomes(ok=1900.0, error=100.0)) >= HARM_EVIDENCE, (
+        "a fifth of the answers"
+    )
+
+
+def test_errors_of_an_arm_are_those_of_the_objective() -> None:
+    shedding = outcomes(ok=900.0, error=10.0, shed=80.0, timeout=10.0)
+    assert shedding.share("errors") == pytest.approx(0.1)
+    assert shedding.share("faults") == pytest.approx(10 / 910)
+    assert not errors_bounded(shedding, outcomes(ok=1000.0), PRODUCTION, measure="errors")

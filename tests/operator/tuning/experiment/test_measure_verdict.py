@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.operator.tuning.experiments import canary, change, context, controls, seen
 from tests.operator.tuning.observations import BAD, GOOD, NOW, gauges, replica
+from tests.operator.tuning.policies import PRODUCTION
 
 from kvpilot_operator.tuning.experiment.measure_verdict import (
     difference_before,
@@ -72,6 +73,23 @@ def test_what_the_arms_differed_by_before_is_taken_out_of_each_interval() -> Non
     assert tally.mean == pytest.approx(math.log(0.5))
 
 
+def test_an_interval_begins_anew_after_a_push() -> None:
+    """Half of the controls got the candidate 4 s ago: what the short window holds of them is from before."""
+    widened = trying(since=200.0, measured_from=NOW - 4, tally=replace(intervals(0.0), at=NOW - 60))
+    seen_now = context(loading(0.2, 0.4))
+    assert with_interval(seen_now, widened) == widened
+    later = replace(seen_now, now=NOW + SHORT_S - 4)
+    assert with_interval(later, widened).tally.count == 6
+
+
+def test_the_time_in_work_is_compared_beside_what_should_improve() -> None:
+    tried = trying(work_before=Effect(math.log(0.5), 0.01))
+    work = with_interval(context(loading(0.24, 0.24)), tried).work
+    assert (work.count, work.mean) == (1, pytest.approx(math.log(2))), "it took half as long before"
+    whole = with_interval(context(loading(0.24, 0.24)), trying(measure="seconds"))
+    assert (whole.tally.count, whole.work) == (1, Tally())
+
+
 def test_after_the_swap_the_same_machine_stands_on_the_other_side() -> None:
     """The first canary is 0.8 times the other by itself: after the swap it is the control."""
     before = Effect(math.log(0.8), 0.01)
@@ -89,6 +107,12 @@ def test_difference_before_is_that_of_the_long_window() -> None:
     assert found.log_ratio == pytest.approx(math.log(0.5))
     assert found.variance == pytest.approx(2 * 2.0 / 1200)
     assert difference_before(context(seen(*pods)), "tierLoad", "uid-chat-0", frozenset()) is None
+    idle = [
+        replica(f"chat-{i}", rate=0.0, gauges=gauges(memory_ratio=m)) for i, m in enumerate((0.6, 0.8, 0.8))
+    ]
+    assert difference_before(context(seen(*idle)), "memory", "uid-chat-0", others) == Effect(
+        pytest.approx(math.log(0.75)), 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,6 +174,33 @@ def test_capacity_is_given_up_as_far_as_the_change_says_so(rule: str, ratio: flo
     assert (verdict.name == "Harmful") is harmful
 
 
+HITS = {"measure": "hitRate", "objective": "hitRate", "predicted_gain": 0.3}
+
+
+def test_hits_that_cost_more_time_than_they_save_are_harm() -> None:
+    """As with blocks that hold longer at a higher compression level, and take longer to load."""
+    hits = intervals(math.log(0.5))
+
+    def judged_by(work: Tally) -> Verdict:
+        low = context(loading(0.5, 0.5, hit=0.3), objectives=PRODUCTION)
+        return judge_measure(low, trying(tally=hits, work=work, **HITS))
+
+    slower = judged_by(intervals(math.log(1.5)))
+    assert (slower.name, slower.aborted) == ("Harmful", False)
+    assert slower.effect == "the hit rate stayed at 30%, but requests are longer in work"
+    perhaps = judged_by(intervals(math.log(1.2), scatter=0.3))
+    assert perhaps.name == OPEN, "it may be, so that it is not promoted either"
+    assert judged_by(intervals(math.log(1.05))).name == "Promoted"
+
+
+def test_a_gain_that_sheds_is_not_promoted() -> None:
+    """Fewer slots: those that are served are served faster."""
+    ok = loading(0.2, 0.4)
+    shedding = replace(ok, replicas=(canary(verify={"shed": 0.1}, seconds=50.0), *ok.replicas[1:]))
+    assert judged(intervals(math.log(0.5)), ok, measure="seconds").name == "Promoted"
+    assert judged(intervals(math.log(0.5)), shedding, measure="seconds").name == OPEN
+
+
 def test_few_errors_still_hold_a_gain_up() -> None:
     few = loading(0.2, 0.4, rate=1.0)
     failing = replace(
@@ -173,12 +224,16 @@ def test_what_was_not_shown_in_time_ends() -> None:
     assert (vague.name, vague.aborted) == ("Inconclusive", False)
 
 
-def memory(one: float, other: float, since: float = 20.0, **figures: Any) -> Verdict:
+def memory(
+    one: float, other: float, since: float = 20.0, before: Effect | None = None, **figures: Any
+) -> Verdict:
     full, less = gauges(memory_ratio=other), gauges(memory_ratio=one)
     pods = seen(
         canary(gauges=less, verify=figures, seconds=50.0), *controls(gauges=full, verify={}, seconds=50.0)
     )
-    tried = trying(since=since, measure="memory", objective="memory", predicted_gain=0.2)
+    tried = trying(
+        since=since, measure="memory", objective="memory", predicted_gain=0.2, difference_before=before
+    )
     return judge_memory(context(pods), tried)
 
 
@@ -187,6 +242,14 @@ def test_memory_is_proven_by_the_gauge() -> None:
     assert (verdict.name, verdict.effect) == ("Promoted", "memory fell from 90% to 72%")
     assert (verdict.evidence["gain"], verdict.evidence["predictionError"]) == (0.2, 0.0)
     assert memory(0.8, 0.9).name == "Promoted", "half of the predicted fall"
+
+
+def test_memory_that_differed_before_has_not_fallen() -> None:
+    lower = Effect(math.log(0.8), 0.0)
+    assert memory(0.72, 0.9, before=lower).name == OPEN
+    assert memory(0.72, 0.9, since=VERIFY_S, before=lower).name == "NoGain"
+    assert memory(0.72, 0.9, before=Effect(math.log(1.25), 0.0)).evidence["gain"] == pytest.approx(0.36)
+    assert memory(0.648, 0.9, before=lower).name == "Promoted", "a tenth less than it was"
 
 
 def test_memory_that_does_not_fall_in_a_verify_time_is_no_gain() -> None:

@@ -14,7 +14,7 @@ from tests.operator.tuning.observations import counts
 from kvpilot_operator.tuning.experiment.capacity_verdict import BETTER, WORSE
 from kvpilot_operator.tuning.experiment.evidence import GAIN_EVIDENCE, HARM_EVIDENCE
 from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
 
@@ -152,3 +152,31 @@ def test_larger_chunks_are_compared_by_requests_as_each_takes_fewer_row_steps() 
     assert math.exp(by_steps.log_ratio) == pytest.approx(0.8), "each step is longer"
     assert math.exp(by_requests.log_ratio) == pytest.approx(1.6), "and does twice the work"
     assert by_requests.variance == pytest.approx(2 * by_steps.variance)
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "enough"),
+    [
+        (8.0, (KnobChange("numWorkers", 2, 8),), True),
+        (4.0, (KnobChange("numWorkers", 2, 8),), False),
+        (2.0, (KnobChange("numWorkers", 16, 4),), True),  # a quarter of the rows is all that it can show
+        (1.0, (KnobChange("numWorkers", 16, 4),), False),
+        (8.0, (KnobChange("cacheStrategy", "lru", "adaptive"), KnobChange("maxMemoryMb", None, 64)), True),
+    ],
+)
+def test_harm_is_seen_with_as_many_rows_as_before(
+    rows: float, values: tuple[KnobChange, ...], enough: bool
+) -> None:
+    assert as_loaded(StepRate(50.0, 100.0, rows), StepRate(100.0, 100.0, 8.0), values) is enough
+
+
+def test_most_rows_are_told_beside_the_best_rate() -> None:
+    """A device that thrashes with 16 rows: it was loaded, and its best is with eight."""
+    seen = Counts(
+        outcomes={"ok": 100.0},
+        step_rows=10_000.0,
+        bucket_rows={8: 6000.0, 16: 4000.0, 32: 10.0},
+        bucket_seconds={8: 10.0, 16: 20.0, 32: 0.1},
+    )
+    found = step_rate(seen, ())
+    assert (found.rate, found.rows) == (600.0, 16)

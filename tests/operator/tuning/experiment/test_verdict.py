@@ -57,6 +57,12 @@ def test_nothing_is_left_to_gain_where_the_controls_meet_the_objective() -> None
     assert not met_by(breached, "p95", PRODUCTION)
 
 
+def test_objective_for_errors_counts_what_was_shed() -> None:
+    shedding = context(verified({}, {"attained": GOOD, "shed": 0.03}))
+    _, control = arms(shedding, change(since=VERIFY_S))
+    assert not met_by(control, "errors", PRODUCTION), "1% may fail"
+
+
 @pytest.mark.parametrize(("since", "late"), [(4 * VERIFY_S - 1, False), (4 * VERIFY_S, True)])
 def test_experiment_is_overdue_after_four_verify_times(since: float, late: bool) -> None:
     assert overdue(context(verified({}, {})), change(since=since)) is late

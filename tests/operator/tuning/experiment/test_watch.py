@@ -125,6 +125,15 @@ def test_harm_of_the_users_edit_is_reported_and_nothing_is_changed() -> None:
     )
 
 
+def test_fewer_rows_after_the_load_fell_are_no_harm() -> None:
+    """A step with one row advances half of the rows that one with eight does, per second."""
+    before = {"rate_before": StepRate(100.0, 3000.0, 8.0)}
+    calm = watched(fleet(row_rate=50.0, rows=4), watching(**before))
+    assert (calm.records, calm.state.watch is None) == ((), False)
+    busy = watched(fleet(row_rate=50.0, rows=8), watching(**before))
+    assert [record.outcome for record in busy.records] == ["Reverted"]
+
+
 @pytest.mark.parametrize("rate", [90.0, 100.0, 300.0])
 def test_no_harm_goes_on_until_its_end(rate: float) -> None:
     state = watching()

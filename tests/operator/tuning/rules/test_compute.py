@@ -94,6 +94,7 @@ def test_fewer_workers_say_how_much_of_the_step_rate_they_leave() -> None:
     rate = {rows: rows / (0.016 + 0.0008 * rows + prefill_s * rows / 16) for rows in (4, 24)}
     assert found.ratio == pytest.approx(rate[4] / rate[24])
     assert found.ratio < 1
+    assert found.measure == "seconds", "who is not admitted waits, so that the work alone would look good"
 
 
 def test_batch_grows_to_the_workers_at_most() -> None:
