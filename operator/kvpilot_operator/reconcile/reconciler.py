@@ -27,7 +27,7 @@ from kvpilot_operator.status.history import last_numbers
 from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.render import invalid_status, status_of
 from kvpilot_operator.status.snapshot import AcceptedSpec, Key, Replica, Snapshot
-from kvpilot_operator.tuning.configuration import with_cold
+from kvpilot_operator.tuning.configuration import effective, with_cold
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import (
     Action,
@@ -222,7 +222,7 @@ class Reconciler:
         seen = snapshot.resource.metadata.uid, snapshot.resource.metadata.generation
         lost = snapshot.promoted is None or snapshot.desired_replicas is None or snapshot.token_lost
         if self._rolled_out.get(snapshot.key) != seen or lost:
-            config = Promoted(1, base)
+            config = _promoted_before(snapshot, base)
             if (promoted := snapshot.promoted) is not None:
                 # Before the workload: a pod that it starts at once must find the new cold fields.
                 config = replace(promoted, config=with_cold(promoted.config, base))
@@ -427,6 +427,13 @@ SAME_INTERVAL = 1.34
 
 START_S = 60.0
 """Time until a new replica serves while none was seen to start, s."""
+
+
+def _promoted_before(snapshot: Snapshot, base: Mapping[str, Any]) -> Promoted:
+    """What a new ConfigMap holds: the base, or what was promoted before somebody deleted it."""
+    state = state_of(snapshot.status)
+    number = max((item.number for item in state.generations), default=1)
+    return Promoted(number, effective(base, state.overlay))
 
 
 def _start_s(replicas: Iterable[Replica]) -> float:

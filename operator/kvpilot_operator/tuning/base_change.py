@@ -11,9 +11,9 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.configuration import effective, kept_overlay, overlay_between, overlay_with
 from kvpilot_operator.tuning.context import Context, Draft, format_value, sentence
 from kvpilot_operator.tuning.decision import DecisionOutcome, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK, abort
+from kvpilot_operator.tuning.experiment.canary import STANDING, abort, watch_of
 from kvpilot_operator.tuning.experiment.watch import watch_of_edit
-from kvpilot_operator.tuning.state import MAX_GENERATIONS, Generation, KnobChange, OverlayEntry
+from kvpilot_operator.tuning.state import MAX_GENERATIONS, Generation, KnobChange, OverlayEntry, Watch
 
 
 def remember(context: Context, draft: Draft) -> Draft:
@@ -57,6 +57,7 @@ def adopt_edit(context: Context, draft: Draft) -> Draft:
     if wanted == dict(promoted.config):
         # What is dropped had no effect: a pin was over it, or the user asks for the same value.
         return draft.with_state(overlay=kept) if dropped else draft
+    watched = _watch_that_stays(context, draft)
     if draft.state.change is not None:
         kept, dropped = kept_overlay(base, settled_overlay(context, draft), context.policy.bounds)
         wanted = effective(base, kept)
@@ -72,18 +73,38 @@ def adopt_edit(context: Context, draft: Draft) -> Draft:
     )
     summary = f"The user's configuration changed in {', '.join(edited)}{back}; generation {generation}."
     changed = tuple(KnobChange(name, promoted.config.get(name), wanted.get(name)) for name in edited)
-    seen = watch_of_edit(context, draft.next_id, changed)
+    seen = watched or watch_of_edit(context, draft.next_id, changed)
     draft = draft.recorded(context, rule="user-edit", outcome="Reset", summary=summary, generation=generation)
     draft = draft.with_state(overlay=kept, last_generation=generation, watch=seen)
     return draft.reporting(context, _key(generation, wanted)).acting(WriteConfig(generation, wanted))
 
 
 def settled_overlay(context: Context, draft: Draft) -> tuple[OverlayEntry, ...]:
-    """The overlay as it will be: what interrupts a take-back must not keep what did harm."""
+    """The overlay as it will be: what interrupts a change that stands must not undo it.
+
+    A take-back would leave what did harm, and an emergency fill the memory again.
+    """
     change, overlay = draft.state.change, draft.state.overlay
-    if change is None or change.verdict != TAKEN_BACK:
+    if change is None or change.verdict not in STANDING:
         return overlay
-    return overlay_with(context.observation.base, overlay, change.values, change.id)
+    values = tuple(item for item in change.values if not _edited(context, overlay, item.knob))
+    return overlay_with(context.observation.base, overlay, values, change.id)
+
+
+def _edited(context: Context, overlay: tuple[OverlayEntry, ...], knob: str) -> bool:
+    """True if the user's value of a knob is another one than when the promoted configuration was made."""
+    entry = next((entry for entry in overlay if entry.knob == knob), None)
+    known = context.config.get(knob) if entry is None else entry.based_on
+    return bool(context.observation.base.get(knob) != known)
+
+
+def _watch_that_stays(context: Context, draft: Draft) -> Watch | None:
+    """The watch over an emergency that something interrupts: it is taken back if it frees no memory."""
+    change = draft.state.change
+    if change is None or change.verdict != reasons.EMERGENCY:
+        return None
+    kept = not any(_edited(context, draft.state.overlay, item.knob) for item in change.values)
+    return watch_of(context, change) if kept else None
 
 
 def replace_overlay(
@@ -107,13 +128,14 @@ def replace_overlay(
     wanted = effective(context.observation.base, overlay)
     same = wanted == dict(promoted.config)
     reason, message, knobs = interrupts
+    watched = _watch_that_stays(context, draft)
     if (change := draft.state.change) is not None:
         concerned = knobs is None or any(item.knob in knobs for item in change.values)
         if concerned or not same:
             draft = abort(context, draft, reason, message)
     number = draft.state.last_generation + (not same)
     suffix = "" if same else f"; generation {number}"
-    draft = draft.with_state(overlay=overlay, watch=None)
+    draft = draft.with_state(overlay=overlay, watch=watched)
     if same:
         return draft.recorded(context, rule=rule, outcome=outcome, summary=f"{sentence(why)}.")
     tuned = {entry.knob: entry.value for entry in overlay if not entry.pinned}

@@ -29,7 +29,7 @@ from kvpilot_operator.tuning.context import (
     Plan,
     Proposal,
 )
-from kvpilot_operator.tuning.decision import Decision, Objective, Push, Rejected
+from kvpilot_operator.tuning.decision import Decision, Objective, Push, Rejected, WriteConfig
 from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, advance, enough_exposure, start
 from kvpilot_operator.tuning.experiment.emergency import begin_emergency
 from kvpilot_operator.tuning.experiment.watch import watch
@@ -172,14 +172,13 @@ def forget(context: Context, draft: Draft) -> Draft:
 
 
 def _still_reported(item: Reported, context: Context) -> bool:
-    """An infeasible target is reported once while it stands; a recommendation is repeated after a time."""
-    if item.key == INFEASIBLE:
-        return (
-            not context.objectives
-            or any(one.state == "Infeasible" for one in context.objectives)
-            or all(one.state == "Unknown" for one in context.objectives)
-        )
-    return item.at > context.now - REPORT_COOLDOWNS * context.policy.pace.cooldown
+    """A recommendation is repeated after a time; an infeasible target is not while it stands."""
+    if item.at > context.now - REPORT_COOLDOWNS * context.policy.pace.cooldown:
+        return True
+    return item.key == INFEASIBLE and (
+        any(one.state == "Infeasible" for one in context.objectives)
+        or all(one.state == "Unknown" for one in context.objectives)
+    )
 
 
 def hold(context: Context, draft: Draft) -> Draft:
@@ -280,9 +279,14 @@ def _cause(item: Rejected) -> str:
 
 
 def converge(context: Context, draft: Draft) -> Draft:
-    """Push to every ready replica that runs another configuration than it should."""
+    """Push to every ready replica that runs another configuration than it should.
+
+    While a revert waits for the ConfigMap that is being written, engines are not sent the present one first:
+    where an emergency was interrupted, that would undo it for a moment.
+    """
     promoted, state = context.observation.promoted, draft.state
-    if promoted is None:
+    written = any(isinstance(action, WriteConfig) for action in draft.actions)
+    if promoted is None or (written and state.phase is Phase.REVERT):
         return draft
     for replica in context.everyone:
         if replica.engine is None:

@@ -13,6 +13,8 @@ from tests.operator.backtest.simulations import (
     simulate,
 )
 
+from kvpilot_operator.tuning.decision import Push
+
 
 def test_crash_before_any_effect_still_ends_promoted() -> None:
     """The operator dies before its n-th write, for every n: the next one goes on from what is there."""
@@ -69,6 +71,19 @@ def test_lost_status_keeps_the_promoted_configuration() -> None:
         ("batchSize", 2, tuned["batchSize"]),
     }
     assert [hold.reason for hold in sim.state.holds] == ["Cooldown"]
+    assert_settled(sim)
+
+
+def test_deleted_config_map_comes_back_with_what_was_promoted() -> None:
+    sim = promoted()
+    before = sim.promoted
+    told, decided = len(sim.records), len(sim.decisions)
+    sim.cluster.promoted = None
+    sim.run(4)
+    assert sim.promoted == before, "and not as generation 1 with the user's base"
+    assert len(sim.records) == told, "nothing is recorded as the user's edit"
+    actions = [action for _, decision in sim.decisions[decided:] for action in decision.actions]
+    assert not [action for action in actions if isinstance(action, Push)], "engines run it already"
     assert_settled(sim)
 
 

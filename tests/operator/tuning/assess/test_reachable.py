@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import NOW, counts, curve, gauges, many, observe
+from tests.operator.tuning.observations import GOOD, NOW, counts, curve, gauges, many, observe
 from tests.operator.tuning.policies import PRODUCTION, policy_of
 
 from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.assess.reachable import Unreachable, unreachable
 from kvpilot_operator.tuning.decide import decide
+from kvpilot_operator.tuning.decision import Decision
+from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.policy import Objectives
 from kvpilot_operator.tuning.state import TuningState
 
@@ -55,7 +57,13 @@ def test_nothing_is_said_without_a_measurement(capacity: Capacity | None) -> Non
     assert unreachable(seen, capacity, PRODUCTION) == ()
 
 
-def impossible(**policy: Any) -> Any:
+def impossible(
+    state: TuningState | None = None,
+    *,
+    now: float = NOW,
+    seen: Observation | None = None,
+    **policy: Any,
+) -> Decision:
     """Three engines that are idle most of the time, whose requests need 30 steps of 17 ms."""
     own: Objectives = replace(PRODUCTION, hit_rate=0.0, throughput=0, floor=0, latency={"p50": (0.1, 0.5)})
     pods = many(
@@ -68,8 +76,10 @@ def impossible(**policy: Any) -> Any:
         row_rate=75.0,
         gauges=gauges(curve=curve(), running=1.0),
     )
-    seen = observe(*pods, config={"numWorkers": 16, "batchSize": 16})
-    return decide(seen, TuningState(last_generation=1), policy_of(objectives=own, **policy), NOW)
+    slow = observe(*pods, config={"numWorkers": 16, "batchSize": 16})
+    return decide(
+        seen or slow, state or TuningState(last_generation=1), policy_of(objectives=own, **policy), now
+    )
 
 
 def test_what_cannot_be_reached_is_no_breach_and_asks_for_no_replica() -> None:
@@ -84,3 +94,22 @@ def test_what_cannot_be_reached_is_no_breach_and_asks_for_no_replica() -> None:
     assert decision.actions == ()
     again = impossible()
     assert again.state == decision.state
+
+
+def test_a_target_that_flaps_is_reported_once_in_ten_cooldowns() -> None:
+    """Good for a while, out of reach for a while: as where half of the requests are long."""
+    state = impossible().state
+    reachable = observe(*many(3, attained=GOOD), config={"numWorkers": 16, "batchSize": 16})
+
+    def at(seconds: float, seen: Observation | None = None) -> Decision:
+        return impossible(state, now=NOW + seconds, seen=seen)
+
+    for tick in range(1, 5):
+        met = at(60.0 * tick, reachable)
+        assert {item.state for item in met.objectives if item.name == "p50"} == {"Met"}
+        state = met.state
+        again = at(60.0 * tick + 2)
+        assert again.infeasible and not again.records
+        state = again.state
+    state = at(310.0, reachable).state
+    assert [record.outcome for record in at(312.0).records] == ["Infeasible"]

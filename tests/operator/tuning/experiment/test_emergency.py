@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from tests.operator.tuning.experiments import CONFIG, canary, controls, in_phase, seen
 from tests.operator.tuning.observations import GOOD, NOW, gauges, replica
 from tests.operator.tuning.policies import policy_of
 
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, Push, WriteConfig
-from kvpilot_operator.tuning.observation import Observation, Promoted
+from kvpilot_operator.tuning.observation import Observation, Pin, Promoted
 from kvpilot_operator.tuning.state import Phase, Reported, TuningState
 
 FULL = gauges(memory_ratio=0.97)
@@ -66,6 +68,44 @@ def test_it_waits_until_the_user_s_edit_is_seen() -> None:
     assert lost.actions == (WriteConfig(2, {**CONFIG, "maxQueue": 10}),)
     there = full(base={**CONFIG, "maxQueue": 10}, promoted=Promoted(2, {**CONFIG, "maxQueue": 10}))
     assert act(there, lost.state).state.phase is Phase.EMERGENCY
+
+
+def in_emergency(**changes: Any) -> tuple[Observation, TuningState]:
+    """Two of three engines run the emergency's cut, so that the ConfigMap does not hold it yet."""
+    cut = {**CONFIG, "batchSize": 4}
+    pods = [replica(f"chat-{i}", gauges=FULL, config=cut, generation=2, epoch=1) for i in range(2)]
+    return seen(*pods, replica("chat-2", gauges=FULL, config=CONFIG), **changes), act(full()).state
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({"base": {**CONFIG, "maxQueue": 10}}, {**CONFIG, "maxQueue": 10, "batchSize": 4}),
+        ({"pins": (Pin("hold", "numWorkers", 3, NOW + 60),)}, {**CONFIG, "numWorkers": 3, "batchSize": 4}),
+        ({"base": {**CONFIG, "batchSize": 6}}, {**CONFIG, "batchSize": 6}),
+        ({"pins": (Pin("hold", "batchSize", 6, NOW + 60),)}, {**CONFIG, "batchSize": 6}),
+    ],
+    ids=["edit", "pin", "edit of the same knob", "pin of the same knob"],
+)
+def test_an_edit_or_a_pin_meanwhile_keeps_it(changes: dict[str, Any], config: dict[str, Any]) -> None:
+    observation, state = in_emergency(**changes)
+    decision = act(observation, state)
+    assert [a for a in decision.actions if isinstance(a, WriteConfig)] == [WriteConfig(3, config)]
+    assert not [a for a in decision.actions if isinstance(a, Push)], "memory must not fill up meanwhile"
+    assert decision.records[0].evidence["verdict"] in {"SpecChanged", "Pinned"}
+    written = replace(observation, promoted=Promoted(3, config))
+    again = act(written, decision.state)
+    pushed = [a for a in again.actions if isinstance(a, Push)]
+    assert {(a.generation, a.values["batchSize"]) for a in pushed} == {(3, config["batchSize"])}
+
+
+def test_watch_over_it_stays_when_an_edit_interrupts_it() -> None:
+    """It is taken back if it frees no memory, unless the user chose the value."""
+    watch = act(*in_emergency(base={**CONFIG, "maxQueue": 10})).state.watch
+    assert watch is not None
+    assert (watch.rule, watch.memory_before) == ("memory-emergency", 0.97)
+    own = act(*in_emergency(base={**CONFIG, "batchSize": 6})).state.watch
+    assert own is not None and own.rule == "user-edit"
 
 
 def test_pause_and_disabled_rule_prevent_it() -> None:
