@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,16 +22,28 @@ class Switch(StrEnum):
     OFF = "off"
 
 
+def _where(context: typer.Context) -> Where:
+    """Where the command line so far looks."""
+    given = context.params
+    return Where(given.get("namespace") or "", given.get("context") or "", given.get("run"))
+
+
 def complete_names(context: typer.Context, incomplete: str) -> list[str]:
     """Names of resources for the shell; nothing if none can be found quickly."""
     from kvpilot_operator.cli.target import CommandError, find_all
 
-    given = context.params
     try:
-        found = find_all(given.get("namespace") or "", given.get("run"))
+        found = find_all(_where(context))
     except CommandError:
         return []
     return [target.key.name for target in found if target.key.name.startswith(incomplete)]
+
+
+def complete_contexts(incomplete: str) -> list[str]:
+    """Contexts of the kubeconfig for the shell."""
+    from kvpilot_operator.cli.in_cluster import context_names
+
+    return [name for name in context_names() if name.startswith(incomplete)]
 
 
 def _status(context: typer.Context) -> Status | None:
@@ -38,11 +51,10 @@ def _status(context: typer.Context) -> Status | None:
     from kvpilot_operator.cli.status import status_of
     from kvpilot_operator.cli.target import CommandError, find
 
-    given = context.params
     # Before an option without its value the name is among the words that are not read yet.
-    name = given.get("name") or next(iter(context.args), "")
+    name = context.params.get("name") or next(iter(context.args), "")
     try:
-        return status_of(find(name, given.get("namespace") or "", given.get("run")))
+        return status_of(find(name, _where(context)))
     except CommandError:
         return None
 
@@ -75,17 +87,59 @@ MaybeName = Annotated[
 KnobName = Annotated[
     str, typer.Argument(help="Name of the knob, e.g. numWorkers.", autocompletion=complete_knobs)
 ]
-Namespace = Annotated[
-    str,
-    typer.Option(
-        "--namespace", "-n", help="Namespace in the cluster; a local run of that name is then ignored."
-    ),
-]
-Run = Annotated[
-    Path | None, typer.Option(help="Directory of local runs, or of this run; no cluster is asked.")
-]
 Output = Annotated[Format, typer.Option("--output", "-o", help="Output format.")]
-By = Annotated[
-    str | None, typer.Option(help="Who asks. Default: the user of the cluster, or of this machine.")
-]
-Reason = Annotated[str, typer.Option(help="Why, for those who read it later.")]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a command finds a resource: a namespace in the cluster of a context, or a directory of runs."""
+
+    namespace: Annotated[
+        str,
+        typer.Option(
+            "--namespace", "-n", help="Namespace in the cluster; a local run of that name is then ignored."
+        ),
+    ] = ""
+    context: Annotated[
+        str,
+        typer.Option(
+            help="Context of the kubeconfig instead of the current one; local runs are then ignored.",
+            autocompletion=complete_contexts,
+        ),
+    ] = ""
+    run: Annotated[
+        Path | None, typer.Option(help="Directory of local runs, or of this run; no cluster is asked.")
+    ] = None
+
+
+ANYWHERE = Where()
+"""A local run of that name, else the present namespace of the current context."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How long something is asked for (``2h``), by whom (None: who runs the command), and why."""
+
+    duration: Annotated[str, typer.Option("--for", help="How long, such as 90s, 30m or 1h30m.")]
+    by: Annotated[
+        str | None, typer.Option(help="Who asks. Default: the user of the cluster, or of this machine.")
+    ] = None
+    reason: Annotated[str, typer.Option(help="Why, for those who read it later.")] = ""
+
+    @property
+    def seconds(self) -> float:
+        """The duration in s.
+
+        Raises:
+            CommandError: it is none, or 0.
+        """
+        from kvpilot_operator.cli.target import CommandError
+        from kvpilot_operator.resource.times import duration_s
+
+        try:
+            seconds = duration_s(self.duration)
+        except ValueError as error:
+            raise CommandError(f"--for: {error}") from None
+        if seconds <= 0:
+            raise CommandError(f"--for: must be longer than 0 s, got {self.duration}")
+        return seconds

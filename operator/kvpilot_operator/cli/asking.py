@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvpilot_operator.cli.arguments import Terms
 from kvpilot_operator.cli.output import Format, emit
 from kvpilot_operator.cli.target import CommandError, Target
 from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.model import API_VERSION
 from kvpilot_operator.resource.override import KVCacheOverride
-from kvpilot_operator.resource.times import duration_s, moment
+from kvpilot_operator.resource.times import moment
 from kvpilot_operator.status.model import value_text
 from kvpilot_operator.status.overrides import IN_FORCE, kind_of, name_of, overrides_of
 
@@ -30,30 +31,6 @@ class Asked:
     what: dict[str, Any]
     said: str
     undo: str = ""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How long something is asked for (``2h``), by whom (None: who runs the command), and why."""
-
-    duration: str
-    by: str | None
-    reason: str
-
-    @property
-    def seconds(self) -> float:
-        """The duration in s.
-
-        Raises:
-            CommandError: it is none, or 0.
-        """
-        try:
-            seconds = duration_s(self.duration)
-        except ValueError as error:
-            raise CommandError(f"--for: {error}") from None
-        if seconds <= 0:
-            raise CommandError(f"--for: must be longer than 0 s, got {self.duration}")
-        return seconds
 
 
 def ask(target: Target, asked: Asked, terms: Terms, output: Format) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kvpilot_operator.cli.arguments import Name, Namespace, Output, Run, complete_knobs
+from kvpilot_operator.cli.arguments import ANYWHERE, Name, Output, Where, complete_knobs
+from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format, emit
 from kvpilot_operator.cli.target import CommandError, Target, find, reporting
 
@@ -20,10 +21,10 @@ def register(app: typer.Typer) -> None:
         epilog="Examples: `kvpilot explain quickstart`; `kvpilot explain chat -n team-a -o json`; "
         "`kvpilot explain chat --why-not batchSize`",
     )
+    @grouped
     def explain(
         name: Name,
-        namespace: Namespace = "",
-        run: Run = None,
+        where: Where = ANYWHERE,
         last: Annotated[int, typer.Option(min=0, help="Number of changes.")] = 5,
         knob: Annotated[
             str,
@@ -40,7 +41,7 @@ def register(app: typer.Typer) -> None:
         from kvpilot_operator.status.explain import explain as explained
 
         with reporting("explain"):
-            target = find(name, namespace, run)
+            target = find(name, where)
             if knob:
                 lines = _why_not(target, knob)
                 emit(output, {"name": name, "knob": knob, "whyNot": lines}, lambda: lines)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvpilot_operator.cli.arguments import Name, Namespace, Output, Run
+from kvpilot_operator.cli.arguments import ANYWHERE, Name, Output, Where
+from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format, emit
 from kvpilot_operator.cli.status import status_of
 from kvpilot_operator.cli.target import find, reporting
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
     app.command(
         epilog="Examples: `kvpilot export --as-spec chat > chat.yaml`; `kvpilot export chat -o json`"
-    )(export)
+    )(grouped(export))
 
 
 def export(
@@ -24,8 +25,7 @@ def export(
     _as_spec: Annotated[
         bool, typer.Option("--as-spec", help="As a KVCacheDeployment; there is no other form yet.")
     ] = True,
-    namespace: Namespace = "",
-    run: Run = None,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Print the manifest with the tuned values in spec.engine.config; comments name their decisions."""
@@ -33,7 +33,7 @@ def export(
     from kvpilot_operator.status.history import history_of
 
     with reporting("export"):
-        target = find(name, namespace, run)
+        target = find(name, where)
         status = status_of(target)
         exported = as_spec(target.manifest, status, history_of(status, target.records()))
         emit(output, exported.manifest, lambda: exported.text().rstrip("\n").splitlines())

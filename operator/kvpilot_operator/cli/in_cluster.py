@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kubernetes.aio.config import ConfigException
-from kubernetes.aio.config.kube_config import list_kube_config_contexts
 
-from kvpilot_operator.adapters.kubernetes.api import ApiError, JsonObject, KubernetesApi, kubeconfig, path_of
+from kvpilot_operator.adapters.kubernetes.api import ApiError, JsonObject, KubernetesApi, contexts, path_of
 from kvpilot_operator.cli.target import CommandError, Json, NotFoundError, listed
 from kvpilot_operator.manifests import names
 from kvpilot_operator.resource.model import API_VERSION
@@ -27,15 +27,15 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 REVIEW = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
 
 
-def _call(work: Callable[[KubernetesApi], Awaitable[T]]) -> T:
-    """Connect, work, disconnect.
+def _call(context: str, work: Callable[[KubernetesApi], Awaitable[T]]) -> T:
+    """Connect by a context of the kubeconfig, "" for the current one, work, disconnect.
 
     Raises:
         CommandError: there is no cluster to ask, it does not answer, or it refuses.
     """
 
     async def connected() -> T:
-        api = await KubernetesApi.connect_as_user(TIMEOUT_S)
+        api = await KubernetesApi.connect_as_user(TIMEOUT_S, context)
         try:
             return await work(api)
         finally:
@@ -43,7 +43,7 @@ def _call(work: Callable[[KubernetesApi], Awaitable[T]]) -> T:
 
     try:
         return asyncio.run(connected())
-    except (ConfigException, OSError, TypeError) as error:  # TypeError: a kubeconfig that is no mapping
+    except (ConfigException, OSError) as error:
         raise NotFoundError(f"no cluster to ask ({' '.join(str(error).split())})") from None
     except ApiError as error:
         raise CommandError(str(error)) from None
@@ -54,22 +54,23 @@ class ClusterResource:
 
     ended = False
 
-    def __init__(self, manifest: Json) -> None:
+    def __init__(self, manifest: Json, context: str = "") -> None:
         metadata = manifest["metadata"]
         self.key = Key(str(metadata["namespace"]), str(metadata["name"]))
         self.manifest = manifest
-        self.options = f" -n {self.key.namespace}"
+        self.options = f" -n {self.key.namespace}" + (f" --context {shlex.quote(context)}" if context else "")
+        self._context = context
 
     def records(self) -> list[Json]:
         """Whole decision records, oldest first."""
         path = path_of("v1", "ConfigMap", self.key.namespace, names.decisions_name(self.key.name))
-        kept = _call(lambda api: api.get(path)) or {}
+        kept = _call(self._context, lambda api: api.get(path)) or {}
         return parse_records(str((kept.get("data") or {}).get(names.DECISIONS_KEY, "")))
 
     def overrides(self) -> list[Json]:
         """All overrides of the namespace."""
         path = path_of(API_VERSION, "KVCacheOverride", self.key.namespace)
-        return [*_call(lambda api: api.list(path))]
+        return [*_call(self._context, lambda api: api.list(path))]
 
     def create(self, override: Json) -> str:
         """Create an override; returns its name.
@@ -78,7 +79,9 @@ class ClusterResource:
             CommandError: the API server refuses it.
         """
         path = path_of(API_VERSION, "KVCacheOverride", self.key.namespace)
-        made = _call(lambda api: api.request("POST", path, dict(override), fieldManager="kvpilot-cli"))
+        made = _call(
+            self._context, lambda api: api.request("POST", path, dict(override), fieldManager="kvpilot-cli")
+        )
         return str(made["metadata"]["name"])
 
     def delete(self, override: str) -> None:
@@ -96,7 +99,7 @@ class ClusterResource:
                 if error.status != 404:
                     raise
 
-        _call(gone)
+        _call(self._context, gone)
 
     def pages(self) -> dict[str, str | None]:
         """Text of the metrics page of each ready pod, through the API server, by the pod's name.
@@ -106,7 +109,7 @@ class ClusterResource:
         Raises:
             CommandError: the API server refuses the proxy to every pod.
         """
-        return _call(self._pages)
+        return _call(self._context, self._pages)
 
     async def _pages(self, api: KubernetesApi) -> dict[str, str | None]:
         namespace, name = self.key
@@ -126,9 +129,9 @@ class ClusterResource:
         """The user as the API server knows it; else the one of the kubeconfig."""
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         with contextlib.suppress(CommandError):
-            found = _call(lambda api: api.request("POST", REVIEW, review))
+            found = _call(self._context, lambda api: api.request("POST", REVIEW, review))
             return str(found["status"]["userInfo"]["username"])
-        return str(_context().get("user", ""))
+        return str(_entry(self._context).get("user", ""))
 
 
 def _is_ready(pod: JsonObject) -> bool:
@@ -136,15 +139,17 @@ def _is_ready(pod: JsonObject) -> bool:
     return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
 
-def find_in_cluster(name: str, namespace: str) -> ClusterResource:
+def find_in_cluster(name: str, namespace: str, context: str = "") -> ClusterResource:
     """The resource of that name.
 
     Raises:
         NotFoundError: there is none, or the API server cannot be asked.
+        CommandError: there is no such context.
     """
-    where = namespace or _context_namespace()
+    _check(context)
+    where = namespace or _namespace(context)
     try:
-        found = {item.key.name: item for item in _all(where)}
+        found = {item.key.name: item for item in _all(where, context)}
     except NotFoundError as error:
         raise NotFoundError(f"no resource {name}: {error}") from None
     except CommandError as error:
@@ -154,29 +159,56 @@ def find_in_cluster(name: str, namespace: str) -> ClusterResource:
     return found[name]
 
 
-def all_in_cluster(namespace: str, *, everywhere: bool = False) -> list[ClusterResource]:
+def all_in_cluster(namespace: str, context: str = "", *, everywhere: bool = False) -> list[ClusterResource]:
     """The resources of a namespace, or of all.
 
     Raises:
-        CommandError: the API server cannot be asked.
+        CommandError: the API server cannot be asked, or there is no such context.
     """
-    return _all("" if everywhere else namespace or _context_namespace())
+    _check(context)
+    return _all("" if everywhere else namespace or _namespace(context), context)
 
 
-def _all(namespace: str) -> list[ClusterResource]:
-    items = _call(lambda api: api.list(path_of(API_VERSION, "KVCacheDeployment", namespace)))
-    return sorted((ClusterResource(item) for item in items), key=lambda item: item.key)
-
-
-def _context() -> dict[str, Any]:
+def context_names() -> list[str]:
+    """Contexts of the kubeconfig; none if there is no kubeconfig."""
     try:
-        _, active = list_kube_config_contexts(config_file=kubeconfig())
-    except (ConfigException, OSError, TypeError):
+        return sorted(contexts()[0])
+    except (ConfigException, OSError):
+        return []
+
+
+def _check(context: str) -> None:
+    """Refuse a context that there is not.
+
+    Raises:
+        CommandError: names those that there are.
+    """
+    if not context:
+        return
+    try:
+        known, _ = contexts()
+    except (ConfigException, OSError) as error:
+        raise CommandError(f"--context: {error}") from None
+    if context not in known:
+        raise CommandError(f"--context: must be one of {listed([*known])}, got {context}")
+
+
+def _all(namespace: str, context: str) -> list[ClusterResource]:
+    path = path_of(API_VERSION, "KVCacheDeployment", namespace)
+    items = _call(context, lambda api: api.list(path))
+    return sorted((ClusterResource(item, context) for item in items), key=lambda item: item.key)
+
+
+def _entry(context: str) -> dict[str, Any]:
+    """Cluster, user and namespace of a context, "" for the current one."""
+    try:
+        known, current = contexts()
+    except (ConfigException, OSError):
         return {}
-    return dict(active.get("context") or {})
+    return known.get(context or current, {})
 
 
-def _context_namespace() -> str:
-    if "KUBERNETES_SERVICE_HOST" in os.environ and SERVICE_ACCOUNT.is_file():
+def _namespace(context: str) -> str:
+    if "KUBERNETES_SERVICE_HOST" in os.environ and SERVICE_ACCOUNT.is_file() and not context:
         return SERVICE_ACCOUNT.read_text(encoding="utf-8").strip()
-    return str(_context().get("namespace") or "default")
+    return str(_entry(context).get("namespace") or "default")

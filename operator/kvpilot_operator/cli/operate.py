@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command("operator")(run)
+    app.command(
+        "operator",
+        epilog="Example: `kvpilot operator --kubeconfig ~/.kube/config --sources-file sources.yaml "
+        "--operator-key-file key`",
+    )(run)
 
 
 def run(

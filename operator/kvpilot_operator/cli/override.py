@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from kvpilot_operator.cli.arguments import (
-    By,
+    ANYWHERE,
     KnobName,
     Name,
-    Namespace,
     Output,
-    Reason,
-    Run,
+    Terms,
+    Where,
     complete_decisions,
     complete_generations,
 )
+from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format
 from kvpilot_operator.cli.target import CommandError, Target, find, reporting
 
 ALERTS = "alertmanager"
 """Who asks for the boosts of alerts."""
+
+HALF_AN_HOUR, AN_HOUR, TWO_HOURS = Terms("30m"), Terms("1h"), Terms("2h")
 
 EXAMPLES = {
     "pause": "`kvpilot pause chat --for 2h --reason 'incident 4711'`; `kvpilot pause chat --scaling`",
@@ -38,40 +40,33 @@ EXAMPLES = {
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     for command in (pause, resume, approve, pin, unpin, boost, unboost, rollback):
-        app.command(epilog=f"Examples: {EXAMPLES[command.__name__]}")(command)
-
-
-def _for(default: str) -> Any:
-    return typer.Option(default, "--for", help="How long, such as 90s, 30m or 1h30m.")
+        app.command(epilog=f"Examples: {EXAMPLES[command.__name__]}")(grouped(command))
 
 
 def pause(
     name: Name,
-    duration: str = _for("1h"),
+    terms: Terms = AN_HOUR,
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Stop everything that sets the number of replicas as well.")
     ] = False,
-    by: By = None,
-    reason: Reason = "",
-    namespace: Namespace = "",
-    run: Run = None,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Stop tuning for a while. Bounds, boosts and alerts go on, unless --scaling stops them too."""
-    from kvpilot_operator.cli.asking import Asked, Terms, ask
+    from kvpilot_operator.cli.asking import Asked, ask
 
     said = "tuning and scaling are paused" if scaling else "tuning is paused; bounds and boosts go on"
     asked = Asked({"pause": {"scaling": scaling}}, said, f"resume {name}")
     with reporting("pause"):
-        ask(find(name, namespace, run), asked, Terms(duration, by, reason), output)
+        ask(find(name, where), asked, terms, output)
 
 
-def resume(name: Name, namespace: Namespace = "", run: Run = None, output: Output = Format.TEXT) -> None:
+def resume(name: Name, where: Where = ANYWHERE, output: Output = Format.TEXT) -> None:
     """End every pause of a KVCacheDeployment."""
     from kvpilot_operator.cli.asking import end
 
     with reporting("resume"):
-        end(find(name, namespace, run), "pause", lambda _: True, "is not paused", output)
+        end(find(name, where), "pause", lambda _: True, "is not paused", output)
 
 
 def approve(
@@ -82,78 +77,67 @@ def approve(
             help="ID of the decision, as `kvpilot status` shows it.", autocompletion=complete_decisions
         ),
     ],
-    duration: str = _for("1h"),
-    by: By = None,
-    reason: Reason = "",
-    namespace: Namespace = "",
-    run: Run = None,
+    terms: Terms = AN_HOUR,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Let kvpilot make the change of a pending decision, in mode Approve."""
-    from kvpilot_operator.cli.asking import Asked, Terms, ask
+    from kvpilot_operator.cli.asking import Asked, ask
 
     asked = Asked({"approve": {"decision": decision}}, f"{decision} is approved")
     with reporting("approve"):
-        ask(find(name, namespace, run), asked, Terms(duration, by, reason), output)
+        ask(find(name, where), asked, terms, output)
 
 
 def pin(
     name: Name,
     knob: KnobName,
     value: Annotated[str, typer.Argument(help="The value, as in spec.engine.config.")],
-    duration: str = _for("2h"),
-    by: By = None,
-    reason: Reason = "",
-    namespace: Namespace = "",
-    run: Run = None,
+    terms: Terms = TWO_HOURS,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Keep a knob at a value for a while; no rule changes it meanwhile."""
-    from kvpilot_operator.cli.asking import Asked, Terms, ask
+    from kvpilot_operator.cli.asking import Asked, ask
     from kvpilot_operator.status.model import value_of
 
     what = {"pin": {"knob": knob, "value": value_of(value)}}
     asked = Asked(what, f"{knob} is pinned to {value}", f"unpin {name} {knob}")
     with reporting("pin"):
-        ask(find(name, namespace, run), asked, Terms(duration, by, reason), output)
+        ask(find(name, where), asked, terms, output)
 
 
-def unpin(
-    name: Name, knob: KnobName, namespace: Namespace = "", run: Run = None, output: Output = Format.TEXT
-) -> None:
+def unpin(name: Name, knob: KnobName, where: Where = ANYWHERE, output: Output = Format.TEXT) -> None:
     """End every pin of a knob."""
     from kvpilot_operator.cli.asking import end
 
     with reporting("unpin"):
-        target = find(name, namespace, run)
+        target = find(name, where)
         end(target, "pin", lambda spec: spec["pin"]["knob"] == knob, f"has no pin of {knob}", output)
 
 
 def boost(
     name: Name,
     minimum: Annotated[int, typer.Argument(metavar="MIN", help="Least number of replicas.")],
-    duration: str = _for("30m"),
-    by: By = None,
-    reason: Reason = "",
-    namespace: Namespace = "",
-    run: Run = None,
+    terms: Terms = HALF_AN_HOUR,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Ask for at least MIN replicas for a while, within spec.scaling.max."""
-    from kvpilot_operator.cli.asking import Asked, Terms, ask
+    from kvpilot_operator.cli.asking import Asked, ask
 
     said = f"at least {minimum} replicas are asked for"
     asked = Asked({"boost": {"minReplicas": minimum}}, said, f"unboost {name}")
     with reporting("boost"):
-        ask(find(name, namespace, run), asked, Terms(duration, by, reason), output)
+        ask(find(name, where), asked, terms, output)
 
 
-def unboost(name: Name, namespace: Namespace = "", run: Run = None, output: Output = Format.TEXT) -> None:
+def unboost(name: Name, where: Where = ANYWHERE, output: Output = Format.TEXT) -> None:
     """End every boost that a person asked for; those of alerts stay."""
     from kvpilot_operator.cli.asking import end
 
     with reporting("unboost"):
-        target = find(name, namespace, run)
+        target = find(name, where)
         end(target, "boost", lambda spec: spec.get("by") != ALERTS, "has no boost of a person", output)
 
 
@@ -165,21 +149,18 @@ def rollback(
             help="Generation, as `kvpilot history` lists them.", autocompletion=complete_generations
         ),
     ] = None,
-    duration: str = _for("1h"),
-    by: By = None,
-    reason: Reason = "",
-    namespace: Namespace = "",
-    run: Run = None,
+    terms: Terms = AN_HOUR,
+    where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
     """Go back to the configuration of an earlier generation; without --to, to the one before."""
-    from kvpilot_operator.cli.asking import Asked, Terms, ask
+    from kvpilot_operator.cli.asking import Asked, ask
 
     with reporting("rollback"):
-        target = find(name, namespace, run)
+        target = find(name, where)
         generation = _generation_before(target) if to is None else to
         asked = Asked({"rollback": {"to": generation}}, f"it goes back to generation {generation}")
-        ask(target, asked, Terms(duration, by, reason), output)
+        ask(target, asked, terms, output)
 
 
 def _generation_before(target: Target) -> int:

@@ -13,7 +13,8 @@ def register(app: typer.Typer) -> None:
 
     @app.command(
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-        help="Run one engine with an OpenAI-compatible API, e.g. `kvpilot serve --port 8000`.",
+        help="Run one engine with an OpenAI-compatible API.",
+        epilog="Examples: `kvpilot serve --port 8000`; `kvpilot serve --help`",
     )
     def serve(context: typer.Context) -> None:
         # A new process image, because kvpilot_operator never imports torch.

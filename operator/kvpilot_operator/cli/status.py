@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvpilot_operator.cli.arguments import MaybeName, Name, Namespace, Output, Run
+from kvpilot_operator.cli.arguments import ANYWHERE, MaybeName, Name, Output, Where
+from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format, coloured, emit, table
 from kvpilot_operator.cli.target import CommandError, Target, find, find_all, reporting
 
@@ -24,10 +25,10 @@ def register(app: typer.Typer) -> None:
         help="Show the state of each KVCacheDeployment: objectives, replicas, the change in flight, holds.",
         epilog="Examples: `kvpilot status`; `kvpilot status chat -n team-a`; `kvpilot status -A -o json`",
     )
+    @grouped
     def status(
         name: MaybeName = "",
-        namespace: Namespace = "",
-        run: Run = None,
+        where: Where = ANYWHERE,
         everywhere: Annotated[
             bool, typer.Option("--all-namespaces", "-A", help="All namespaces of the cluster.")
         ] = False,
@@ -35,27 +36,27 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         with reporting("status"):
             if name:
-                one = overview(find(name, namespace, run))
+                one = overview(find(name, where))
                 emit(output, one.as_json(), lambda: list(one.lines()))
                 return
-            found = [overview(target) for target in find_all(namespace, run, everywhere=everywhere)]
+            found = [overview(target) for target in find_all(where, everywhere=everywhere)]
             emit(output, [item.as_json() for item in found], lambda: rows_of(found))
 
     @app.command(
         help="List the decisions and the generations of the configuration that they made, oldest first.",
         epilog="Examples: `kvpilot history chat`; `kvpilot history chat --last 5 -o yaml`",
     )
+    @grouped
     def history(
         name: Name,
-        namespace: Namespace = "",
-        run: Run = None,
+        where: Where = ANYWHERE,
         last: Annotated[int, typer.Option(min=1, help="Number of decisions.")] = 20,
         output: Output = Format.TEXT,
     ) -> None:
         from kvpilot_operator.status.history import history_of
 
         with reporting("history"):
-            target = find(name, namespace, run)
+            target = find(name, where)
             status = status_of(target)
             entries = history_of(status, target.records())[-last:]
             kept = status.tuning.generations if status.tuning else ()

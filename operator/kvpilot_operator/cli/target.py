@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 if TYPE_CHECKING:
+    from kvpilot_operator.cli.arguments import Where
     from kvpilot_operator.status.snapshot import Key
 
 Json = Mapping[str, Any]
@@ -79,54 +79,65 @@ def reporting(command: str) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def find(name: str, namespace: str = "", run: Path | None = None) -> Target:
-    """The local run of that name, unless a namespace is given; without a run the resource of the cluster.
+def find(name: str, where: Where) -> Target:
+    """The local run of that name, unless a namespace or a context is given; without it, of the cluster.
 
     Raises:
         NotFoundError: there is none; names those that there are.
+        CommandError: the options contradict each other, or there is no such context.
     """
     from kvpilot_operator.cli.in_cluster import find_in_cluster
     from kvpilot_operator.cli.local_run import find_run, runs_in
     from kvpilot_operator.local.state import ROOT
 
-    _either(namespace, run)
-    if run is not None:
-        return find_run(name, run)
-    if not namespace and (ROOT / name / "resource.json").is_file():
+    remote = _of_cluster(where)
+    if where.run is not None:
+        return find_run(name, where.run)
+    if not remote and (ROOT / name / "resource.json").is_file():
         return find_run(name, ROOT)
     try:
-        return find_in_cluster(name, namespace)
+        return find_in_cluster(name, where.namespace, where.context)
     except NotFoundError as error:
-        local = "" if namespace else f"; local runs in {ROOT}: {listed(runs_in(ROOT))}"
+        local = "" if remote else f"; local runs in {ROOT}: {listed(runs_in(ROOT))}"
         raise NotFoundError(f"{error}{local}") from None
 
 
-def find_all(namespace: str = "", run: Path | None = None, *, everywhere: bool = False) -> list[Target]:
-    """Every local run; those of the cluster if a namespace is given or there is no local run.
+def find_all(where: Where, *, everywhere: bool = False) -> list[Target]:
+    """Every local run; those of the cluster if an option asks for it or there is no local run.
 
     Args:
         everywhere: those of all namespaces of the cluster.
 
     Raises:
-        NotFoundError: the cluster cannot be asked.
+        CommandError: the options contradict each other, or the cluster cannot be asked.
     """
     from kvpilot_operator.cli.in_cluster import all_in_cluster
     from kvpilot_operator.cli.local_run import find_run, runs_in
     from kvpilot_operator.local.state import ROOT
 
-    _either(namespace or ("--all-namespaces" if everywhere else ""), run)
-    if run is not None or not (namespace or everywhere):
-        root = run or ROOT
+    remote = _of_cluster(where, "--all-namespaces" if everywhere else "")
+    if not remote:
+        root = where.run or ROOT
         if names := runs_in(root):
             return [find_run(name, root) for name in names]
-        if run is not None:
-            raise NotFoundError(f"no runs in {run}")
-    return [*all_in_cluster(namespace, everywhere=everywhere)]
+        if where.run is not None:
+            raise NotFoundError(f"no runs in {where.run}")
+    return [*all_in_cluster(where.namespace, where.context, everywhere=everywhere)]
 
 
-def _either(namespace: str, run: Path | None) -> None:
-    if run is not None and namespace:
-        raise NotFoundError(f"--namespace: cannot go with --run, got {namespace}")
+def _of_cluster(where: Where, flag: str = "") -> bool:
+    """True if an option asks for a cluster.
+
+    Raises:
+        CommandError: another one asks for a local run.
+    """
+    given = {"--namespace": where.namespace, "--context": where.context, flag: flag}
+    asked = [(option, value) for option, value in given.items() if value]
+    if asked and where.run is not None:
+        option, value = asked[0]
+        got = "" if option == value else f", got {value}"
+        raise CommandError(f"{option}: cannot go with --run{got}")
+    return bool(asked)
 
 
 def listed(names: list[str]) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvpilot_operator.cli.arguments import Name, Namespace, Output, Run
+from kvpilot_operator.cli.arguments import ANYWHERE, Name, Output, Where
+from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format, console, emit
 from kvpilot_operator.cli.target import CommandError, find, reporting
 
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command(epilog="Examples: `kvpilot top chat`; `kvpilot top chat --once -o json`")(top)
+    app.command(epilog="Examples: `kvpilot top chat`; `kvpilot top chat --once -o json`")(grouped(top))
 
 
 def top(
     name: Name,
-    namespace: Namespace = "",
-    run: Run = None,
+    where: Where = ANYWHERE,
     once: Annotated[
         bool, typer.Option("--once", help="Print one table and end, as without a terminal.")
     ] = False,
@@ -37,7 +37,7 @@ def top(
     from kvpilot_operator.cli.figures import Watcher
 
     with reporting("top"):
-        target = find(name, namespace, run)
+        target = find(name, where)
         if target.ended:
             raise CommandError(f"the run of {name} has ended; there are no replicas")
         watcher = Watcher(target)

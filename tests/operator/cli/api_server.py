@@ -114,20 +114,28 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(kubeconfig: Path, namespace: str = "team-a") -> Iterator[ApiServer]:
-    """A running API server, with a kubeconfig whose context has that namespace and the user `ana`."""
+    """A running API server, with a kubeconfig whose context has that namespace and the user `ana`.
+
+    A second context, ``nowhere``, is of a cluster that does not answer.
+    """
     server = ApiServer()
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     context = {"cluster": "here", "user": "ana", "namespace": namespace}
+    nowhere = {"cluster": "nowhere", "user": "ana"}
+    away = {"server": "http://127.0.0.1:9"}
     kubeconfig.write_text(
         yaml.safe_dump(
             {
                 "apiVersion": "v1",
                 "kind": "Config",
                 "current-context": "here",
-                "clusters": [{"name": "here", "cluster": {"server": server.url}}],
+                "clusters": [
+                    {"name": "here", "cluster": {"server": server.url}},
+                    {"name": "nowhere", "cluster": away},
+                ],
                 "users": [{"name": "ana", "user": {"token": "t"}}],
-                "contexts": [{"name": "here", "context": context}],
+                "contexts": [{"name": "here", "context": context}, {"name": "nowhere", "context": nowhere}],
             }
         )
     )

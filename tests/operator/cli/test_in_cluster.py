@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from tests.operator.cli.api_server import ApiServer
-from tests.operator.cli.runs import manifest, ok, records, refused, switched_off
+from tests.operator.cli.runs import manifest, ok, records, refused, running, switched_off
 
 from kvpilot_operator.resource import KVCacheOverride
 
@@ -122,3 +123,84 @@ def test_cluster_that_does_not_answer_is_one_line(api: ApiServer) -> None:
     api.shutdown()
     api.server_close()
     assert "namespace team-a: GET /apis/kvpilot.io" in refused("pause", "chat")
+
+
+def turned(path: Path) -> None:
+    """The kubeconfig with the cluster that does not answer as the current one."""
+    path.write_text(path.read_text().replace("current-context: here", "current-context: nowhere"))
+
+
+def test_context_is_another_cluster_than_the_current_one(api: ApiServer, tmp_path: Path) -> None:
+    turned(tmp_path / "kubeconfig")
+    assert "127.0.0.1:9" in refused("status")
+    assert [line.split()[0] for line in ok("status", "--context", "here").splitlines()] == ["NAME", "chat"]
+    output = ok("pause", "chat", "--context", "here")
+    assert output.splitlines()[1] == "End it earlier: kvpilot resume chat -n team-a --context here"
+    [item] = api.of("kvcacheoverrides")
+    assert item["metadata"]["namespace"] == "team-a", "of the context"
+    assert item["spec"]["by"] == "ana@example.com"
+
+
+def test_context_leaves_local_runs_aside(api: ApiServer, tmp_path: Path) -> None:
+    with running(tmp_path, manifest()):
+        assert ok("status", "chat").startswith("chat in default: ")
+        assert ok("status", "chat", "--context", "here").startswith("chat in team-a: ")
+        assert len(ok("status", "--context", "here").splitlines()) == 2
+
+
+EVERY_COMMAND = (
+    "status",
+    "status chat",
+    "history chat",
+    "top chat",
+    "explain chat",
+    "export chat",
+    "pause chat",
+    "resume chat",
+    "approve chat d-0001",
+    "pin chat numWorkers 8",
+    "unpin chat numWorkers",
+    "boost chat 3",
+    "unboost chat",
+    "rollback chat",
+)
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND)
+def test_unknown_context_is_one_line_with_those_that_there_are(api: ApiServer, command: str) -> None:
+    words = command.split()
+    line = f"kvpilot {words[0]}: --context: must be one of here, nowhere, got hree"
+    assert refused(*words, "--context", "hree") == line
+    assert refused(*words, "--context", "here", "--run", "x") == (
+        f"kvpilot {words[0]}: --context: cannot go with --run, got here"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        "just text",
+        "contexts: 3",
+        "contexts: [{name: here}]",
+        "contexts: [3]",
+        "users: {}\ncontexts: [{name: here, context: 3}]",
+    ],
+)
+def test_file_that_is_no_kubeconfig_is_one_line(
+    api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    path = tmp_path / "other"
+    path.write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    assert refused("status", "--context", "here") == f"kvpilot status: --context: {path} is no kubeconfig"
+    assert refused("pause", "chat").startswith("kvpilot pause: no resource chat: no cluster to ask (")
+
+
+def test_kubeconfig_without_a_current_context_needs_one(api: ApiServer, tmp_path: Path) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_text(path.read_text().replace("current-context: here", ""))
+    assert "no cluster to ask (" in refused("status")
+    assert ok("status", "chat", "--context", "here").startswith("chat in team-a: ")

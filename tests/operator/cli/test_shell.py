@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.operator.cli.api_server import serving
+from tests.operator.cli.api_server import ApiServer, serving
 from tests.operator.cli.runs import RUN, manifest
 from tests.operator.cli.test_top import Engine
 
@@ -62,6 +62,17 @@ def test_names_of_runs_and_knobs_are_completed(run: StateDirectory, tmp_path: Pa
 
 def test_a_name_is_not_completed_where_there_is_nothing_to_ask(run: StateDirectory) -> None:
     assert completed("kvpilot pause -n nowhere c") == []
+
+
+def test_contexts_and_the_names_in_them_are_completed(api: ApiServer, tmp_path: Path) -> None:
+    assert completed("kvpilot pause --context ") == ["here", "nowhere"]
+    assert completed("kvpilot status chat --context h") == ["here"]
+    path = tmp_path / "kubeconfig"
+    path.write_text(path.read_text().replace("current-context: here", "current-context: nowhere"))
+    assert completed("kvpilot pause --context here c") == ["chat"]
+    assert completed("kvpilot pause c") == []
+    path.unlink()
+    assert completed("kvpilot pause --context ") == []
 
 
 def test_kubectl_completes_the_words_that_it_hands_over(run: StateDirectory, tmp_path: Path) -> None:

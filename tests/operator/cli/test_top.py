@@ -11,6 +11,7 @@ from tests.operator.cli.runs import manifest, ok, refused
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.series import COUNTERS, GAUGES
+from kvpilot_operator.cli.arguments import ANYWHERE
 from kvpilot_operator.cli.figures import Watcher
 from kvpilot_operator.cli.target import find
 from kvpilot_operator.local.state import StateDirectory
@@ -62,7 +63,7 @@ def test_figures_are_those_of_the_window(run: StateDirectory, engines: list[Engi
     with serving(tmp_path / "unused") as server:
         publish(server, run, engines, "engine-9")
         now = [100.0]
-        watcher = Watcher(find("chat"), clock=lambda: now[0])
+        watcher = Watcher(find("chat", ANYWHERE), clock=lambda: now[0])
         watcher.read()
         assert [item.problem for item in watcher.figures()][:2] == ["seen once so far"] * 2
         now[0] += 2

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import yaml
 from kubernetes.aio import client, config
+from kubernetes.aio.config.kube_config import KubeConfigMerger
 
 APPLY = "application/apply-patch+yaml"
 JSON = "application/json"
@@ -53,6 +56,33 @@ def kubeconfig() -> str:
     if not any(Path(path).expanduser().is_file() for path in paths.split(os.pathsep)):
         raise config.ConfigException(f"no kubeconfig {paths}")
     return paths
+
+
+@contextmanager
+def _reading(paths: str) -> Iterator[None]:
+    """What the client raises for a file that is no kubeconfig, as one error.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: it is none.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise config.ConfigException(f"{paths} is no kubeconfig") from error
+
+
+def contexts() -> tuple[dict[str, JsonObject], str]:
+    """The contexts of the user's kubeconfig by name, and the name of the current one, "" for none.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: there is no kubeconfig, or none that can be read.
+    """
+    paths = kubeconfig()
+    with _reading(paths):
+        found = KubeConfigMerger(paths).config.value
+        entries = [item.value for item in found["contexts"]]
+        known = {str(item["name"]): dict(item["context"]) for item in entries}
+        return known, str(found.get("current-context") or "")
 
 
 class ApiError(Exception):
@@ -112,16 +142,23 @@ class KubernetesApi:
         return cls(client.ApiClient(settings), timeout_s)
 
     @classmethod
-    async def connect_as_user(cls, timeout_s: float = 15.0) -> KubernetesApi:
+    async def connect_as_user(cls, timeout_s: float = 15.0, context: str = "") -> KubernetesApi:
         """Connect as kubectl does: by ``$KUBECONFIG`` or ~/.kube/config; in a pod by its service account.
+
+        Args:
+            context: of the kubeconfig, which then serves in a pod as well; "" for the current one.
 
         Raises:
             kubernetes.aio.config.ConfigException: there is no configuration.
         """
-        if "KUBERNETES_SERVICE_HOST" in os.environ:
+        if "KUBERNETES_SERVICE_HOST" in os.environ and not context:
             return await cls.connect(None, timeout_s)
         settings = client.Configuration()
-        await config.load_kube_config(config_file=kubeconfig(), client_configuration=settings)
+        paths = kubeconfig()
+        with _reading(paths):
+            await config.load_kube_config(
+                config_file=paths, context=context or None, client_configuration=settings
+            )
         return cls(client.ApiClient(settings), timeout_s)
 
     async def close(self) -> None:
