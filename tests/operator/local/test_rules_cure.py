@@ -144,6 +144,7 @@ async def test_lower_budget_and_higher_compression_level_cure_memory(tmp_path: P
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(600)
 async def test_two_causes_at_once_are_cured_in_turn(tmp_path: Path) -> None:
     config = {"numWorkers": 64, "batchSize": 1, "maxTokens": 2048, "cacheStrategy": "lru", "hostMemoryMb": 0}
     deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
@@ -160,7 +161,7 @@ async def test_two_causes_at_once_are_cured_in_turn(tmp_path: Path) -> None:
                     {"batch-up", "cache-quota-up"}
                     <= {record.rule for record in deployment.records if record.outcome == "Promoted"}
                 ),
-                200,
+                400,  # a remedy that proves nothing on a busy machine makes way, and is tried again
             )
             after = await deployment.until(lambda result: latency_met(result) and _hits_met(result), 60)
 
@@ -194,14 +195,18 @@ async def test_saturated_device_gets_another_replica_without_a_knob_change(tmp_p
         deployment.edit(objectives={**manifest_of({})["spec"]["objectives"], "latency": latency})
         async with users(client, traffic, at_once):
             await deployment.until(_breached_by_saturation, 60)
+            earlier = len(deployment.records)
             deployment.edit(scaling={"min": 1, "max": 2})
-            scaled = await deployment.recorded("ScaledOut", 30)
+            await deployment.until(lambda _: len(deployment.records) > earlier, 30)
             before = deployment.results[-1]
             wait = _admission_wait(before)
             await deployment.until(lambda result: len(result.observation.ready) == 2, 60)
             after = await deployment.until(lambda result: _admission_wait(result) < wait / 3, 50)
 
-    assert scaled.rule == "replicas-up"
+    # Before a window shows saturation, the queue alone may have recommended more workers.
+    assert {record.outcome for record in deployment.records[:earlier]} <= {"Recommended"}
+    scaled = deployment.records[earlier]
+    assert (scaled.rule, scaled.outcome) == ("replicas-up", "ScaledOut")
     assert scaled.replicas == (1, 2)
     assert scaled.summary.startswith("The device is saturated (")
     assert "% of the time in steps, more rows gain little)" in scaled.summary
@@ -209,7 +214,7 @@ async def test_saturated_device_gets_another_replica_without_a_knob_change(tmp_p
     assert scaled.diagnosis is not None
     assert scaled.diagnosis.saturated
     assert scaled.diagnosis.reason == reasons.DEVICE_SATURATED
-    assert deployment.records[0] is scaled
+    assert not {record.outcome for record in deployment.records[earlier:]} & {"Started", "Recommended"}
     assert wait > 0.2
     ended = [pod.sample.windows["short"].completed for pod in after.observation.ready if pod.sample]
     assert min(ended) > 0.25 * sum(ended) > 0
