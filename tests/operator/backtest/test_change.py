@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from tests.operator.backtest.simulations import (
     SCALING,
     SMALL,
@@ -46,6 +47,17 @@ def test_breach_by_too_few_workers_is_cured_on_a_canary_and_promoted() -> None:
         ("batchSize", 2, after, "d-0001"),
     ]
     assert sim.cluster.desired_replicas == 3, "a knob cured it, so no replica was added"
+    assert_settled(sim)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("when", ["Started", "Promoted"])
+def test_a_load_that_falls_meanwhile_is_no_harm(when: str, seed: int) -> None:
+    """Steps carry fewer rows then, and advance fewer of them per second."""
+    sim = simulate(SMALL, load=lambda t: 15.0 if t < 60 or when in sim.outcomes() else 120.0, seed=seed)
+    sim.run(150)
+    assert when in sim.outcomes(), sim.report()
+    assert "Harmful" not in {record.evidence.get("verdict") for record in sim.records}, sim.report()
     assert_settled(sim)
 
 

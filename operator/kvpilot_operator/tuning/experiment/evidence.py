@@ -106,18 +106,21 @@ def compared(one: Arm, other: Arm, name: str) -> float | None:
     return math.log(max(now / before, MIN_RATIO))
 
 
-def effect_of(tally: Tally, before: Effect | None) -> Effect | None:
+def effect_of(tally: Tally, before: Effect | None, *, alone: bool = False) -> Effect | None:
     """The mean effect of the intervals, without what the arms differed by before; None without an interval.
 
     Its variance is that of the intervals about their mean, drawn with the weight of PRIOR_INTERVALS towards
     what independent but overdispersed requests would give.
+
+    Args:
+        alone: no controls: all intervals are compared with one that was before them, and scatters like them.
     """
     if not tally.count:
         return None
     implied = 2 * OVERDISPERSION * tally.count / max(tally.requests, 1.0)
     freedom = PRIOR_INTERVALS + tally.count - 1
     each = (PRIOR_INTERVALS * implied + tally.squares) / freedom
-    found = Effect(tally.mean, each / tally.count)
+    found = Effect(tally.mean, each / tally.count + each * alone)
     if before is None:
         return found
     return Effect(found.log_ratio - before.log_ratio, found.variance + before.variance)

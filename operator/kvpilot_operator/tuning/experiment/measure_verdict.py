@@ -96,8 +96,9 @@ def difference_before(context: Context, measure: str, canary: str, controls: fro
 def judge_measure(context: Context, change: Change) -> Verdict:
     """The verdict by the intervals of a measure."""
     canary, control = arms(context, change)
-    effect, failed = _effect(change.tally, change.difference_before), error_evidence(canary, control)
-    longer = _effect(change.work, change.work_before) if change.work.count >= MIN_INTERVALS else None
+    effect, failed = _effect(change, change.tally, change.difference_before), error_evidence(canary, control)
+    known = change.work.count >= MIN_INTERVALS
+    longer = _effect(change, change.work, change.work_before) if known else None
     slower = _capacity_lost(context, change)
     evidence = _evidence(change, canary, control, effect, max(failed, slower))
     wanted = context.policy.objectives
@@ -153,9 +154,10 @@ def judge_memory(context: Context, change: Change) -> Verdict:
     return Verdict(OPEN, text, evidence)
 
 
-def _effect(tally: Tally, before: Effect | None) -> Effect | None:
+def _effect(change: Change, tally: Tally, before: Effect | None) -> Effect | None:
     """What the intervals show; the difference before the change is out of each, its variance comes on top."""
-    return effect_of(tally, None if before is None else Effect(0.0, before.variance))
+    known = None if before is None else Effect(0.0, before.variance)
+    return effect_of(tally, known, alone=not change.others)
 
 
 def _verified_long(context: Context, change: Change) -> bool:

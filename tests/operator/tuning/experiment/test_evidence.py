@@ -67,6 +67,29 @@ def test_intervals_prove_nothing_where_nothing_is(scatter: float) -> None:
     assert sum(harm >= HARM_EVIDENCE for _, harm in paths) <= 20
 
 
+def alone_path(effect: float, scatter: float, seed: int, intervals: int = 18) -> tuple[float, float]:
+    """The same on one replica: the intervals of its four verify times, against one of before."""
+    draw = random.Random(seed)
+    tally, gain, harm = Tally(), 0.0, 0.0
+    before = draw.gauss(0, scatter)
+    for index in range(intervals):
+        tally = tally.with_interval(draw.gauss(effect, scatter) - before, 100, float(index))
+        found = effect_of(tally, None, alone=True)
+        if found is not None and tally.count >= 3:
+            gain = max(gain, mixture_evidence(found, math.log(0.95), above=False))
+            harm = max(harm, mixture_evidence(found, math.log(1.1)))
+    return gain, harm
+
+
+@pytest.mark.parametrize("scatter", [0.05, 0.15, 0.3])
+def test_what_one_replica_showed_before_scatters_as_well(scatter: float) -> None:
+    paths = [alone_path(0.0, scatter, seed) for seed in range(1000)]
+    assert sum(gain >= GAIN_EVIDENCE for gain, _ in paths) <= 50
+    assert sum(harm >= HARM_EVIDENCE for _, harm in paths) <= 20
+    found = [alone_path(math.log(0.5), scatter / 2, seed) for seed in range(100)]
+    assert sum(gain >= GAIN_EVIDENCE for gain, _ in found) >= 85
+
+
 @pytest.mark.parametrize(("effect", "scatter"), [(math.log(0.5), 0.2), (math.log(0.7), 0.1)])
 def test_intervals_prove_what_is_there(effect: float, scatter: float) -> None:
     paths = [tally_path(effect, scatter, seed) for seed in range(100)]
