@@ -267,9 +267,9 @@ def _rate(name: SyntheticName, unit: float, seconds: float) -> Rate:
             return ramp(0.6 * unit, 2.0 * unit, 0.2 * seconds, 0.3 * seconds)
         case "spike":
             peak, low = 1.8 * unit, 0.75 * unit
-            first, second = (spike(low, peak, part * seconds, 0.04 * seconds) for part in (0.3, 0.75))
+            first, second = (spike(low, peak, part * seconds, 0.1 * seconds) for part in (0.3, 0.75))
             return lambda t: max(first(t), second(t))
         case "diurnal":
             return sine(1.1 * unit, 0.75, seconds / 2)
-        case "sine":  # around the threshold at which one more replica is needed
-            return sine(unit, 0.15, seconds / 10)
+        case "sine":  # around what they serve within the objectives
+            return sine(unit / USE, 0.15, seconds / 10)
