@@ -314,6 +314,13 @@ class MarkStatus(_Status):
     replicas: int = Field(description="Number of replicas.")
 
 
+class StrainStatus(_Status):
+    """A use of the replicas at which requests had to wait although the measured curve shows room."""
+
+    use: Number = Field(description="Share of their capacity that replicas are planned for, 0 to 1.")
+    until: Time = Field(description="When replicas are planned by the curve alone again.")
+
+
 class ReportedStatus(_Status):
     """Something that was recorded without an action, so that it is not recorded again at once."""
 
@@ -348,6 +355,7 @@ class TuningStatus(_Status):
         (), max_length=MAX_REPORTED, description="What was recorded without an action."
     )
     watch: WatchStatus | None = Field(None, description="The last promoted change, while it is watched.")
+    strain: StrainStatus | None = Field(None, description="Why replicas are planned with more room.")
     boosted: int = Field(
         0, description="Number of replicas that a boost raised; they are removed one by one after it."
     )

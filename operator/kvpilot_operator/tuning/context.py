@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.forecast import offered
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
 from kvpilot_operator.tuning.assess.outliers import Outlier
 from kvpilot_operator.tuning.assess.trust import Trust
@@ -113,6 +114,16 @@ class Context:
     def waiting(self) -> float:
         """Requests in all admission queues."""
         return sum(p.sample.gauges.waiting for p in self.ready if p.sample is not None)
+
+    def offered(self, window: str) -> float:
+        """Requests/s that arrive at the deployment in a window.
+
+        A replica without metrics gets as many as the others, unless it is new and none were scraped yet.
+        """
+        counted = self.trust.counted
+        since = self.now - self.observation.start_s - self.policy.pace.long
+        unmeasured = sum(1 for r in self.everyone if r not in counted and r.created_at < since)
+        return offered(counted, window, unmeasured)
 
     @property
     def draining(self) -> bool:
@@ -268,6 +279,8 @@ class Proposal:
         ratio: predicted step rate over the present one, above 1 for what adds capacity; below 1 the least
             that is left by what gives some up; 0 for what should leave it as it is.
         measure: what the arms are compared by, if that is not capacity or the objective's own measure.
+        strained: share of the replicas' capacity that was in use when requests waited all the same; 0 if they
+            did not, or that is unknown.
     """
 
     rule: str
@@ -278,6 +291,7 @@ class Proposal:
     replicas: tuple[int, int] | None = None
     ratio: float = 0.0
     measure: str = ""
+    strained: float = 0.0
 
     @property
     def summary(self) -> str:

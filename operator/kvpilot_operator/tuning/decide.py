@@ -168,6 +168,7 @@ def forget(context: Context, draft: Draft) -> Draft:
         blocked_values=tuple(item for item in state.blocked_values if item.until > now),
         reversals=tuple(item for item in state.reversals if item.at > now - SIX_HOURS),
         reported=tuple(item for item in state.reported if _still_reported(item, context)),
+        strain=state.strain if state.strain is not None and state.strain.until > now else None,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.capacity import USE
 from kvpilot_operator.tuning.assess.diagnosis import busy_share
 from kvpilot_operator.tuning.assess.objectives import rates
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
@@ -19,8 +20,16 @@ from kvpilot_operator.tuning.experiment.evidence import CAPACITY
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.permission.modes import carry_out
 from kvpilot_operator.tuning.policy import Scaling
-from kvpilot_operator.tuning.sizing import UTILISATION, foreseen_replicas, needed_replicas
-from kvpilot_operator.tuning.state import MAX_MARKS, ReplicaMark, TuningState
+from kvpilot_operator.tuning.sizing import (
+    FULL,
+    SCALED_IN,
+    SCALED_OUT,
+    foreseen_replicas,
+    needed_replicas,
+    planned_use,
+    use_now,
+)
+from kvpilot_operator.tuning.state import MAX_MARKS, ReplicaMark, Strain, TuningState
 
 SURPLUS_PART = 0.5
 """Share of the surplus that one scale-in removes, so that one low look-back cannot undo a peak's replicas."""
@@ -36,6 +45,10 @@ RECYCLED = "outlier-recycle"
 
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
+
+LEAST_USE, STRAINED = 0.5, 12
+"""Where requests wait although the curve shows room, replicas are planned for at least this use, for so many
+look-backs."""
 
 STEPS_PER_LOOK_BACK = 3
 """Scale-ins within one look-back, at most."""
@@ -103,7 +116,7 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
         return reasons.NOT_AT_FAULT, "no objective is breached that requests feel"
     if context.draining:
         return reasons.DRAINING, "the backlog is draining"
-    ratio = _overflow(context)
+    ratio, strained = _overflow(context), 0.0
     if context.diagnosis.saturated:
         why = _saturation(context)
     elif not _out_of_knobs(context, state, plan):
@@ -112,14 +125,31 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
         why = f"arrivals are {ratio:.2f} times completions and no knob promises relief"
     elif context.diagnosis.stage in {Stage.ADMISSION_WAIT, Stage.BATCH_WAIT, Stage.PREEMPTED}:
         why = f"{context.diagnosis.message}, and no knob promises relief"
+        strained = _strained(context)
     else:
         return reasons.NOT_AT_FAULT, "completions keep up with arrivals and requests wait for no slot"
-    # Sized by what serves and compared with what is asked for: pending replicas are credited.
-    ready = len(context.everyone)
-    target = min(math.ceil(ready * ratio / UTILISATION - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
+    # Sized by what the short window shows and compared with what is asked for: newer replicas are credited.
+    ready = len(context.everyone) - sum(1 for replica in context.everyone if _is_new(context, replica))
+    target = min(math.ceil(ready * ratio / USE - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
     if target <= seen.desired_replicas:
-        return reasons.REPLICAS_PENDING, "replicas that were asked for are not ready yet"
-    return _sized(context, "replicas-up", target, why)
+        return reasons.REPLICAS_PENDING, "what the replicas that were asked for bring does not show yet"
+    return replace(_sized(context, "replicas-up", target, why), strained=strained)
+
+
+def _strained(context: Context) -> float:
+    """Share of the capacity that is in use while requests wait; 0 where that does not show.
+
+    In a rise the mean is too low; and what ends within a short window after a backlog has waited in it.
+    """
+    drained = all(not _is_new(context, replica, windows=2) for replica in context.everyone)
+    shown = not context.overloaded and (drained or context.trust.all_new)
+    return use_now(context) if shown else 0.0
+
+
+def _is_new(context: Context, replica: ObservedReplica, windows: int = 1) -> bool:
+    """True if it has served for less than so many short windows."""
+    sample = replica.sample
+    return sample is not None and sample.coverage_s < windows * context.policy.pace.short
 
 
 def _saturation(context: Context) -> str:
@@ -162,7 +192,9 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
         if draft.state.phase in TRIED and slow:
             draft = abort(context, draft, reasons.SCALING_OUT, "capacity is added first")
     draft = draft.acting(Scale(target, proposal.rule, _first_to_go(context, asked - target)))
-    key, settle = f"scale:{asked}->{target}", context.policy.pace.settle
+    draft = _with_strain(context, draft, proposal.strained)
+    way, settle = SCALED_OUT if target > asked else SCALED_IN, context.policy.pace.settle
+    key = f"{way}{asked}->{target}"
     if any(item.key == key and context.now - item.at < settle for item in draft.state.reported):
         return draft  # asked for a short while ago, and not observed yet
     return (
@@ -176,6 +208,14 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
         .reporting(context, key)
         .with_state(cooldown_until=context.now + _pause(context, target > asked))
     )
+
+
+def _with_strain(context: Context, draft: Draft, use: float) -> Draft:
+    """Plan the replicas with less use for a while, so that the next ones are asked for at ``use``."""
+    if not use:
+        return draft
+    use = max(LEAST_USE, min(planned_use(draft.state), use / FULL))
+    return draft.with_state(strain=Strain(use, context.now + STRAINED * context.policy.pace.idle))
 
 
 def _first_to_go(context: Context, count: int) -> tuple[str, ...]:
@@ -263,7 +303,13 @@ def _out_of_knobs(context: Context, state: TuningState, plan: Plan) -> bool:
 
 
 def _overflow(context: Context) -> float:
-    """Arrivals over completions, the smaller one of both windows; 1 at least."""
+    """Arrivals over completions, the smaller one of both windows; 1 at least.
+
+    Replicas that have just begun to serve still have their first requests in flight: without a queue that is
+    no overflow.
+    """
+    if context.trust.all_new and context.waiting <= len(context.ready):
+        return 1.0
     ratios = []
     for window in ("short", "long"):
         arrivals, completed = rates(context.measured, window)
@@ -276,7 +322,7 @@ def _mark_need(context: Context, draft: Draft, scaling: Scaling, floor: int) -> 
     if context.blocks or scaling.direction == "OutOnly":
         return _without_marks(draft)
     seen = context.observation
-    needed = min(scaling.maximum, max(floor, needed_replicas(context)))
+    needed = min(scaling.maximum, max(floor, needed_replicas(context, draft.state)))
     disabled = "replicas-down" in context.policy.disabled_rules
     breached = any(item.state == "Breached" for item in context.objectives)
     if disabled or needed >= seen.desired_replicas or breached:

@@ -340,6 +340,19 @@ class ReplicaMark:
 
 
 @dataclass(frozen=True)
+class Strain:
+    """Requests waited although the curve showed room: replicas are planned for less use until a time.
+
+    Attributes:
+        use: share of their capacity, 0 to 1.
+        until: s since the epoch.
+    """
+
+    use: float
+    until: float
+
+
+@dataclass(frozen=True)
 class Reported:
     """Something that was reported, so that it is not reported at every reconcile."""
 
@@ -375,3 +388,4 @@ class TuningState:
     rules_hash: str = ""
     spent: tuple[Spent, ...] = ()
     watch: Watch | None = None
+    strain: Strain | None = None

@@ -139,12 +139,13 @@ class Invariants:
         assert asked == len(step.observation.ready), "no scale-in while the number is not there"
         back = [one for one in self.steps if one.observation.at > step.observation.at - idle]
         contexts = [context_of(one) for one in back]
+        needs = [NEEDED(context, one.decision.state) for context, one in zip(contexts, back, strict=True)]
         for context in contexts:
             assert context.trust.too_few is None, "no scale-in without data, during the whole look-back"
             breached = [item.name for item in context.objectives if item.state == "Breached"]
             assert not breached, "no scale-in while an objective is breached"
         assert step.policy.scaling is not None
-        most = max(step.policy.scaling.minimum, *(NEEDED(context) for context in contexts), 1)
+        most = max(step.policy.scaling.minimum, *needs, 1)
         assert most <= scale.replicas, "what was needed during the look-back stays"
         assert asked - scale.replicas <= ceil((asked - most) * SURPLUS_PART), "a part of the surplus"
 

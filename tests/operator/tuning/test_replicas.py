@@ -6,15 +6,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import BAD, DOWN, NOW, context_of, gauges, observe, replica, three
+from tests.operator.tuning.observations import (
+    BAD,
+    DOWN,
+    GOOD,
+    NOW,
+    context_of,
+    curve,
+    gauges,
+    observe,
+    replica,
+    three,
+)
 from tests.operator.tuning.policies import policy_of
 
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, Scale
-from kvpilot_operator.tuning.observation import Boost, Observation
+from kvpilot_operator.tuning.observation import Boost, Observation, ObservedReplica
 from kvpilot_operator.tuning.policy import Scaling
-from kvpilot_operator.tuning.replicas import needed_replicas
-from kvpilot_operator.tuning.state import ReplicaMark, TuningState
+from kvpilot_operator.tuning.sizing import FULL, needed_replicas
+from kvpilot_operator.tuning.state import ReplicaMark, Strain, TuningState
 
 KNOWN = TuningState(last_generation=1)
 IDLE_LONG = replace(KNOWN, scale_down=(ReplicaMark(NOW - 70, 1), ReplicaMark(NOW - 15, 1)))
@@ -88,6 +99,77 @@ def test_pending_pods_count_as_capacity() -> None:
     assert scaled(context(asked)) == [], "3 / 0.8 = 4, and 4 are asked for already"
 
 
+WAITING: dict[str, Any] = {
+    "attained": BAD,
+    "rows": 8,
+    "row_rate": 8 / curve()[8],
+    "busy": 1.0,
+    "rate": 80.0,
+    "gauges": gauges(curve=curve(), waiting=9.0),
+    "stages": {"admission_wait": 1.0, "decode": 0.4},
+}
+"""Requests wait for admission although the curve shows room, and no knob may be changed for it."""
+FIXED: dict[str, Any] = {"disabled_rules": frozenset({"workers-up"})}
+
+
+def new(seconds: float, item: ObservedReplica) -> ObservedReplica:
+    """The replica as it is so many seconds after it began to serve."""
+    assert item.sample is not None
+    return replace(item, sample=replace(item.sample, coverage_s=seconds))
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(9.0, []), (10.0, [(5, "replicas-up")])])
+def test_a_replica_that_the_short_window_does_not_show_is_credited(
+    seconds: float, asked: list[tuple[int, str]]
+) -> None:
+    many = (*three(**WAITING), new(seconds, replica("chat-3", **WAITING)))
+    decision = context(observe(*many, config=WIDE), scaling=Scaling(1, 9), **FIXED)
+    assert scaled(decision) == asked, "3 / 0.8 = 4 serve already"
+
+
+def test_requests_that_wait_in_spite_of_room_are_remembered() -> None:
+    first = context(observe(*three(**WAITING), config=WIDE), **FIXED)
+    assert scaled(first) == [(4, "replicas-up")]
+    strain = first.state.strain
+    assert strain is not None
+    used = 80.0 / 124.4  # requests/s of each replica, over what one completes with 16 rows
+    assert strain == Strain(pytest.approx(used / FULL, abs=0.01), NOW + 12 * 60)
+    calm = observe(*three(**{**WAITING, "attained": GOOD, "gauges": gauges(curve=curve())}), config=WIDE)
+    assert scaled(context(calm)) == [], "the curve shows room"
+    strained = replace(KNOWN, strain=Strain(0.5, NOW + 1))
+    again = context(calm, strained)
+    assert scaled(again) == [(4, "replicas-up")]
+    assert again.records[0].summary == (
+        "240.0 requests/s are expected within 64 s, and 3 replicas complete 373.3, "
+        "53% of it without a queue; replicas 3 -> 4."
+    )
+    assert context(calm, replace(KNOWN, strain=Strain(0.5, NOW))).state.strain is None, "it expires"
+
+
+def test_a_load_that_rises_teaches_no_strain() -> None:
+    """The mean of a window is below what arrives now."""
+    late = {**WAITING, "done": 0.9}
+    decision = context(observe(*three(**late), config=WIDE), **FIXED)
+    assert (scaled(decision), decision.state.strain) == ([(5, "replicas-up")], None)
+
+
+@pytest.mark.parametrize(("seconds", "learned"), [(19.0, False), (20.0, True)])
+def test_a_backlog_that_a_new_replica_has_worked_off_teaches_no_strain(seconds: float, learned: bool) -> None:
+    pods = (*three(**WAITING), new(seconds, replica("chat-3", **WAITING)))
+    decision = context(observe(*pods, config=WIDE), scaling=Scaling(1, 9), **FIXED)
+    assert scaled(decision) == [(5, "replicas-up")]
+    assert (decision.state.strain is not None) is learned
+
+
+@pytest.mark.parametrize(("waiting", "asked"), [(1.0, []), (9.0, [(5, "replicas-up")])])
+def test_first_requests_in_flight_are_no_overflow_without_a_queue(
+    waiting: float, asked: list[tuple[int, str]]
+) -> None:
+    figures = {**WAITING, "rate": 20.0, "done": 0.85, "attained": GOOD, "stages": {"decode": 0.4}}
+    pods = (new(10.0, item) for item in three(**{**figures, "gauges": gauges(waiting=waiting)}))
+    assert scaled(context(observe(*pods, config=WIDE), **FIXED)) == asked
+
+
 def test_another_manager_of_replicas_stops_scaling_but_not_tuning() -> None:
     breach = observe(
         *three(attained=BAD, stages={"admission_wait": 0.7, "decode": 0.3}),
@@ -139,7 +221,7 @@ def test_a_handover_keeps_the_replicas_it_finds() -> None:
 def test_need_is_the_larger_one_of_stepping_and_slots(busy: float, held: float, needed: int) -> None:
     # ceil(3 x load x 1.15 / 0.8); 20 requests/s x ``held`` s over 16 slots.
     seen = context_of(observe(*three(busy=busy, stages={"decode": held}), config=WIDE))
-    assert needed_replicas(seen) == needed
+    assert needed_replicas(seen, KNOWN) == needed
 
 
 def test_idle_for_long_takes_one_pod() -> None:

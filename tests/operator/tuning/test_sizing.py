@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tests.operator.tuning.observations import NOW, context_of, curve, gauges, many, observe
 from tests.operator.tuning.policies import CATALOGUE_BOUNDS, policy_of
 
-from kvpilot_operator.tuning.assess.capacity import Capacity, measured
+from kvpilot_operator.tuning.assess.capacity import USE, Capacity, measured
 from kvpilot_operator.tuning.context import Context, Plan, Proposal
 from kvpilot_operator.tuning.policy import KnobBounds, Policy
 from kvpilot_operator.tuning.replicas import replicas_up
 from kvpilot_operator.tuning.sizing import foreseen_replicas, needed_replicas, per_replica
-from kvpilot_operator.tuning.state import BlockedValue, KnobChange, Reversal, TuningState
+from kvpilot_operator.tuning.state import BlockedValue, KnobChange, Reported, Reversal, TuningState
 
 WIDE = {"numWorkers": 16, "batchSize": 16}
 NARROW = {"numWorkers": 2, "batchSize": 2}
@@ -50,35 +50,37 @@ def loaded(
 
 
 def one(context: Context, slots: int = 16, most: float = 16) -> float:
-    """Requests/s of one replica."""
+    """Requests/s that one replica is planned for."""
     capacity = measured(context.measured)
     assert capacity is not None
-    return per_replica(context, capacity, slots, most)
+    return USE * per_replica(context, capacity, slots, most)
 
 
 @pytest.mark.parametrize("rate", [1.0, 10.0, 40.0])
 def test_need_is_the_load_over_what_one_replica_completes(rate: float) -> None:
     context = loaded(rate)
     assert one(context) == pytest.approx(0.8 * 111.1, abs=0.1)
-    assert needed_replicas(context) == math.ceil(3 * rate * 1.15 / one(context))
+    assert needed_replicas(context, KNOWN) == math.ceil(3 * rate * 1.15 / one(context))
 
 
-def test_need_follows_the_busier_window() -> None:
-    context = loaded(10.0, rising=2.0)
-    assert needed_replicas(context) == math.ceil(3 * 20 * 1.15 / one(context))
+def test_need_follows_the_short_window() -> None:
+    """The look-back remembers the peaks; a long window before it would only make the scale-in later."""
+    for change in (2.0, 0.25):
+        context = loaded(40.0, rising=change)
+        assert needed_replicas(context, KNOWN) == math.ceil(3 * 40 * change * 1.15 / one(context))
 
 
 def test_no_traffic_needs_nothing() -> None:
     pods = many(3, rate=0.0, gauges=gauges(curve=curve()))
-    assert needed_replicas(context_of(observe(*pods, config=WIDE))) == 0
+    assert needed_replicas(context_of(observe(*pods, config=WIDE)), KNOWN) == 0
 
 
 def test_a_replica_is_rated_with_the_slots_that_it_has_or_may_get() -> None:
     context = loaded(10.0)
     engine = Capacity(5.0, 8.0, 0.0, curve())
     narrow, wide = per_replica(context, engine, 2, 2), per_replica(context, engine, 2, math.inf)
-    assert narrow == pytest.approx(0.8 * engine.rate(2))
-    assert wide == pytest.approx(0.8 * engine.rate(engine.knee(0.1, math.inf)))
+    assert narrow == pytest.approx(engine.rate(2))
+    assert wide == pytest.approx(engine.rate(engine.knee(0.1, math.inf)))
     assert wide > narrow
 
 
@@ -90,7 +92,7 @@ def test_more_load_never_needs_fewer(a: float, b: float) -> None:
         context_of(observe(*many(3, rate=rate, rows=8, row_rate=400.0, gauges=capacity), config=WIDE))
         for rate in (low, high)
     ]
-    needs = [needed_replicas(context) for context in engines]
+    needs = [needed_replicas(context, KNOWN) for context in engines]
     assert all(need >= 0 for need in needs)
     assert foreseen_replicas(engines[0], KNOWN, knob_first=False) is None or needs[0] > 0
 
@@ -119,18 +121,53 @@ def test_a_rise_is_met_before_it_is_there() -> None:
 
 
 def test_a_backlog_counts_unless_a_knob_works_it_off_first() -> None:
-    queued = loaded(98.0, waiting=5000.0)
-    assert foreseen(loaded(98.0)) is None
+    queued = loaded(92.0, waiting=5000.0)
+    assert foreseen(loaded(92.0)) is None
     assert foreseen(queued) is not None
     assert foreseen(queued, knob_first=True) is None
-    assert foreseen(loaded(98.0, waiting=1.0)) is None, "one request for each replica is no backlog"
+    assert foreseen(loaded(92.0, waiting=1.0)) is None, "one request for each replica is no backlog"
 
 
 @pytest.mark.parametrize(("ratio", "asked"), [(0.0, True), (0.5, True), (1.5, False)])
 def test_only_a_knob_that_adds_capacity_goes_before_a_replica(ratio: float, asked: bool) -> None:
     knob = Proposal("any", (KnobChange("numWorkers", 8, 4),), "p95", 0.5, "", ratio=ratio)
-    found = replicas_up(loaded(98.0, waiting=5000.0), KNOWN, Plan(canary=knob))
+    found = replicas_up(loaded(92.0, waiting=5000.0), KNOWN, Plan(canary=knob))
     assert isinstance(found, Proposal) is asked
+
+
+def test_a_scale_in_is_no_rise_of_the_load() -> None:
+    """What a replica that is gone took in is missing in the long window."""
+    rising = loaded(75.0, rising=1.2)
+    gone = replace(KNOWN, reported=(Reported("scale-in:4->3", NOW - 59),))
+    assert foreseen(rising) is not None
+    assert foreseen(rising, gone) is None
+    assert foreseen(rising, replace(KNOWN, reported=(Reported("scale-in:4->3", NOW - 60),))) is not None
+
+
+def test_a_new_replica_has_no_backlog_of_the_old_ones() -> None:
+    queued = loaded(92.0, waiting=1700.0)
+    assert foreseen(queued) is not None
+    first, *others = queued.observation.replicas
+    assert first.sample is not None
+    sample = replace(first.sample, coverage_s=5.0, gauges=replace(first.sample.gauges, waiting=0.0))
+    with_new = (replace(first, sample=sample), *others)
+    assert foreseen(context_of(replace(queued.observation, replicas=with_new))) is None
+
+
+def test_while_no_knob_may_be_changed_no_slots_are_expected() -> None:
+    open_ = loaded(25.0, config=NARROW)
+    young = context_of(
+        replace(
+            open_.observation,
+            replicas=tuple(
+                replace(item, sample=replace(item.sample, coverage_s=10.0))
+                for item in open_.observation.replicas
+                if item.sample is not None
+            ),
+        )
+    )
+    assert foreseen(open_) is None, "with more slots they complete it"
+    assert foreseen(young) is not None
 
 
 def test_replicas_that_are_asked_for_count_as_capacity() -> None:

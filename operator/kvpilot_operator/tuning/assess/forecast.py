@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from kvpilot_operator.tuning.assess.objectives import rates
-from kvpilot_operator.tuning.observation import Observation
+from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.pace import Pace
 
 SIGNIFICANT = 2.0
@@ -17,22 +17,32 @@ OVERDISPERSION = 2.0
 DAMPING = 0.8
 """Share of a rise that is carried on; most rises end."""
 
-MAX_RISE = 1.5
+MAX_RISE = 1.25
 """A forecast is at most this multiple of the busier window."""
 
 
-def offered(measured: Observation, window: str, serving: int) -> float:
-    """Requests/s that arrive at all ``serving`` replicas; each gets as many as the measured ones."""
-    known = len(measured.ready)
-    return rates(measured, window)[0] * serving / known if known else 0.0
+def offered(replicas: Sequence[ObservedReplica], window: str, unmeasured: int = 0) -> float:
+    """Requests/s that arrived at these replicas, and as many at each of the ``unmeasured`` ones.
+
+    What arrived is added up and divided by the longest time that one of them was measured for: a replica that
+    joined within the window took arrivals over from the others, so their rates must not be added up.
+    """
+    samples = (replica.sample for replica in replicas if replica.sample is not None)
+    counts = [found for sample in samples if (found := sample.windows.get(window)) is not None]
+    seconds = max((item.replica_seconds for item in counts), default=0.0)
+    if seconds <= 0:
+        return 0.0
+    return sum(item.arrivals for item in counts) / seconds * (1 + unmeasured / len(counts))
 
 
-def expected(measured: Observation, pace: Pace, serving: int, horizon_s: float) -> float:
+def expected(short: float, long: float, pace: Pace, horizon_s: float) -> float:
     """Requests/s in ``horizon_s`` seconds: the busier window, or the line through both windows, damped.
 
     The mean of a window is the rate at its middle, so the line starts half a short window ago.
+
+    Args:
+        short, long: requests/s offered in each window.
     """
-    short, long = (offered(measured, window, serving) for window in ("short", "long"))
     now = max(short, long)
     noise = math.sqrt(OVERDISPERSION * (short / pace.short + long / pace.long))
     if short - long < SIGNIFICANT * noise:

@@ -26,6 +26,9 @@ STALE_SCRAPES = 3
 COVERAGE = 0.8
 """A replica that was measured for a smaller share of the long window is too young to be judged."""
 
+YOUNG = "measured for too short a time"
+"""Clause of such a replica."""
+
 NEARLY_ALL = 0.9
 """Share of the ready replicas that tuning and scale-in need to trust."""
 
@@ -47,8 +50,11 @@ class Trust:
     """The verdict on an observation.
 
     Attributes:
-        trusted: ready replicas whose measurements can be used.
-        distrusted: the other ready ones.
+        trusted: ready replicas whose measurements can be used. Where all are too young, those that were
+            measured for a short window: a new deployment must not wait a long one for capacity.
+        distrusted: the ready ones whose measurements cannot be used, or are too young.
+        counted: ready replicas whose counters can be added up, young ones included.
+        all_new: True if the trusted ones are too young as well.
         nothing: why nothing can be judged at all; None if there is a trusted replica.
         too_few: why neither tuning nor a scale-in is permitted; None if nearly all replicas are trusted.
     """
@@ -57,6 +63,8 @@ class Trust:
     distrusted: tuple[Distrusted, ...]
     nothing: Found | None
     too_few: Found | None
+    counted: tuple[ObservedReplica, ...] = ()
+    all_new: bool = False
 
 
 def trust(observation: Observation, policy: Policy) -> Trust:
@@ -68,12 +76,12 @@ def trust(observation: Observation, policy: Policy) -> Trust:
     trusted = tuple(replica for replica in observation.ready if verdicts[replica.uid] is None)
     others = tuple(found for found in verdicts.values() if found is not None)
     why = _summary(others)
-    return Trust(
-        trusted,
-        others,
-        None if trusted else why,
-        why if len(trusted) < NEARLY_ALL * len(observation.ready) else None,
-    )
+    too_few = why if len(trusted) < NEARLY_ALL * len(observation.ready) else None
+    all_new = not trusted and all(item.clause == YOUNG for item in others)
+    if all_new:
+        trusted = tuple(replica for replica in observation.ready if _begun(replica, policy))
+    counted = tuple(r for r in observation.ready if not any(check(r, policy) for check in _UNCOUNTED))
+    return Trust(trusted, others, None if trusted else why, too_few, counted, all_new)
 
 
 def distrusted(replica: ObservedReplica, policy: Policy) -> Distrusted | None:
@@ -131,6 +139,10 @@ def _young(replica: ObservedReplica, policy: Policy) -> bool:
     return replica.sample is not None and not replica.sample.coverage_s >= COVERAGE * policy.pace.long
 
 
+def _begun(replica: ObservedReplica, policy: Policy) -> bool:
+    return replica.sample is not None and replica.sample.coverage_s >= policy.pace.short
+
+
 def _engine_problem(problem: EngineProblem | None) -> Callable[[ObservedReplica, Policy], bool]:
     return lambda replica, policy: replica.engine is None and replica.engine_problem == problem
 
@@ -143,12 +155,15 @@ _REPLICA_CHECKS: tuple[tuple[str, Callable[[ObservedReplica, Policy], bool], str
     (reasons.METRICS_MISSING, _missing, "ready, and no metrics of it"),
     (reasons.METRICS_STALE, _stale, f"metrics are older than {STALE_SCRAPES} scrapes"),
     (reasons.METRICS_PARTIAL, _not_finite, "a metric is not a finite number"),
-    (reasons.METRICS_PARTIAL, _young, "measured for too short a time"),
+    (reasons.METRICS_PARTIAL, _young, YOUNG),
     (reasons.STALLED, lambda replica, policy: is_stalled(replica), "requests arrive and none ends"),
     (reasons.ENGINE_UNREACHABLE, _engine_problem("unauthorized"), "its admin API refuses the token"),
     (reasons.ENGINE_UNREACHABLE, _engine_problem("refused"), "its admin API refuses the request"),
     (reasons.ENGINE_UNREACHABLE, _no_engine, "its admin API does not answer"),
 )
+
+_UNCOUNTED = (_missing, _stale, _not_finite)
+"""Checks that the counters of a replica must pass to be added up."""
 
 
 def no_traffic(observation: Observation) -> bool:

@@ -147,6 +147,24 @@ def test_no_interval_misses_the_short_window_by_rounding(pace: Pace) -> None:
     assert [one.scrape for one in fitted if one.short < MIN_SCRAPES * one.scrape] == []
 
 
+@pytest.mark.parametrize(("seconds", "seen"), [(10.0, True), (9.0, False)])
+def test_a_deployment_that_is_all_new_may_ask_for_capacity_after_a_short_window(
+    seconds: float, seen: bool
+) -> None:
+    found = trust(observe(*(sampled(item, coverage_s=seconds) for item in three())), policy_of())
+    young = ("MetricsPartial", "chat-0, chat-1, chat-2: measured for too short a time")
+    assert (found.nothing, found.too_few) == (None if seen else young, young)
+    assert len(found.trusted) == (3 if seen else 0)
+    assert len(found.counted) == 3, "what arrives at them can be added up"
+
+
+def test_counters_of_replicas_that_cannot_be_judged_are_added_up_if_they_are_whole() -> None:
+    old, young, gone = replica("a"), sampled(replica("b"), coverage_s=3.0), replace(replica("c"), engine=None)
+    stale, broken = sampled(replica("d"), age_s=99.0), replica("e", busy=math.nan)
+    found = trust(observe(old, young, gone, stale, broken, replace(replica("f"), sample=None)), policy_of())
+    assert [item.name for item in found.counted] == ["a", "b", "c"]
+
+
 def test_a_hold_that_goes_on_keeps_its_beginning_and_rewrites_nothing() -> None:
     blind = observe(*three(), metrics_problem=DOWN)
     first = decide(blind, TuningState(last_generation=1), policy_of(), NOW)
