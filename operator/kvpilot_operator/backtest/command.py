@@ -20,13 +20,14 @@ from kvpilot_operator.backtest.contest import (
     best,
     contest,
     parse_against,
+    parse_loads,
     train,
 )
 from kvpilot_operator.backtest.faults import parse_faults
 from kvpilot_operator.backtest.parallel import in_parallel
 from kvpilot_operator.backtest.recording import is_recording, read_recording, told_gaps
 from kvpilot_operator.backtest.report import report_html
-from kvpilot_operator.backtest.scenes import LoadSpec, Scene, SyntheticName, scene_of
+from kvpilot_operator.backtest.scenes import LoadSpec, Scene, scene_of
 from kvpilot_operator.backtest.tables import lines_of, table
 from kvpilot_operator.load.workload import LoadError
 from kvpilot_operator.options import OptionError, check_files, check_unused, write_file
@@ -55,7 +56,7 @@ class BacktestOptions:
 
     manifest: Path
     trace: Path | None = None
-    load: SyntheticName | None = None
+    load: str | None = None
     aa: int | None = None
     regression: tuple[float, int] | None = None
     gain: tuple[float, int] | None = None
@@ -185,28 +186,42 @@ def _contest(options: BacktestOptions, document: dict[str, Any]) -> int:
         tuning = {**(spec.get("tuning") or {}), "pace": options.pace}
         document = {**document, "spec": {**spec, "tuning": tuning}}
     against, faults = parse_against(options.against), parse_faults(options.faults)
-    scene = scene_of(document, LoadSpec(options.load, options.trace, options.scale, options.duration))
-    run = ContestRun(
-        document,
-        scene,
-        TUNED,
-        "",
-        options.seed,
-        start_s=options.start_seconds,
-        faults=faults,
-        sticky=options.sticky,
-    )
-    print("\n".join(_told(scene)))
-    parameters = {**DEFAULTS, **(_trained(run, against) if options.tune else {})}
+    loads = (None,) if options.load is None else parse_loads(options.load)
+    if len(loads) > 1 and options.report is not None:
+        raise OptionError(f"--report: needs one load, got {len(loads)}")
+    runs = [
+        ContestRun(
+            document,
+            scene_of(document, LoadSpec(load, options.trace, options.scale, options.duration)),
+            TUNED,
+            "",
+            options.seed,
+            start_s=options.start_seconds,
+            faults=faults,
+            sticky=options.sticky,
+        )
+        for load in loads
+    ]
+    parameters = {**DEFAULTS, **(_trained(runs[0], against) if options.tune else {})}
+    found, pages = zip(*(_compared(options, run, against, parameters) for run in runs), strict=True)
+    figures = found[0] if len(found) == 1 else {"loads": found}
+    code = _written(options.json_out, json.dumps(figures, indent=1) + "\n", "figures")
+    return code or _written(options.report, pages[0], "report")
+
+
+def _compared(
+    options: BacktestOptions, run: ContestRun, against: tuple[str, ...], parameters: Mapping[str, str]
+) -> tuple[dict[str, Any], str]:
+    """Play one load and print its table; returns rows with settings, and the report ("" without one)."""
+    print("\n".join(_told(run.scene)))
     seeds = range(options.seed, options.seed + options.seeds)
     runs = len(seeds) * (1 + len(against))
     rows = list(_progress(contest(run, against, seeds, parameters), runs))
     lines = lines_of(rows)
     print("\n".join(table(lines)))
-    figures = {"rows": [_row(row) for row in rows], "settings": _settings(options, scene, parameters)}
-    code = _written(options.json_out, json.dumps(figures, indent=1) + "\n", "figures")
-    page = report_html(lines, rows, _told(scene)) if options.report is not None else ""
-    return code or _written(options.report, page, "report")
+    page = report_html(lines, rows, _told(run.scene)) if options.report is not None else ""
+    figures = {"rows": [_row(row) for row in rows], "settings": _settings(options, run.scene, parameters)}
+    return figures, page
 
 
 def _check_contest(options: BacktestOptions) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from kvpilot_operator.backtest import baselines
 from kvpilot_operator.backtest.faults import TimedFault
 from kvpilot_operator.backtest.parallel import in_parallel
-from kvpilot_operator.backtest.scenes import SYNTHETIC, USE, LoadSpec, Scene, scene_of
+from kvpilot_operator.backtest.scenes import SYNTHETIC, USE, LoadSpec, Scene, SyntheticName, scene_of
 from kvpilot_operator.backtest.score import Judge, Windows, reversals, score, wrong_direction
 from kvpilot_operator.backtest.simulation import START, Controller, Simulation
 from kvpilot_operator.options import OptionError
@@ -91,6 +91,20 @@ def parse_against(text: str) -> tuple[str, ...]:
         if name not in DEFAULTS and name != TUNED:
             raise OptionError(f"--against: must be of {', '.join(DEFAULTS)}, got {name}")
     return tuple(name for name in names if name != TUNED)
+
+
+def parse_loads(text: str) -> tuple[SyntheticName, ...]:
+    """``step,ramp``: synthetic loads to play in turn.
+
+    Raises:
+        OptionError: a name is unknown, or none is given.
+    """
+    names = tuple(dict.fromkeys(item.strip() for item in text.split(",")))
+    known: dict[str, SyntheticName] = {name: name for name in SYNTHETIC}
+    for name in names:
+        if name not in known:
+            raise OptionError(f"--load: must be of {', '.join(SYNTHETIC)}, got {name or 'nothing'}")
+    return tuple(known[name] for name in names)
 
 
 def play(run: ContestRun) -> Row:

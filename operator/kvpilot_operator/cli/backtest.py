@@ -16,19 +16,11 @@ class _Pace(StrEnum):
     STANDARD = "Standard"
 
 
-class _Load(StrEnum):
-    STEP = "step"
-    RAMP = "ramp"
-    SPIKE = "spike"
-    DIURNAL = "diurnal"
-    SINE = "sine"
-
-
 EXAMPLES = """Examples:
 
 `kvpilot backtest --trace conversation.jsonl --against hpa,keda --seeds 30 --json out.json --report out.html`
 
-`kvpilot backtest chat.yaml --load spike --against do-nothing,hpa,always-max --tune`
+`kvpilot backtest chat.yaml --load step,spike --against do-nothing,hpa,always-max --tune`
 
 `kvpilot backtest chat.yaml --load step --faults slow@0+7200,outage@1800+300`
 
@@ -57,7 +49,10 @@ def register(app: typer.Typer) -> None:
                 help="Play a Mooncake (JSON lines) or Azure (CSV) trace, or a recording of `kvpilot record`."
             ),
         ] = None,
-        load: Annotated[_Load | None, typer.Option(help="Play a synthetic load.")] = None,
+        load: Annotated[
+            str | None,
+            typer.Option(help="Play synthetic loads, one after another: step, ramp, spike, diurnal, sine."),
+        ] = None,
         aa: Annotated[
             int | None,
             typer.Option("--aa", metavar="RUNS", help="Plant a change of a knob that has no effect at all."),
@@ -116,7 +111,7 @@ def register(app: typer.Typer) -> None:
         options = BacktestOptions(
             manifest=manifest,
             trace=trace,
-            load=None if load is None else load.value,
+            load=load,
             aa=aa,
             regression=regression,
             gain=gain,

@@ -124,6 +124,9 @@ def test_invalid_trace_is_one_line_that_names_it(tmp_path: Path, text: str, mess
         (("--load", "step", "--replicas", "3"), "--replicas: needs --aa, --regression or --gain"),
         (("--aa", "3", "--seeds", "3"), "--seeds: needs --trace or --load"),
         (("--load", "step", "--faults", "fire"), "--faults: must be NAME"),
+        (("--load", "step,hill"), "--load: must be of step, ramp, spike, diurnal, sine, got hill"),
+        (("--load", ""), "--load: must be of step, ramp, spike, diurnal, sine, got nothing"),
+        (("--load", "step,sine", "--report", "r.html"), "--report: needs one load, got 2"),
         ((), "one of --trace, --load, --aa, --regression, --gain is required, got none of them"),
         (("--trace", "no-such.jsonl"), "trace no-such.jsonl: cannot be read: No such file"),
     ],
@@ -131,6 +134,18 @@ def test_invalid_trace_is_one_line_that_names_it(tmp_path: Path, text: str, mess
 def test_invalid_options_are_one_line(arguments: tuple[str, ...], message: str) -> None:
     line = refused("backtest", *arguments)
     assert line.startswith(f"kvpilot backtest: {message}"), line
+
+
+def test_loads_are_played_in_turn(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = started(
+        "backtest", "--load", "sine,step", "--pace", "Fast", "--duration", "300", "--seeds", "1",
+        "--against", "do-nothing", "--start-seconds", "5", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["loads"]
+    assert [one["settings"]["load"] for one in found] == ["sine", "step"]
+    assert [[row["controller"] for row in one["rows"]] for one in found] == [["kvpilot", "do-nothing"]] * 2
 
 
 def test_baselines_are_named_once_and_kvpilot_always_plays() -> None:
