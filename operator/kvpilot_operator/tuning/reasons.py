@@ -209,7 +209,11 @@ REASONS: tuple[Reason, ...] = (
     Reason(CANARY_LOST, "verdict", "Aborted: the canary is gone."),
     Reason(CONTROL_LOST, "verdict", "Aborted: a control is gone."),
     Reason(REPLICA_RESTARTED, "verdict", "Aborted: a replica of either arm restarted."),
-    Reason(PUSH_FAILED, "verdict", "Aborted: an engine did not take the configuration in time."),
+    Reason(
+        PUSH_FAILED,
+        "verdict",
+        "Aborted: an engine did not take the configuration in time. The value waits ten cooldowns.",
+    ),
     Reason(TOO_FEW_REQUESTS, "verdict", "Aborted: too few requests to judge within the time allowed."),
     Reason(UNOBSERVED, "verdict", "Aborted: its replicas could not be measured for too long."),
     Reason(BREACH_GONE, "verdict", "Aborted: the controls meet the objective without the change."),

@@ -94,7 +94,7 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
         Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), ended),
         Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), ended),
         Measure(MISSES, counts.query_tokens - counts.hit_tokens, counts.query_tokens),
-        Measure(WASTE, counts.prefetch_wasted, judged),
+        Measure(WASTE, counts.prefetch_wasted, ended),
     )
 
 

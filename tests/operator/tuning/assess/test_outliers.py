@@ -42,6 +42,8 @@ def test_replica_that_fails_more_is_named() -> None:
     assert named(fleet({"errors": 0.15}, alike=2)) == [("odd-0", FAILS)]
     assert named(fleet({"errors": 0.05}, alike=2)) == []
     assert named(fleet({"errors": 0.15}, alike=2, errors=0.1)) == [], "the others fail as well"
+    shedding = {"errors": 0.15, "shed": 1.0}
+    assert named(fleet(shedding, alike=2)) == [("odd-0", FAILS)], "of the requests that it answers"
 
 
 def test_few_replicas_have_no_majority() -> None:

@@ -130,6 +130,12 @@ def test_what_an_arm_sheds_makes_its_engines_neither_better_nor_worse() -> None:
     )
 
 
+def test_blocks_are_wasted_by_requests_that_are_served() -> None:
+    seen = Counts(outcomes={"ok": 100.0, "shed": 100.0}, prefetch_wasted=50.0)
+    shares = {item.name: item.share for item in measures(seen, PRODUCTION)}
+    assert shares["prefetchWaste"] == 0.5
+
+
 def test_errors_of_an_arm_are_those_of_the_objective() -> None:
     shedding = outcomes(ok=900.0, error=10.0, shed=80.0, timeout=10.0)
     assert shedding.share("errors") == pytest.approx(0.1)
