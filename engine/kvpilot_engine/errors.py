@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from kvpilot_engine.contract.metrics import Outcome
+from kvpilot_engine.contract.wording import counted
 
 
 class EngineError(Exception):
@@ -60,7 +61,8 @@ class QueueFullError(EngineError):
 
     def __init__(self, waiting: int, max_queue: int, retry_after_s: int) -> None:
         super().__init__(
-            f"overloaded: {waiting} requests wait and max_queue is {max_queue}; retry after {retry_after_s} s"
+            f"overloaded: {counted(waiting, 'request', 'waits', 'wait')} and max_queue is {max_queue}; "
+            f"retry after {retry_after_s} s"
         )
         self.retry_after_s = retry_after_s
 

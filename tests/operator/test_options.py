@@ -26,7 +26,7 @@ def test_the_check_leaves_files_as_they_are(tmp_path: Path) -> None:
     assert not new.exists()
 
 
-def test_a_file_that_could_not_be_written_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_could_not_be_written_is_shown_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert not write_file("kvpilot load", Path("/proc/x.json"), "{}")
     reported = capsys.readouterr()
     assert reported.err == "kvpilot load: /proc/x.json: cannot be written: No such file or directory\n"

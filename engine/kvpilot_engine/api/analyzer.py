@@ -11,6 +11,7 @@ from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.knobs import GROWTH, QUOTA_GROWTH, SATURATED_BUSY, SATURATED_GAIN
 from kvpilot_engine.contract.metrics import Stage, total
+from kvpilot_engine.contract.wording import counted
 
 _RELIEF = {
     Stage.ADMISSION_WAIT: "num_workers",
@@ -191,7 +192,7 @@ def _stage_remedy(stage: Stage, stats: Mapping[str, Any], config: KVCacheConfig)
         return action, remedy
     if stage is Stage.PREEMPTED:
         action, remedy = _raise("max_tokens", config.max_tokens, QUOTA_GROWTH)
-        lost = f"{stats['preemptions']} sequences lost their pages."
+        lost = f"{counted(stats['preemptions'], 'sequence', 'lost its', 'lost their')} pages."
         return action, f"{lost} {remedy} Or admit fewer with num_workers."
     rows = share(total(stats["engine"], names.STEP_ROWS_TOTAL), total(stats["engine"], names.STEPS_TOTAL))
     return "max_length", (
@@ -230,7 +231,7 @@ def _hit_rate(stats: Mapping[str, Any], config: KVCacheConfig, targets: Targets)
         return Finding("low_hit_rate", 1.0, rate, "none", evidence, remedy, "none")
     action, remedy = _raise("max_tokens", config.max_tokens, QUOTA_GROWTH)
     impact = f"hit rate between {rate:.1%} and {ceiling:.1%}"
-    remedy = f"{stats['evictions']} pages were evicted. {remedy}"
+    remedy = f"{counted(stats['evictions'], 'page', 'was', 'were')} evicted. {remedy}"
     return Finding("low_hit_rate", excess, rate, action, evidence, remedy, impact)
 
 
@@ -261,8 +262,8 @@ def _errors(stats: Mapping[str, Any], targets: Targets) -> Finding | None:
     if rate <= targets.errors:
         return None
     evidence = (
-        f"{stats['failed_requests']} of {stats['total_requests']} requests failed ({rate:.1%}, target "
-        f"{targets.errors:.0%})."
+        f"{stats['failed_requests']} of {counted(stats['total_requests'], 'request')} failed ({rate:.1%}, "
+        f"target {targets.errors:.0%})."
     )
     remedy = "Read the exceptions: each names its reason; for timeouts, reduce the latency first."
     return Finding(
@@ -292,12 +293,12 @@ def _throughput(stats: Mapping[str, Any], targets: Targets) -> Finding | None:
 
 def _text(stats: Mapping[str, Any], findings: list[Finding]) -> str:
     lines = [
-        f"{stats['total_requests']} requests, {stats['failed_requests']} failed, "
+        f"{counted(stats['total_requests'], 'request')}, {stats['failed_requests']} failed, "
         f"{stats['throughput']:.1f}/s over the last minute",
         f"latency p50 {stats['p50_latency']:.1f} ms, p95 {stats['p95_latency']:.1f} ms, "
         f"p99 {stats['p99_latency']:.1f} ms",
         f"hit rate {stats['hit_rate']:.1%} of at most {stats['hit_rate_ceiling']:.1%}; "
-        f"{stats['evictions']} pages evicted; memory {stats['memory_usage']:.1%} of its limit",
+        f"{counted(stats['evictions'], 'page')} evicted; memory {stats['memory_usage']:.1%} of its limit",
         "stages: "
         + ", ".join(
             f"{name} {each['mean_ms']:.1f} ms" for name, each in stats["stages"].items() if each["share"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.backtest.contest import TUNED, Row
 from kvpilot_operator.backtest.score import LAMBDAS
 from kvpilot_operator.backtest.tables import Line
@@ -39,7 +40,8 @@ def report_html(lines: Sequence[Line], rows: Sequence[Row], sentences: Sequence[
         [
             "<h1>Backtest</h1>",
             *(f"<p>{escape(sentence)}</p>" for sentence in sentences),
-            f"<p>{seeds} seeds. A controller is the better the nearer it is to the lower left.</p>",
+            f"<p>{counted(seeds, 'seed')}. "
+            "A controller is the better the nearer it is to the lower left.</p>",
             _chart(lines, rows),
             _table(lines),
             "<h2>Score of kvpilot minus that of the other</h2>",

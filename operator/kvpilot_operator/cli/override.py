@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.cli.arguments import (
     ANYWHERE,
     KnobName,
@@ -126,7 +127,7 @@ def boost(
     """Ask for at least MIN replicas for a while, within spec.scaling.max."""
     from kvpilot_operator.cli.asking import Asked, ask
 
-    said = f"at least {minimum} replicas are asked for"
+    said = f"at least {counted(minimum, 'replica', 'is', 'are')} asked for"
     asked = Asked({"boost": {"minReplicas": minimum}}, said, f"unboost {name}")
     with reporting("boost"):
         ask(find(name, where), asked, terms, output)

@@ -114,7 +114,7 @@ class OperatorMetrics:
         self._alerts = self._counter(_ALERTS)
         self._enabled = self._gauge(_ENABLED)
         self._enabled.set(1)
-        self._barred = self._gauge(_RECOMMEND_ONLY)
+        self._blocked = self._gauge(_RECOMMEND_ONLY)
         self._labels: dict[Key, set[tuple[Gauge, tuple[str, ...]]]] = defaultdict(set)
 
     def _gauge(self, metric: OperatorMetric) -> Gauge:
@@ -134,9 +134,9 @@ class OperatorMetrics:
     def fleet(self, *, tuning: bool, recommend_only: frozenset[str]) -> None:
         """What holds for all resources."""
         self._enabled.set(float(tuning))
-        self._barred.clear()
+        self._blocked.clear()
         for rule in recommend_only:
-            self._barred.labels(rule).set(1)
+            self._blocked.labels(rule).set(1)
 
     def reconciled(self, result: Reconciliation) -> None:
         """A resource was reconciled: replace its series."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.local.recorder import Point
 from kvpilot_operator.tuning.assess.objectives import backlog_gone, latency_met, met_again
 from kvpilot_operator.tuning.configuration import value
@@ -156,4 +157,6 @@ def _same_replicas(points: Sequence[Point], since: float, until: float | None) -
         now = {replica.uid: replica.restarts for replica in point.replicas}
         if now != first:
             return CheckStep("same replicas", None, "a replica was added, replaced or restarted meanwhile")
-    return CheckStep("same replicas", seen[-1].at, f"the same {len(first)} replicas, none restarted")
+    return CheckStep(
+        "same replicas", seen[-1].at, f"the same {counted(len(first), 'replica')}, none restarted"
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.adapters.metrics.scrape import Target
 from kvpilot_operator.local.process import EXIT_GRACE_S, EngineProcess, Launch, is_ready
 from kvpilot_operator.router.proxy import Backend
@@ -274,7 +275,7 @@ class ReplicaSet:
                 failures += 1
                 if replica.ready and failures >= FAILURES:
                     replica.pending_reason = "Unready"
-                    self._notify(f"{replica.name} is not ready: its probe failed {failures} times")
+                    self._notify(f"{replica.name} is not ready: its probe failed {counted(failures, 'time')}")
                     self._unready(replica)
             await asyncio.sleep(PROBE_S if replica.ready else STARTING_PROBE_S)
 

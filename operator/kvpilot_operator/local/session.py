@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.adapters.engines.kvpilot import EngineAdmin
 from kvpilot_operator.adapters.metrics.scrape import ScrapeMetrics
 from kvpilot_operator.load.client import Client, RequestError
@@ -303,7 +304,7 @@ class Session:
         self._wake.set()
         if backends and len(backends) >= self._cluster.replica_set.desired:
             if not self._all_ready.is_set():
-                self._notify(f"{len(backends)} replicas ready")
+                self._notify(f"{counted(len(backends), 'replica')} ready")
             self._all_ready.set()
 
     def _refused(self, status: int, last_line: str) -> None:

@@ -100,9 +100,9 @@ class Fleet:
         times: dict[str, list[float]] = {}
         for rule, at in sorted(self._harms.values(), key=lambda harm: harm[1]):
             times.setdefault(rule, []).append(at)
-        return frozenset(rule for rule, found in times.items() if self._barred(found, now))
+        return frozenset(rule for rule, found in times.items() if self._blocked(found, now))
 
-    def _barred(self, times: list[float], now: float) -> bool:
+    def _blocked(self, times: list[float], now: float) -> bool:
         return any(
             last - first <= self._hour and last > now - self._hour
             for first, last in zip(times, times[HARMS - 1 :], strict=False)

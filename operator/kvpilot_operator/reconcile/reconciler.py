@@ -181,7 +181,7 @@ class Reconciler:
             snapshot = await self._write_status(snapshot, policy, observation, decision)
         self._cache_lost.pop(key, None)  # the status counts it now
         for rule in blocked:
-            event = events.rule_barred(rule)
+            event = events.rule_blocked(rule)
             await self._cluster.event(snapshot, event.kind, event.reason, event.message)
         result = Reconciliation(key, snapshot, policy, observation, decision)
         self._telemetry.reconciled(result)

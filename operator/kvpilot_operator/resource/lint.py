@@ -8,6 +8,7 @@ from itertools import permutations
 from typing import Literal
 
 from kvpilot_engine.contract import BLOCK_TOKENS
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.model import DeploymentSpec
 from kvpilot_operator.resource.resolve import base_config, not_yet_effective, policy_of
 from kvpilot_operator.tuning.configuration import value, within
@@ -118,7 +119,7 @@ def _never_scales(remedy: Remedy, policy: Policy) -> tuple[str, str, bool] | Non
     if scaling.direction == ("InOnly" if remedy.replicas > 0 else "OutOnly"):
         return "spec.scaling.direction", f"direction is {scaling.direction}", True
     if scaling.gpu_limit is not None and remedy.replicas > 0 and scaling.gpu_limit <= scaling.minimum:
-        message = f"it allows {scaling.gpu_limit} replicas, as many as the minimum"
+        message = f"it allows {counted(scaling.gpu_limit, 'replica')}, as many as the minimum"
         return "spec.tuning.budgets.maxGPUs", message, False
     return None
 
@@ -165,7 +166,8 @@ def _objectives(subject: _Subject) -> Iterator[Finding]:
             "error",
             "spec.objectives.hitRate",
             f"{wanted.hit_rate:.0%} is out of reach: maxTokens {tokens:g} holds less than a block of "
-            f"{BLOCK_TOKENS} tokens for each of {workers} workers, so requests evict each other's prefixes",
+            f"{BLOCK_TOKENS} tokens for each of {counted(workers, 'worker')}, so requests evict each other's "
+            "prefixes",
         )
     replicas = subject.spec.replicas or 0
     if (scaling := subject.policy.scaling) is not None:
@@ -176,8 +178,8 @@ def _objectives(subject: _Subject) -> Iterator[Finding]:
         yield Finding(
             "error",
             "spec.objectives.throughput.target",
-            f"{wanted.throughput:g} requests/s are out of reach: {replicas} replicas with at most "
-            f"{_most(subject, 'numWorkers'):g} workers would have to end each request within "
+            f"{wanted.throughput:g} requests/s are out of reach: {counted(replicas, 'replica')} with at most "
+            f"{counted(int(_most(subject, 'numWorkers')), 'worker')} would have to end each request within "
             f"{slots / wanted.throughput * 1000:.2g} ms",
         )
 
@@ -204,7 +206,8 @@ def _windows(subject: _Subject) -> Iterator[Finding]:
             message = f"min {item.minimum} has no effect: scaling.min is {scaling.minimum}"
             yield Finding("warning", f"{field}.min", message)
         if scaling.gpu_limit is not None and item.minimum > scaling.gpu_limit:
-            message = f"{item.minimum} is out of reach: budgets.maxGPUs allows {scaling.gpu_limit} replicas"
+            allowed = f"budgets.maxGPUs allows {counted(scaling.gpu_limit, 'replica')}"
+            message = f"{item.minimum} is out of reach: {allowed}"
             yield Finding("error", f"{field}.min", message)
     for (first, one), (second, other) in permutations(enumerate(scaling.schedules), 2):
         if one.maximum is not None and one.maximum < other.minimum:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from kvpilot_engine.contract import CATALOGUE, KnobClass, KVCacheConfig, Notice, knob
 from kvpilot_engine.contract.config import QUIET
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource import model as models
 from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.fields import ratio_of
@@ -153,8 +154,8 @@ def _scaling(spec: models.DeploymentSpec) -> Scaling | None:
         budget = spec.tuning.budgets.max_gpus
         raise ManifestError(
             [
-                f"spec.tuning.budgets.maxGPUs: {least} replicas with {gpus_of(spec)} GPUs each need "
-                f"{least * gpus_of(spec)}, got {budget}"
+                f"spec.tuning.budgets.maxGPUs: {counted(least, 'replica')} with "
+                f"{counted(gpus_of(spec), 'GPU')} each need {least * gpus_of(spec)}, got {budget}"
             ]
         )
     if (given := spec.scaling) is None:

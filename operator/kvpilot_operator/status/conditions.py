@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.model import DeploymentSpec
 from kvpilot_operator.resource.resolve import not_yet_effective
 from kvpilot_operator.status.model import ConditionStatus
@@ -130,7 +131,7 @@ def _ready(snapshot: Snapshot, spec: DeploymentSpec) -> Condition:
         return Condition("Ready", "True", "ScaledToZero", "The spec asks for no replicas.")
     if serving >= wanted:
         return Condition("Ready", "True", "Serving", "At least the minimum of replicas is ready.")
-    message = f"{serving} of at least {wanted} replicas are ready"
+    message = f"{serving} of at least {counted(wanted, 'replica', 'is', 'are')} ready"
     if stuck := _stuck(snapshot):
         message = f"{message}: {'; '.join(stuck)}"
     return Condition("Ready", "False", _not_ready(snapshot, serving), f"{message}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.status.conditions import BELOW_FLOOR, STARTING
 from kvpilot_operator.status.model import ConditionStatus, Status
 from kvpilot_operator.tuning import reasons
@@ -84,11 +85,13 @@ def condition_changed(earlier: ConditionStatus | None, condition: ConditionStatu
 def boosted(alert: str, override: str, minimum: int, until: str) -> Event:
     """An alert was verified and raised the minimum of replicas."""
     return Event(
-        "Normal", "AlertBoost", f"Alert {alert}: at least {minimum} replicas until {until} ({override})"
+        "Normal",
+        "AlertBoost",
+        f"Alert {alert}: at least {counted(minimum, 'replica')} until {until} ({override})",
     )
 
 
-def rule_barred(rule: str) -> Event:
+def rule_blocked(rule: str) -> Event:
     """A rule did harm too often in the fleet."""
     return Event(
         "Warning",

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.override import KINDS, KVCacheOverride, OverrideSpec
 from kvpilot_operator.resource.times import duration_s, moment, seconds_of
@@ -252,7 +253,7 @@ def _limit(spec: OverrideSpec, manifest: Json) -> tuple[str, str] | None:
     asked = spec.boost.min_replicas
     return (
         ABOVE_MAXIMUM,
-        f"asks for {asked} replicas; spec.scaling.max allows {maximum}, so it gets {maximum}",
+        f"asks for {counted(asked, 'replica')}; spec.scaling.max allows {maximum}, so it gets {maximum}",
     )
 
 

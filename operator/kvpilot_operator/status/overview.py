@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.times import moment
 from kvpilot_operator.status.model import ChangeStatus, PendingStatus, Status, value_text
 from kvpilot_operator.status.overrides import name_of, overrides_of
@@ -198,7 +199,7 @@ def change_text(change: ChangeStatus) -> str:
 
 def _pending_text(item: PendingStatus) -> str:
     knobs = ", ".join(f"{c.knob} {value_text(c.before)} -> {value_text(c.after)}" for c in item.values)
-    what = knobs or f"{item.replicas} replicas"
+    what = knobs or counted(item.replicas, "replica")
     who = f"approved by {item.approved_by}" if item.approved_by else f"waits until {moment(item.expires)}"
     return f"{item.id} ({item.rule}): {what}, {who}"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvpilot_engine.contract import KnobClass
 from kvpilot_engine.contract import knob as catalogued
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.fields import KNOBS
 from kvpilot_operator.resource.model import KVCacheDeployment, field_bounds
@@ -203,7 +204,7 @@ def _tried(known: Known, name: str) -> Iterator[str]:
     if recent and budget is not None and len(recent) >= budget:
         free = moment(recent[len(recent) - budget] + SIX_HOURS) if budget else ""
         until = f"; it is free again at {free}" if free else ""
-        times = f"{len(recent)} times in six hours, and {budget} are allowed"
+        times = f"{counted(len(recent), 'time')} in six hours, as often as is allowed"
         yield f"It was changed and taken back {times}{until}."
     for blocked in tuning.blocked_values:
         if blocked.knob == name and blocked.until > known.now:

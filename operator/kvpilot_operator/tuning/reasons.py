@@ -47,7 +47,7 @@ OUTSIDE_WINDOW = "OutsideMaintenanceWindow"
 KILL_SWITCH = "KillSwitch"
 FLEET_LIMIT = "FleetLimit"
 UPGRADE_TRIAL = "UpgradeTrial"
-RULE_BARRED = "RuleOnlyRecommended"
+RULE_BLOCKED = "RuleOnlyRecommended"
 RESTART_BUDGET = "RestartBudget"
 CACHE_BUDGET = "CacheBudget"
 
@@ -150,7 +150,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(FLEET_LIMIT, "hold", "At most one resource, or 5% of them, is in a change at a time."),
     Reason(UPGRADE_TRIAL, "hold", "After an upgrade other rules act on 5% of the resources first."),
     Reason(
-        RULE_BARRED, "hold", "Three changes by the rule did harm within an hour, so it is only recommended."
+        RULE_BLOCKED, "hold", "Three changes by the rule did harm within an hour, so it is only recommended."
     ),
     Reason(RESTART_BUDGET, "hold", "Replicas restarted during changes as often in a day as is allowed."),
     Reason(CACHE_BUDGET, "hold", "Changes dropped as much cache in a day as is allowed."),

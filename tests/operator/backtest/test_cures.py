@@ -117,9 +117,9 @@ def test_an_engine_that_takes_nothing_keeps_the_emergency_from_no_other() -> Non
     assert [(r.rule, r.outcome) for r in sim.records] == [("memory-emergency", "Emergency")], sim.report()
     assert [value(engine.config, "batchSize") for engine in others] == [8, 8], "the relief stands"
     assert (sim.state.change, sim.promoted.config["batchSize"]) == (None, 8)
-    told = sim.cluster.snapshot().status.condition("TuningActive")
-    assert told is not None
-    assert (told.reason, told.message) == (
+    active = sim.cluster.snapshot().status.condition("TuningActive")
+    assert active is not None
+    assert (active.reason, active.message) == (
         "ReplicaBehind",
         f"{first.name}: runs an older generation; the promoted one is pushed at every reconcile",
     )

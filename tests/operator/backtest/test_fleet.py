@@ -52,7 +52,7 @@ class Resources:
         sim.run(seconds, until=ended)
 
 
-def test_a_harmful_rule_is_reverted_barred_explained_and_after_three_only_recommended() -> None:
+def test_a_harmful_rule_is_reverted_blocked_explained_and_after_three_only_recommended() -> None:
     resources = Resources()
     for index in range(3):
         sim = resources.next(index)

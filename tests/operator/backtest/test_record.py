@@ -134,7 +134,7 @@ def test_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (found.resource, found.start, found.step) == ("team-a/chat", "1970-01-01T00:00:00Z", 60.0)
 
 
-def test_gaps_are_told_and_hold_no_request(tmp_path: Path) -> None:
+def test_gaps_are_shown_and_hold_no_request(tmp_path: Path) -> None:
     gap = [Interval(60.0 * index, gap=True) for index in (2, 3, 5)]
     path = write(tmp_path / "r.jsonl", busy(0), busy(60), *gap[:2], busy(240), gap[2], busy(360))
     assert told_gaps(read_recording(path)) == [

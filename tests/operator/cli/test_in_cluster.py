@@ -72,7 +72,7 @@ def test_status_and_history_read_the_cluster(api: ApiServer) -> None:
     assert "d-0003  Promoted by workers-up" in ok("explain", "chat")
 
 
-def test_kill_switch_of_the_operator_is_told_once_below_the_table(api: ApiServer) -> None:
+def test_kill_switch_of_the_operator_is_shown_once_below_the_table(api: ApiServer) -> None:
     why = "ConfigMap ops/kvpilot-tuning says tuning: off, by ana (incident 4711)"
     for name in ("chat", "code"):
         document = manifest(name, switched_off(why))
@@ -101,7 +101,7 @@ def test_kill_switch_of_the_operator_is_told_once_below_the_table(api: ApiServer
         ),
     ],
 )
-def test_who_is_not_allowed_is_told_in_one_line(
+def test_who_is_not_allowed_is_shown_in_one_line(
     api: ApiServer, forbidden: tuple[str, str], command: str, line: str
 ) -> None:
     api.forbidden.add(forbidden)

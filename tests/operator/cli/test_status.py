@@ -23,7 +23,7 @@ def test_status_is_a_row_for_each_run(run: StateDirectory, tmp_path: Path) -> No
     assert "\x1b" not in chat, "no colours without a terminal"
 
 
-def test_status_of_one_run_is_told_in_full(run: StateDirectory) -> None:
+def test_status_of_one_run_is_shown_in_full(run: StateDirectory) -> None:
     ok("pin", "chat", "batchSize", "8", "--by", "ana", "--reason", "test")
     lines = ok("status", "chat").splitlines()
     assert lines[:6] == [
@@ -39,16 +39,16 @@ def test_status_of_one_run_is_told_in_full(run: StateDirectory) -> None:
     assert lines[6] == ("  Last        d-0003 Promoted at 2026-11-22T09:40:00Z: numWorkers 8 -> 16; p95 met.")
 
 
-def test_kill_switch_is_told_with_its_cause_and_with_what_goes_on(run: StateDirectory) -> None:
+def test_kill_switch_is_shown_with_its_cause_and_with_what_goes_on(run: StateDirectory) -> None:
     run.write_resource(manifest(status=switched_off("kvpilot up runs with --tuning=off")))
-    told = "off since 2026-11-22T09:30:00Z: kvpilot up runs with --tuning=off; bounds, schedules, boosts, "
+    reason = "off since 2026-11-22T09:30:00Z: kvpilot up runs with --tuning=off; bounds, schedules, boosts, "
     lines = ok("status", "chat").splitlines()
-    assert lines[1] == f"  Tuning      {told}pins and rollbacks go on"
+    assert lines[1] == f"  Tuning      {reason}pins and rollbacks go on"
     assert "  Holds       MetricsStale: no scrape" in lines
-    assert "KillSwitch" not in "".join(lines), "told once"
+    assert "KillSwitch" not in "".join(lines), "shown once"
     row, last = ok("status").splitlines()[1:]
     assert row.rstrip().endswith("tuning off, MetricsStale")
-    assert last == f"Tuning is {told}pins and rollbacks go on."
+    assert last == f"Tuning is {reason}pins and rollbacks go on."
     assert json.loads(ok("status", "chat", "-o", "json"))["off"] == {
         "since": "2026-11-22T09:30:00Z",
         "why": "kvpilot up runs with --tuning=off",

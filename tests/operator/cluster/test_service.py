@@ -225,7 +225,7 @@ def test_told_to_stop_while_it_waits_for_the_api_server_it_ends_at_once(tmp_path
         ),
     ],
 )
-def test_a_start_without_a_cluster_is_told_in_one_line(
+def test_a_start_without_a_cluster_is_shown_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], kubeconfig: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -98,7 +98,7 @@ async def test_without_a_config_map_nothing_is_read() -> None:
     assert (fleet.off, maps.asked) == ("", [])
 
 
-def test_the_switch_and_barred_rules_are_exported() -> None:
+def test_the_switch_and_blocked_rules_are_exported() -> None:
     metrics = OperatorMetrics()
     assert "\nkvpilot_operator_tuning_enabled 1.0\n" in metrics.text().decode()
     metrics.fleet(tuning=False, recommend_only=frozenset({"workers-up"}))

@@ -56,7 +56,7 @@ async def test_pin_pause_boost_and_their_ends(tmp_path: Path) -> None:
         await deployment.until(lambda result: workers(result) == {2} and not result.observation.paused_by, 30)
         assert "Unpinned" in {record.outcome for record in deployment.records}
 
-        # What cannot be done is told once, and is over.
+        # What cannot be done is reported once, and is over.
         await kvpilot("rollback", "cured", "--to", "1", "--by", "ana")
         await deployment.until(lambda result: result.decision.records, 15)
         assert deployment.records[-1].outcome == "Refused"

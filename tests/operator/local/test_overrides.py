@@ -90,7 +90,7 @@ async def test_overrides_reach_the_snapshot_until_they_expire(local: Local) -> N
     ]
 
 
-async def test_a_file_that_is_no_override_is_told_and_kept(local: Local) -> None:
+async def test_a_file_that_is_no_override_is_shown_and_kept(local: Local) -> None:
     path = local.write("wrong.yaml", "spec: [")
     local.write("other.json", override("other", target="code", pause={}))
     local.write("pin.json", override("pin", pin={"knob": "numWorkers", "value": 500}))

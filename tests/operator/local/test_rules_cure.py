@@ -66,7 +66,7 @@ async def test_larger_batch_cures_batch_wait(tmp_path: Path) -> None:
     assert (started.diagnosis.stage, started.diagnosis.reason) == (Stage.BATCH_WAIT, reasons.QUEUE_AT_BATCH)
     assert "waiting for a place in the batch is" in started.diagnosis.message
     assert started.summary.startswith("Batch wait was ")
-    assert "with 1 rows for 64 workers; trying batchSize 1 -> " in started.summary
+    assert "with 1 row for 64 workers; trying batchSize 1 -> " in started.summary
     assert promoted.id == started.id
     assert promoted.evidence["verdict"] == reasons.PROMOTED
     assert f"promoted as generation {promoted.generation}" in promoted.summary

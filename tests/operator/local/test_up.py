@@ -101,7 +101,7 @@ async def test_edits_apply_hot_invalid_ones_are_reported_and_sigint_ends_everyth
     path = manifest(tmp_path / "small.yaml")
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
         url = (await run.until(r"at (http://\S+) "))[1]
-        await run.until("1 replicas ready")
+        await run.until("1 replica ready")
         async with session.get(f"{url}/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         body = {"model": model, "prompt": "hello", "max_tokens": 4}
@@ -137,7 +137,7 @@ async def test_second_signal_does_not_wait_and_second_run_is_refused(tmp_path: P
     path = manifest(tmp_path / "small.yaml", rollout={"drainSeconds": 100})
     async with up(tmp_path, str(path)) as run, aiohttp.ClientSession() as session:
         url = (await run.until(r"at (http://\S+) "))[1]
-        await run.until("1 replicas ready")
+        await run.until("1 replica ready")
         async with up(tmp_path, str(path)) as second:
             assert await second.ended() == 2
             assert f"small is already up in .kvpilot/small (process {run.process.pid})" in second.lines[-1]

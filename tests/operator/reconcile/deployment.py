@@ -406,7 +406,7 @@ class Deployment(Simulation):
             for engine in cluster.engines
         )
 
-    def told(self) -> str:
+    def described(self) -> str:
         """What keeps it from being settled."""
         cluster, state = self.cluster, self.state
         engines = [

@@ -47,7 +47,7 @@ class Effects:
         self.invariants = Invariants()
         self.intent = Status()
         self.names: dict[int, dict[str, Any]] = {}
-        self.told: set[tuple[str, str]] = set()
+        self.recorded: set[tuple[str, str]] = set()
         self.stopped = 0
         self.lost = False
         self.pinned: Counter[str] = Counter()
@@ -85,7 +85,7 @@ class Effects:
         if step is None:
             return
         self._done = step
-        self.told |= {(record.id, record.outcome) for record in step.decision.records}
+        self.recorded |= {(record.id, record.outcome) for record in step.decision.records}
         try:
             self.invariants.check(step)
         except AssertionError as error:
@@ -109,17 +109,17 @@ class Effects:
 
     # Effects
 
-    def before(self, write: str, *told: Any) -> None:
+    def before(self, write: str, *given: Any) -> None:
         """Judge an effect that is about to be there."""
         if (check := getattr(self, f"_before_{write}", None)) is not None:
-            check(*told)
+            check(*given)
 
-    def after(self, write: str, *told: Any) -> None:
+    def after(self, write: str, *given: Any) -> None:
         """Note an effect that is there."""
         self._deployment.took[write] += 1
         if write == "write_status":
             before = self._state
-            (self.intent,) = told
+            (self.intent,) = given
             after = self._state
             self._that(after.epoch >= before.epoch, "an epoch never decreases")
             self._that(after.last_generation >= before.last_generation, "a generation is never forgotten")
@@ -169,10 +169,10 @@ class Effects:
         self._that(
             seen == cluster.desired_replicas or deployment.resized, f"{seen} is not what is asked for now"
         )
-        told = [record for record in step.decision.records if record.replicas is not None]
+        scalings = [record for record in step.decision.records if record.replicas is not None]
         self._that(
-            all(item.replicas == (seen, replicas) for item in told if item.rule == scale.reason),
-            f"scaled to {replicas}, which is not what was told",
+            all(item.replicas == (seen, replicas) for item in scalings if item.rule == scale.reason),
+            f"scaled to {replicas}, which is not what was recorded",
         )
         if replicas < cluster.desired_replicas and scale.reason not in BY_OTHERS:
             ready = cluster.ready(cluster.now)
@@ -187,7 +187,9 @@ class Effects:
 
     def _before_record(self, record: Record) -> None:
         """A record tells of what a status holds."""
-        self._that((record.id, record.outcome) in self.told, f"{record.id} is told before it is written")
+        self._that(
+            (record.id, record.outcome) in self.recorded, f"{record.id} is recorded before it is written"
+        )
         if record.outcome == "Promoted":
             self._that(len(record.evidence) > 1, f"{record.id} is promoted without evidence")
 

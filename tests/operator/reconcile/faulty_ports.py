@@ -79,11 +79,11 @@ class FaultyPorts:
         self.dead = False
         self.undisturbed = True
 
-    async def _write(self, name: str, effect: Callable[[], Awaitable[Any]], *told: Any) -> Any:
+    async def _write(self, name: str, effect: Callable[[], Awaitable[Any]], *given: Any) -> Any:
         self._happens(name, "before")
-        self._deployment.effects.before(name, *told)
+        self._deployment.effects.before(name, *given)
         result = await effect()
-        self._deployment.effects.after(name, *told)
+        self._deployment.effects.after(name, *given)
         self._happens(name, "after")
         return result
 

@@ -171,7 +171,7 @@ class Managed(RuleBasedStateMachine):
             world.pass_ticks(1)
             if world.settled:
                 break
-        assert world.settled, f"not settled {ticks} ticks after the last event: {world.told()}"
+        assert world.settled, f"not settled {ticks} ticks after the last event: {world.described()}"
         world.effects.assert_settled()
 
 
@@ -388,7 +388,7 @@ PLAIN = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-"""The same histories in every run. A failure is told as it was found: to shrink one takes minutes."""
+"""The same histories in every run. A failure is reported as it was found: to shrink one takes minutes."""
 
 
 def play(machine: type[Managed], scene: str, number: int, *, examples: int, steps: int) -> None:

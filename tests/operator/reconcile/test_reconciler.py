@@ -132,7 +132,7 @@ def loop(world: World) -> Reconciler:
     return Reconciler(world, world, world, clock=lambda: world.now)
 
 
-async def test_a_decision_whose_action_fails_is_told_whole_and_once(world: World, loop: Reconciler) -> None:
+async def test_a_decision_whose_action_fails_is_shown_whole_and_once(world: World, loop: Reconciler) -> None:
     world.failing.add("scale")
     with pytest.raises(ConnectionError, match="scale: the API server is away"):
         await loop.run_once(CHAT)
@@ -281,7 +281,7 @@ async def test_an_autoscaler_is_not_fought_however_long_it_is_there(world: World
     assert conflict["message"].startswith(f"{found} also writes the number of replicas")
 
 
-async def test_a_refused_resource_is_told_from_one_that_is_gone(world: World, loop: Reconciler) -> None:
+async def test_a_refused_resource_is_shown_from_one_that_is_gone(world: World, loop: Reconciler) -> None:
     assert world.snapshot is not None
     right = world.snapshot
     world.snapshot = replace(right, manifest={**right.manifest, "spec": {"scaling": {"min": 4, "max": 3}}})

@@ -175,7 +175,7 @@ def test_an_unknown_knob_names_the_knobs() -> None:
         load_manifest(changed("spec.tuning.knobs.0.name", "workers"))
 
 
-def test_faults_of_bounds_and_rules_are_told_together() -> None:
+def test_faults_of_bounds_and_rules_are_shown_together() -> None:
     document = yaml.safe_load(changed("spec.tuning.disabledRules", ["batch-up", "batch"]))
     document["spec"]["tuning"]["knobs"] = [
         {"name": "maxTokens", "min": 100_000}, {"name": "numWorkers", "min": 0}
@@ -193,7 +193,7 @@ def test_faults_of_bounds_and_rules_are_told_together() -> None:
     assert rule.endswith(", got 'batch'")
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_every_fault_is_shown_at_once() -> None:
     text = changed("spec.scaling.min", 0).replace("p50Ms: 100", "p50Ms: 101")
     with pytest.raises(ManifestError) as caught:
         load_manifest(text)

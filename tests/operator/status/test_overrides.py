@@ -214,7 +214,7 @@ REFUSAL = "Override a by ana has no effect: the tuned knobs are those of generat
 @pytest.mark.parametrize(
     ("what", "over"), [({"rollback": {"to": 5}}, True), ({"pin": {"knob": "numWorkers", "value": 8}}, False)]
 )
-def test_what_the_tuner_refused_is_told_and_seen_by_it_until_it_ends(
+def test_what_the_tuner_refused_is_shown_and_seen_by_it_until_it_ends(
     what: dict[str, Any], over: bool
 ) -> None:
     decisions = [{"id": "d-0009", "outcome": "Refused", "at": "2026-11-23T01:55:00Z", "summary": REFUSAL}]
@@ -228,7 +228,7 @@ def test_what_the_tuner_refused_is_told_and_seen_by_it_until_it_ends(
     assert bool(found.refused) != over
 
 
-def test_end_of_an_override_is_told_and_one_that_never_began_warns() -> None:
+def test_end_of_an_override_is_shown_and_one_that_never_began_warns() -> None:
     def end(item: dict[str, Any]) -> tuple[str, str, str]:
         [verdict] = overrides_of([item], "chat", CHAT, NOW + 6000).verdicts
         assert verdict.over

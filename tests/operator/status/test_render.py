@@ -167,7 +167,7 @@ def test_the_last_ten_actions_are_kept_each_in_512_bytes() -> None:
     for number in range(14):
         scene.decision = replace(scene.decision, records=(record(number, "Started", "é" * 600),))
         status = scene.status(status)
-        assert scene.status(status) == status, "the same record told again is no news"
+        assert scene.status(status) == status, "the same record again is no news"
     assert [item["id"] for item in status["decisions"]] == [f"d-{n:04}" for n in range(4, 14)]
     for item in status["decisions"]:
         assert len(json.dumps(item, ensure_ascii=False, separators=(",", ":")).encode()) <= DECISION_BYTES

@@ -150,7 +150,7 @@ PENDING = {**CHANGE, "since": "2026-11-22T09:50:00Z", "expires": LATE}
                     ]
                 }
             },
-            "It was changed and taken back 2 times in six hours, and 2 are allowed; it is free again at "
+            "It was changed and taken back 2 times in six hours, as often as is allowed; it is free again at "
             "2026-11-22T11:00:00Z.",
         ),
         (

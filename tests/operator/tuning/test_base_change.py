@@ -68,10 +68,10 @@ def test_a_generation_that_was_reverted_is_not_used_again_after_a_lost_status() 
 def test_old_records_keep_their_numbers_after_a_lost_status() -> None:
     """The engines restarted, so that no epoch tells of what was tried before."""
     fresh = replace(SEEN, replicas=three(generation=2, config={**BASE, "numWorkers": 4}))
-    told = replace(fresh, recorded_decision=41, recorded_generation=17)
-    state = decide(told, TuningState(), policy_of(), NOW).state
+    numbered = replace(fresh, recorded_decision=41, recorded_generation=17)
+    state = decide(numbered, TuningState(), policy_of(), NOW).state
     assert (state.last_generation, state.next_decision) == (17, 42)
-    known = decide(told, replace(STATE, next_decision=3), policy_of(), NOW).state
+    known = decide(numbered, replace(STATE, next_decision=3), policy_of(), NOW).state
     assert (known.last_generation, known.next_decision) == (2, 3), "a status that is there knows best"
 
 

@@ -95,13 +95,13 @@ def test_same_observation_again_changes_nothing_more(regime: Regime) -> None:
     for seed in range(3):
         for step in World(seed, regime, events=0.3).ticks(TICKS):
             state = step.decision.state
-            told = {(record.id, record.outcome) for record in step.decision.records}
+            recorded = {(record.id, record.outcome) for record in step.decision.records}
             for _ in range(4):  # a change that is overdue or aborted may take more reconciles to end
                 again = decide(step.observation, state, step.policy, step.observation.at)
                 more = {(record.id, record.outcome) for record in again.records}
-                assert not more & told, "what was recorded is not recorded again"
+                assert not more & recorded, "what was recorded is not recorded again"
                 assert more <= {(record.id, "Aborted") for record in again.records}, "only an end is new"
-                told |= more
+                recorded |= more
                 settled, state = again.state == state, again.state
                 if settled:
                     break

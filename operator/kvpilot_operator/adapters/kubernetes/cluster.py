@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import structlog
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator import manifests
 from kvpilot_operator.adapters.kubernetes import objects, overrides
 from kvpilot_operator.adapters.kubernetes.api import (
@@ -316,7 +317,7 @@ class KubernetesCluster:
         try:
             workload = await self._api.request("GET", path)
             if int(workload["spec"].get("replicas", 1)) != replicas:
-                raise Conflict(f"{snapshot.key} no longer asks for {replicas} replicas")
+                raise Conflict(f"{snapshot.key} no longer asks for {counted(replicas, 'replica')}")
             await self._write_scale(snapshot.key, replicas, workload["metadata"]["resourceVersion"])
             metadata = (await self._api.request("GET", path))["metadata"]
             fields = objects.without_conflicting_managers(metadata["managedFields"])

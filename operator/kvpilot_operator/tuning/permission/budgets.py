@@ -7,6 +7,7 @@ from typing import Literal
 
 from kvpilot_engine.contract import KnobClass
 from kvpilot_engine.contract import knob as catalogued
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
@@ -48,7 +49,7 @@ def overspent(context: Context, state: TuningState, proposal: Proposal) -> tuple
     """
     policy = context.policy
     if policy.restarts_per_day is not None and _sum(state, "restarts") >= policy.restarts_per_day:
-        message = f"replicas restarted during changes {policy.restarts_per_day} times in a day"
+        message = f"replicas restarted during changes {counted(policy.restarts_per_day, 'time')} in a day"
         return reasons.RESTART_BUDGET, message
     shapes_cache = any(catalogued(item.knob).cls is KnobClass.CACHE for item in proposal.values)
     limit = policy.cache_lost_per_day

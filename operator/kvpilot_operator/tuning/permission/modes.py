@@ -32,7 +32,7 @@ def carry_out(
     mode = context.policy.mode
     if proposal.rule in context.observation.fleet.recommend_only and context.policy.acts and not urgent:
         message = f"{proposal.rule} did harm three times within an hour over all resources"
-        return recommend(context, draft, proposal, rejected).held(context, reasons.RULE_BARRED, message)
+        return recommend(context, draft, proposal, rejected).held(context, reasons.RULE_BLOCKED, message)
     if mode == "Auto" or (mode == "Approve" and urgent):
         return act(context, draft, proposal)
     if mode == "Approve":

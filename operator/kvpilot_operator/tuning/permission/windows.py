@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning.context import at_text
 from kvpilot_operator.tuning.policy import Policy, Scaling, Window
 
@@ -93,5 +94,5 @@ def in_force(policy: Policy, now: float) -> Policy:
 def _capped(scaling: Scaling, low: int, high: int) -> Scaling:
     limit, why = scaling.gpu_limit, ""
     if limit is not None and limit < high:
-        low, high, why = min(low, limit), limit, f"budgets.maxGPUs allows {limit} replicas"
+        low, high, why = min(low, limit), limit, f"budgets.maxGPUs allows {counted(limit, 'replica')}"
     return replace(scaling, minimum=low, maximum=high, limited_by=why)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpilot_engine.contract import knob as catalogued
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent, is_blocked
 from kvpilot_operator.tuning.configuration import value
@@ -92,5 +93,5 @@ def _forbidden(context: Context, state: TuningState, change: KnobChange) -> tupl
         return reasons.AT_BOUND, f"{change.knob} {format_value(change.after)} is out of bounds"
     if flap_budget_spent(state, change.knob, context.policy, context.now):
         limit = context.policy.reversals_per_knob_6h
-        return reasons.FLAP_BUDGET, f"{change.knob} was reverted {limit} times in 6 hours"
+        return reasons.FLAP_BUDGET, f"{change.knob} was reverted {counted(limit, 'time')} in 6 hours"
     return None

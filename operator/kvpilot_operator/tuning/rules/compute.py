@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvpilot_engine.contract.knobs import GROWTH
 from kvpilot_engine.contract.metrics import Stage
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import (
     COUNTS,
@@ -56,7 +57,7 @@ def workers_up(context: Context) -> Found:
     if waits_for_pages(context.measured, workers.now):
         return (
             reasons.WAITING_FOR_PAGES,
-            f"requests wait while fewer than {workers.now} slots are in use",
+            f"requests wait while fewer than {counted(workers.now, 'slot')} are in use",
         )
     most = workers.maximum if _can_grow(batch) else min(workers.maximum, max(batch.now, 1))
     after, needed, ratio = _sized(context, workers.now, most, needed_per_engine(context))
@@ -101,7 +102,8 @@ def workers_down(context: Context) -> Found:
         (workers.to(after),),
         context.diagnosis.objective,
         1 - capacity.work_s(after) / capacity.work_s(now),
-        f"work took {capacity.work_s(now):.2f} s with {now:.0f} requests at once; {after} complete the load",
+        f"work took {capacity.work_s(now):.2f} s with {counted(round(now), 'request')} at once; {after} "
+        f"{'completes' if after == 1 else 'complete'} the load",
         ratio=capacity.rate(after) / capacity.rate(most),
         measure=SECONDS,  # not the work alone: what is not admitted waits instead
     )
@@ -115,7 +117,10 @@ def batch_up(context: Context) -> Found:
         return reasons.DEVICE_SATURATED, "more rows would gain under 10%"
     batch, workers = room(context, "batchSize"), room(context, "numWorkers")
     if batch.now >= workers.now:
-        return reasons.NOT_EFFECTIVE, f"batchSize {batch.now} has a row for each of {workers.now} workers"
+        return (
+            reasons.NOT_EFFECTIVE,
+            f"batchSize {batch.now} has a row for each of {counted(workers.now, 'worker')}",
+        )
     most = int(min(batch.maximum, workers.now))
     needed = max(min(needed_per_engine(context), workers.now), batch.now + 1)
     after, needed, ratio = _sized(context, batch.now, most, needed)
@@ -127,7 +132,8 @@ def batch_up(context: Context) -> Found:
         (batch.to(after),),
         context.diagnosis.objective,
         queue_gain(wait, batch.now, after, needed),
-        f"batch wait was {wait:.0%} of request time with {batch.now} rows for {workers.now} workers",
+        f"batch wait was {wait:.0%} of request time with {counted(batch.now, 'row')} "
+        f"for {counted(workers.now, 'worker')}",
         ratio=ratio,
     )
 

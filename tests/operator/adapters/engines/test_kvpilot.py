@@ -107,7 +107,7 @@ async def test_an_engine_that_runs_something_else_afterwards_is_an_error(
     assert str(caught.value) == "chat-1 accepted generation 2 and runs 1; different: numWorkers"
 
 
-async def test_an_older_epoch_is_told_apart(admin: EngineAdmin, replica: Replica, engine: Engine) -> None:
+async def test_an_older_epoch_is_shown_apart(admin: EngineAdmin, replica: Replica, engine: Engine) -> None:
     engine.epoch = 7
     with pytest.raises(EngineCallError, match="chat-1 answered 409: epoch 6 is over") as caught:
         await admin.apply(replica, ConfigPatch(epoch=6, generation=2, values={}))

@@ -124,7 +124,7 @@ def test_an_autoscaler_of_the_deployment_is_found_and_one_of_the_resource_is_not
     assert objects.autoscaler_of("chat", others) == ""
 
 
-def test_pods_that_the_api_server_refuses_are_told_without_their_changing_names() -> None:
+def test_pods_that_the_api_server_refuses_are_shown_without_their_changing_names() -> None:
     failure = {
         "type": "ReplicaFailure",
         "status": "True",
@@ -198,5 +198,5 @@ def test_paths(given: tuple[str, ...], path: str) -> None:
         (0, "cannot connect", False),
     ],
 )
-def test_a_wrong_object_is_told_from_a_server_in_trouble(status: int, message: str, refused: bool) -> None:
+def test_a_wrong_object_is_shown_from_a_server_in_trouble(status: int, message: str, refused: bool) -> None:
     assert ApiError(message, status).refuses_object is refused

@@ -52,7 +52,7 @@ async def until(
     good: Callable[[dict[Key, dict[str, Sample]]], bool],
     seconds: float = 15.0,
 ) -> dict[Key, dict[str, Sample]]:
-    """Read until the answer is good; the last answer is told when it never is."""
+    """Read until the answer is good; the last answer is shown when it never is."""
     deadline, answer = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
         try:

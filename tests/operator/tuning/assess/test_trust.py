@@ -194,7 +194,7 @@ def test_first_arrivals_after_an_idle_hour_are_not_stalled() -> None:
     assert decide(observe(sampled(item, windows=fresh)), TuningState(), policy_of(), NOW).stalled == ""
 
 
-def test_no_traffic_is_told_apart_from_no_data() -> None:
+def test_no_traffic_is_shown_apart_from_no_data() -> None:
     idle = decide(observe(*three(rate=0.0)), TuningState(last_generation=1), policy_of(), NOW)
     assert idle.diagnosis is not None
     assert (idle.diagnosis.reason, idle.diagnosis.message) == ("NoTraffic", "there is no traffic")

@@ -21,7 +21,7 @@ KNOWN = TuningState(last_generation=1)
 FREE = FleetLimits()
 OFF = FleetLimits(off="the operator runs with --tuning=off")
 FULL = FleetLimits(waits=("FleetLimit", "others are in a change"))
-BARRED = FleetLimits(recommend_only=frozenset({"workers-up"}))
+BLOCKED = FleetLimits(recommend_only=frozenset({"workers-up"}))
 
 
 def breached(fleet: FleetLimits = FREE, **changes: object) -> Observation:
@@ -80,8 +80,8 @@ def test_an_experiment_waits_for_its_turn_in_the_fleet(mode: str) -> None:
     assert free.state.change is not None
 
 
-def test_a_barred_rule_is_only_recommended() -> None:
-    decision = act(breached(BARRED))
+def test_a_blocked_rule_is_only_recommended() -> None:
+    decision = act(breached(BLOCKED))
     assert [(record.rule, record.outcome) for record in decision.records] == [("workers-up", "Recommended")]
     assert "workers-up did harm" in holds(decision)["RuleOnlyRecommended"]
 
