@@ -73,7 +73,7 @@ def override(namespace: str, name: str, target: str = "chat", **spec: Any) -> di
     }  # fmt: skip
 
 
-def test_override_that_is_not_obeyed_is_told(cluster, namespace, operator, manifest) -> None:
+def test_override_that_is_not_obeyed_is_shown(cluster, namespace, operator, manifest) -> None:
     cluster.apply(
         manifest(scaling={"min": 1, "max": 2}, nowhere=True),
         override(namespace, "lost", target="chta", pause={}),

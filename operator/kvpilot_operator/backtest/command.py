@@ -25,7 +25,7 @@ from kvpilot_operator.backtest.contest import (
 )
 from kvpilot_operator.backtest.faults import parse_faults
 from kvpilot_operator.backtest.parallel import in_parallel
-from kvpilot_operator.backtest.recording import is_recording, read_recording, told_gaps
+from kvpilot_operator.backtest.recording import described_gaps, is_recording, read_recording
 from kvpilot_operator.backtest.report import report_html
 from kvpilot_operator.backtest.scenes import LoadSpec, Scene, scene_of
 from kvpilot_operator.backtest.tables import lines_of, table
@@ -240,7 +240,7 @@ def _told(scene: Scene) -> list[str]:
     size = f"{scene.least}" if scene.least == scene.most else f"{scene.least} to {scene.most}"
     scale = f", {scene.scale:.1f} requests for each recorded one" if scene.load.trace is not None else ""
     trace = scene.load.trace
-    gaps = told_gaps(read_recording(trace)) if trace is not None and is_recording(trace) else []
+    gaps = described_gaps(read_recording(trace)) if trace is not None and is_recording(trace) else []
     return [
         f"load {scene.load.title}: {scene.seconds:.0f} s, {scene.mean:.0f} requests/s in the mean, "
         f"{scene.peak:.0f} in the busiest minute{scale}",

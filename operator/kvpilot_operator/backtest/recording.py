@@ -55,7 +55,7 @@ class Recording:
         return tuple(found)
 
 
-def told_gaps(recording: Recording) -> list[str]:
+def described_gaps(recording: Recording) -> list[str]:
     """One sentence per gap; the fourth counts the others."""
     sentences = [
         f"no data from {begin:.0f} s to {end:.0f} s: no requests are played there"

@@ -16,10 +16,10 @@ from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.backtest.record import RecordOptions, run_record
 from kvpilot_operator.backtest.recording import (
     Interval,
+    described_gaps,
     lines_of,
     read_recording,
     recording_of,
-    told_gaps,
 )
 from kvpilot_operator.backtest.scenes import LoadSpec, scene_of
 from kvpilot_operator.backtest.traces import recorded
@@ -137,7 +137,7 @@ def test_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_gaps_are_shown_and_hold_no_request(tmp_path: Path) -> None:
     gap = [Interval(60.0 * index, gap=True) for index in (2, 3, 5)]
     path = write(tmp_path / "r.jsonl", busy(0), busy(60), *gap[:2], busy(240), gap[2], busy(360))
-    assert told_gaps(read_recording(path)) == [
+    assert described_gaps(read_recording(path)) == [
         "no data from 120 s to 240 s: no requests are played there",
         "no data from 300 s to 360 s: no requests are played there",
     ]

@@ -71,7 +71,7 @@ def test_what_the_api_server_keeps_is_left_out() -> None:
     assert "status" not in exported([], {}).manifest
 
 
-def test_value_that_was_proven_on_another_base_is_left_out_and_told() -> None:
+def test_value_that_was_proven_on_another_base_is_left_out_and_named() -> None:
     made = exported([tuned("numWorkers", "8", "16")], {"numWorkers": 12})
     assert made.manifest["spec"]["engine"]["config"] == {"numWorkers": 12}
     assert made.text().splitlines()[0] == (

@@ -232,7 +232,7 @@ def test_ready_says_why_replicas_do_not_serve() -> None:
     assert found["message"] == "Waiting for FailedCreate: forbidden: exceeded quota: team"
 
 
-def test_what_holds_tuning_back_is_told() -> None:
+def test_what_holds_tuning_back_is_shown() -> None:
     scene = Scene()
     problem = SourceProblem("MetricsUnavailable", "prometheus.example: no answer in 10 s")
     scene.observed = {"metrics_problem": problem}
