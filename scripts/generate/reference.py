@@ -150,8 +150,8 @@ def _knobs() -> str:
             knob.unit,
             knob.cls.value,
             str(knob.price),
-            "hot" if knob.hot else "at a start",
             knob.effect,
+            ", ".join(f"`{item.name}`" for item in REMEDIES if knob.resource_name in item.knobs),
         )
         for knob in CATALOGUE
     )
@@ -159,11 +159,11 @@ def _knobs() -> str:
         [
             _HEADER,
             "# Knobs\n\n",
-            "Fields that the tuner may change. `spec.tuning.knobs` sets other bounds within those of the "
-            "field, or `tune: false`. A change of class A loses no cached page, one of class B changes "
-            "what the cache holds, and one of class C can change answers and is never made without the "
-            "user's consent.\n\n",
-            _table(("Knob", "Bounds", "Unit", "Class", "Price", "Applied", "A higher value"), rows),
+            "Fields that engines change while they run, and that rules move. `spec.tuning.knobs` sets other "
+            "bounds within those of the field, or `tune: false`; a pin holds one at a value. A change of "
+            "class A loses no cached page, one of class B changes what the cache holds. Any other field is "
+            "no knob: only `spec.engine.config` sets it.\n\n",
+            _table(("Knob", "Bounds", "Unit", "Class", "Price", "A higher value", "Moved by"), rows),
         ]
     )
 

@@ -1,7 +1,8 @@
 """The knob catalogue: what may be tuned, within which bounds, in which steps, at which price.
 
-A knob is a field of :class:`KVCacheConfig`. Its class says how a change of it is proven: A loses no cached
-page; B changes what the cache holds; C can change answers and needs the user's consent.
+A knob is a field of :class:`KVCacheConfig` that an engine changes between two steps and that a rule moves;
+the user alone sets any other field. Its class says how a change of it is proven: A loses no cached page; B
+changes what the cache holds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class KnobClass(StrEnum):
 
     HOT = "A"
     CACHE = "B"
-    QUALITY = "C"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Knob:
         kind: how values are written and compared.
         cls: how a change is proven.
         price: order in which remedies are tried; lower is cheaper (0 costs nothing but work).
-        hot: True when the engine changes it between two steps.
         minimum, maximum: inclusive bounds of the tuner (the field's own bounds may be wider); None for
             kinds without an order.
         unit: of the value, for people.
@@ -53,7 +52,6 @@ class Knob:
     kind: Literal["int", "ratio", "flag", "choice"]
     cls: KnobClass
     price: int
-    hot: bool
     minimum: float | None
     maximum: float | None
     unit: str
@@ -66,19 +64,17 @@ class Knob:
 
 
 CATALOGUE: tuple[Knob, ...] = (
-    Knob("num_workers", "int", KnobClass.HOT, 1, True, 1, 128, "requests", "admits more requests at once"),
-    Knob("batch_size", "int", KnobClass.HOT, 1, True, 1, 256, "sequences", "runs more sequences in one step"),
-    Knob("max_step_tokens", "int", KnobClass.HOT, 2, True, 64, 8192, "tokens", "prefills more per step"),
-    Knob("prefetch_size", "int", KnobClass.HOT, 2, True, 0, 64, "blocks", "fetches further ahead"),
-    Knob("enable_prefetch", "flag", KnobClass.HOT, 2, True, None, None, "", "fetches blocks ahead"),
-    Knob("cache_strategy", "choice", KnobClass.HOT, 2, True, None, None, "", "chooses what is evicted"),
-    Knob("max_tokens", "int", KnobClass.CACHE, 4, True, 512, 65536, "tokens", "keeps more on the device"),
-    Knob("host_memory_mb", "int", KnobClass.CACHE, 4, True, 0, 65536, "MiB", "keeps more in the host tier"),
-    Knob("max_memory_mb", "int", KnobClass.CACHE, 3, True, 100, 1_048_576, "MiB", "allows more cache memory"),
-    Knob("use_compression", "flag", KnobClass.CACHE, 3, True, None, None, "", "encodes evicted blocks"),
-    Knob("compression_ratio", "ratio", KnobClass.CACHE, 3, True, 0.1, 1.0, "kept", "compresses less"),
-    Knob("use_quantization", "flag", KnobClass.QUALITY, 8, False, None, None, "", "quantises the pool"),
-    Knob("quantization_bits", "choice", KnobClass.QUALITY, 8, False, None, None, "bits", "keeps more bits"),
+    Knob("num_workers", "int", KnobClass.HOT, 1, 1, 128, "requests", "admits more requests at once"),
+    Knob("batch_size", "int", KnobClass.HOT, 1, 1, 256, "sequences", "runs more sequences in one step"),
+    Knob("max_step_tokens", "int", KnobClass.HOT, 2, 64, 8192, "tokens", "prefills more per step"),
+    Knob("prefetch_size", "int", KnobClass.HOT, 2, 0, 64, "blocks", "fetches further ahead"),
+    Knob("enable_prefetch", "flag", KnobClass.HOT, 2, None, None, "", "fetches blocks ahead"),
+    Knob("cache_strategy", "choice", KnobClass.HOT, 2, None, None, "", "chooses what is evicted"),
+    Knob("max_tokens", "int", KnobClass.CACHE, 4, 512, 65536, "tokens", "keeps more on the device"),
+    Knob("host_memory_mb", "int", KnobClass.CACHE, 4, 0, 65536, "MiB", "keeps more in the host tier"),
+    Knob("max_memory_mb", "int", KnobClass.CACHE, 3, 100, 1_048_576, "MiB", "allows more cache memory"),
+    Knob("use_compression", "flag", KnobClass.CACHE, 3, None, None, "", "encodes evicted blocks"),
+    Knob("compression_ratio", "ratio", KnobClass.CACHE, 3, 0.1, 1.0, "kept", "compresses less"),
 )
 
 _BY_NAME = {knob.name: knob for knob in CATALOGUE} | {knob.resource_name: knob for knob in CATALOGUE}

@@ -273,7 +273,7 @@ class Session:
             config=self.config,
             converging=described.converging,
             ceilings=described.ceilings,
-            knobs=[knob.resource_name for knob in CATALOGUE if knob.hot],
+            knobs=[knob.resource_name for knob in CATALOGUE],
             not_yet_effective=[f"{n.field}: {n.message}" for n in self.config.not_yet_effective()],
         )
 

@@ -52,7 +52,7 @@ from kvpilot_operator.backtest.counters import (
     Scrapes,
 )
 from kvpilot_operator.backtest.model import EngineModel, SimulatedRequest
-from kvpilot_operator.tuning.configuration import HOT_KNOBS, value
+from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.observation import Gauges, MemoryUse, Promoted, Sample
 
 MIB = 2**20
@@ -462,7 +462,7 @@ class SimulatedEngine:
                 config=KVCacheConfig.model_validate(self.config, context=QUIET),
                 converging=False,
                 ceilings={"maxTokens": 65536},
-                knobs=list(HOT_KNOBS),
+                knobs=list(KNOBS),
                 not_yet_effective=[],
             )
         return described

@@ -75,7 +75,7 @@ def complete_generations(context: typer.Context, incomplete: str) -> list[str]:
 
 def complete_knobs(incomplete: str) -> list[str]:
     """Names of knobs for the shell."""
-    from kvpilot_operator.resource.fields import KNOBS
+    from kvpilot_operator.tuning.configuration import KNOBS
 
     return [name for name in KNOBS if name.startswith(incomplete)]
 

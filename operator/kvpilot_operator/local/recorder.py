@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvpilot_engine.contract import CATALOGUE, KVCacheConfig
+from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_operator.reconcile.reconciler import Reconciliation
 from kvpilot_operator.tuning.assess.objectives import ceiling, enough, hit_rate, rates
+from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.decision import Objective, Record
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.policy import Objectives
 
 MAX_POINTS = 5000
 """Points kept: almost three hours of every reconcile at the fast pace, several for each pixel of a chart."""
-
-KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
 
 
 @dataclass(frozen=True)

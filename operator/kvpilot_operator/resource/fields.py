@@ -8,15 +8,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
-from kvpilot_engine.contract import CATALOGUE
+from kvpilot_engine.contract import KVCacheConfig
 from kvpilot_engine.contract.metrics import EDGES_S
 from kvpilot_operator.resource.quantity import parse_bytes
+from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.rules.order import REMEDIES
 
 EDGES_MS: tuple[int, ...] = tuple(round(edge * 1000) for edge in EDGES_S)
 """Edges of the latency histograms, ms: the possible latency objectives."""
 
-KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
+_FIELDS = frozenset(info.alias for info in KVCacheConfig.model_fields.values())
 
 RULE_NAMES: tuple[str, ...] = tuple(remedy.name for remedy in REMEDIES)
 """Possible values of ``disabledRules``."""
@@ -59,9 +60,12 @@ def _percent(value: str) -> str:
 
 
 def _knob(value: str) -> str:
-    if value not in KNOBS:
-        raise ValueError(f"must be one of the knobs {', '.join(KNOBS)}")
-    return value
+    if value in KNOBS:
+        return value
+    knobs = f"must be one of the knobs {', '.join(KNOBS)}"
+    if value in _FIELDS:
+        raise ValueError(f"{knobs}; {value} is none, and only spec.engine.config sets it")
+    raise ValueError(knobs)
 
 
 def _rule(value: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
-    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -16,9 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from kvpilot_engine.contract import CATALOGUE, KnobClass, KVCacheConfig, knob
+from kvpilot_engine.contract import KVCacheConfig, knob
 from kvpilot_engine.contract.config import QUIET, CacheStrategy
-from kvpilot_operator.resource.fields import KNOBS, NAME_LIMIT, NAME_PATTERN, Part, rules
+from kvpilot_operator.resource.fields import NAME_LIMIT, NAME_PATTERN, KnobName, Part, rules
 from kvpilot_operator.resource.model import Resource
 from kvpilot_operator.resource.times import DURATION_PATTERN
 
@@ -26,24 +25,6 @@ KINDS = ("pause", "approve", "pin", "boost", "rollback")
 """What an override may ask for, by its field of the spec."""
 
 DECISION_PATTERN = r"^d-[0-9]{4,9}$"
-
-PINNABLE: tuple[str, ...] = tuple(
-    entry.resource_name for entry in CATALOGUE if entry.hot and entry.cls is not KnobClass.QUALITY
-)
-"""Knobs that may be pinned: those that an engine changes while it runs, and that change no answer."""
-
-
-def _pinnable(name: str) -> str:
-    if name in PINNABLE:
-        return name
-    allowed = ", ".join(PINNABLE)
-    if name not in KNOBS:
-        raise ValueError(f"must be one of the knobs {allowed}")
-    cause = "bears on quality" if knob(name).cls is KnobClass.QUALITY else "needs a restart"
-    raise ValueError(f"{name} {cause}, so spec.engine.config sets it and no pin does; allowed: {allowed}")
-
-
-PinnableKnob = Annotated[str, AfterValidator(_pinnable), Field(json_schema_extra={"enum": list(PINNABLE)})]
 
 
 def allowed_values(name: str) -> str:
@@ -102,7 +83,7 @@ class Approve(Part):
 class Pin(Part):
     """Keep a knob at a value; no rule changes it while it is in force."""
 
-    knob: PinnableKnob = Field(description="The knob.")
+    knob: KnobName = Field(description="The knob.")
     value: Any = Field(
         description="The value, within the bounds of the field in engine.config.",
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},

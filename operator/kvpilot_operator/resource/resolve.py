@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from kvpilot_engine.contract import CATALOGUE, KnobClass, KVCacheConfig, Notice, knob
+from kvpilot_engine.contract import CATALOGUE, KVCacheConfig, Notice
 from kvpilot_engine.contract.config import QUIET
 from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource import model as models
@@ -125,22 +125,10 @@ def _throughput(profile: Profile, given: models.Throughput | None) -> tuple[floa
 
 
 def _bounds(given: tuple[models.KnobRange, ...]) -> dict[str, KnobBounds]:
-    """The catalogue's bounds, a user's own over them: those may be wider, within the field's.
-
-    A knob that bears on quality is tuned only where the resource lists it.
-    """
-    opted_in = {item.name for item in given}
+    """The catalogue's bounds, a user's own over them: those may be wider, within the field's."""
     ranges = {entry.resource_name: models.KnobRange(name=entry.resource_name) for entry in CATALOGUE}
     ranges.update({item.name: item for item in given})
-    return {
-        name: KnobBounds(
-            name,
-            *item.within,
-            item.tune and (name in opted_in or knob(name).cls is not KnobClass.QUALITY),
-            item.direction,
-        )
-        for name, item in ranges.items()
-    }
+    return {name: KnobBounds(name, *item.within, item.tune, item.direction) for name, item in ranges.items()}
 
 
 def _bytes(quantity: str | None) -> int | None:

@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvpilot_engine.contract import KnobClass
 from kvpilot_engine.contract import knob as catalogued
 from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.resource.errors import ManifestError
-from kvpilot_operator.resource.fields import KNOBS
 from kvpilot_operator.resource.model import KVCacheDeployment, field_bounds
 from kvpilot_operator.resource.resolve import policy_of
 from kvpilot_operator.resource.times import moment
 from kvpilot_operator.status.history import Entry
 from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.overrides import Overrides
-from kvpilot_operator.tuning.configuration import value
+from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.context import format_value
 from kvpilot_operator.tuning.policy import KnobBounds, Policy
 from kvpilot_operator.tuning.reasons import REASONS
@@ -146,12 +144,8 @@ def _forbidden(known: Known, name: str) -> Iterator[str]:
 
 def _bounded(known: Known, bounds: KnobBounds) -> Iterator[str]:
     entry = catalogued(bounds.knob)
-    if not entry.hot:
-        yield "A change of it needs a restart of the engines, which kvpilot does not do by itself."
     if not bounds.tune:
-        why = "It can change answers, so it is tuned only where spec.tuning.knobs lists it."
-        listed = "spec.tuning.knobs says tune: false, which keeps kvpilot's hands off it."
-        yield why if entry.cls is KnobClass.QUALITY else listed
+        yield "spec.tuning.knobs says tune: false, which keeps kvpilot's hands off it."
         return
     if bounds.direction != "Both":
         way = "up" if bounds.direction == "UpOnly" else "down"
@@ -216,11 +210,9 @@ def _tried(known: Known, name: str) -> Iterator[str]:
 
 def _rules(known: Known, name: str) -> Iterator[str]:
     """The rules that could move it, and what each one said last."""
-    movers = [remedy for remedy in REMEDIES if name in remedy.knobs]
-    if not movers:
-        yield "No rule changes it; only you do."
-    for remedy in movers:
-        yield _last_word(known, remedy)
+    for remedy in REMEDIES:
+        if name in remedy.knobs:
+            yield _last_word(known, remedy)
 
 
 def _last_word(known: Known, remedy: Remedy) -> str:

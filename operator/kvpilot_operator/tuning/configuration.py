@@ -16,8 +16,8 @@ DEFAULTS: Mapping[str, Any] = KVCacheConfig.model_validate({}, context=QUIET).mo
 )
 """Default of every field (camelCase)."""
 
-HOT_KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE if knob.hot)
-"""Fields that an engine changes between two steps (camelCase)."""
+KNOBS: tuple[str, ...] = tuple(knob.resource_name for knob in CATALOGUE)
+"""The knobs of the catalogue (camelCase)."""
 
 HOT_FIELDS: frozenset[str] = frozenset(
     info.alias or name for name, info in KVCacheConfig.model_fields.items() if name not in COLD_FIELDS
@@ -88,7 +88,7 @@ def overlay_between(base: Mapping[str, Any], config: Mapping[str, Any]) -> tuple
     """The overlay that a lost status held, for knobs only: other differences are the user's edit."""
     return tuple(
         OverlayEntry(name, base.get(name), config[name], "")
-        for name in HOT_KNOBS
+        for name in KNOBS
         if name in config and config[name] != base.get(name)
     )
 
@@ -105,7 +105,7 @@ def is_valid(config: Mapping[str, Any]) -> bool:
 def runs(engine: EngineView, generation: int, config: Mapping[str, Any]) -> bool:
     """True if an engine runs that configuration, as far as it can without a restart."""
     return engine.generation == generation and all(
-        value(engine.config, name) == config[name] for name in HOT_KNOBS if name in config
+        value(engine.config, name) == config[name] for name in KNOBS if name in config
     )
 
 

@@ -160,7 +160,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         NOT_TUNABLE,
         "rejection",
-        "The resource excludes the knob or the direction, or a change needs a restart.",
+        "The resource excludes the knob or the direction.",
     ),
     Reason(AT_BOUND, "rejection", "The knob is at its bound, or at what the engine can hold."),
     Reason(

@@ -120,7 +120,7 @@ def test_boosts_of_alerts_stay(run: StateDirectory) -> None:
             "pin chat numWorkers 500",
             "pin: spec.pin.value: numWorkers must be a whole number from 1 to 128, got 500",
         ),
-        ("pin chat useQuantization true", "pin: spec.pin.knob: useQuantization bears on quality"),
+        ("pin chat useQuantization true", "pin: spec.pin.knob: must be one of the knobs numWorkers, "),
         ("boost chat 0", "boost: spec.boost.minReplicas: "),
         ("boost chat many", "boost: minimum: Input should be a valid integer"),
         (

@@ -18,7 +18,7 @@ from kvpilot_operator.status.codec import state_of
 from kvpilot_operator.status.history import last_numbers
 from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.snapshot import Replica, Snapshot
-from kvpilot_operator.tuning.configuration import HOT_KNOBS, effective, value, within
+from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.decision import Record, Scale, WriteConfig
 from kvpilot_operator.tuning.observation import Promoted
 from kvpilot_operator.tuning.state import Phase, TuningState
@@ -196,7 +196,7 @@ class Effects:
     def _named(self, generation: int, values: Mapping[str, Any]) -> None:
         """A generation names one configuration of the knobs for ever."""
         known = self.names.setdefault(generation, {})
-        hot = {name: item for name, item in values.items() if name in HOT_KNOBS}
+        hot = {name: item for name, item in values.items() if name in KNOBS}
         differ = {name: (known[name], item) for name, item in hot.items() if known.get(name, item) != item}
         self._that(not differ, f"generation {generation} names two configurations: {differ}")
         known.update(hot)

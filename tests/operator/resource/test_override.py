@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvpilot_operator.resource import KVCacheOverride, ManifestError
-from kvpilot_operator.resource.override import PINNABLE, allowed_values, knob_value
+from kvpilot_operator.resource.override import allowed_values, knob_value
+from kvpilot_operator.tuning.configuration import KNOBS
 
 ONE = "exactly one of pause, approve, pin, boost, rollback is required"
 
@@ -69,7 +70,13 @@ def test_override_ends_at_a_time_or_after_a_duration() -> None:
             0.555,
             "compressionRatio must be a number above 0 and at most 1 in steps of 0.01, got 0.555",
         ),
-        ("useQuantization", True, "spec.pin.knob: useQuantization bears on quality"),
+        (
+            "useQuantization",
+            True,
+            f"spec.pin.knob: must be one of the knobs {', '.join(KNOBS)}; useQuantization is none, and only "
+            "spec.engine.config sets it, got 'useQuantization'",
+        ),
+        ("maxQueue", 8, "; maxQueue is none, and only spec.engine.config sets it, got 'maxQueue'"),
         ("workers", 4, "spec.pin.knob: must be one of the knobs numWorkers, "),
     ],
 )
@@ -86,8 +93,7 @@ def test_pinned_value_is_written_as_the_configuration_writes_it() -> None:
 
 
 def test_every_knob_that_may_be_pinned_says_what_it_allows() -> None:
-    assert "useQuantization" not in PINNABLE
-    assert all(allowed_values(name) for name in PINNABLE)
+    assert all(allowed_values(name) for name in KNOBS)
 
 
 @pytest.mark.parametrize("what", [{"approve": {"decision": "42"}}, {"rollback": {"to": 0}}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from kvpilot_engine.contract import CATALOGUE
 from kvpilot_engine.contract.config import QUIET
@@ -108,11 +109,11 @@ def test_disabled_rules_are_the_users() -> None:
     assert policy.disabled_rules == {"batch-up", "replicas-down"}
 
 
-def test_quality_knob_is_tuned_only_where_the_resource_lists_it() -> None:
-    assert policy_of(spec()).bounds["quantizationBits"].tune is False
-    listed = policy_of(spec(tuning={"knobs": [{"name": "quantizationBits"}]}))
-    assert listed.bounds["quantizationBits"].tune is True
-    assert listed.bounds["useQuantization"].tune is False
+def test_field_that_is_no_knob_has_no_bounds() -> None:
+    assert "quantizationBits" not in policy_of(spec()).bounds
+    fault = "quantizationBits is none, and only spec"
+    with pytest.raises(ValidationError, match=fault):
+        spec(tuning={"knobs": [{"name": "quantizationBits"}]})
 
 
 def gpu_spec(**budgets: Any) -> DeploymentSpec:

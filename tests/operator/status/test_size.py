@@ -22,7 +22,7 @@ from kvpilot_operator.status.model import (
     Status,
 )
 from kvpilot_operator.status.render import effective_config
-from kvpilot_operator.tuning.configuration import HOT_KNOBS
+from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.decision import OBJECTIVE_KINDS
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
@@ -79,14 +79,14 @@ def change(replicas: int) -> Change:
 
 def full_state(replicas: int) -> TuningState:
     """Every list at its maximum, with entries of the usual length."""
-    knobs = dict.fromkeys(HOT_KNOBS, 65536)
+    knobs = dict.fromkeys(KNOBS, 65536)
     values = change(replicas).values
     return TuningState(
         phase=Phase.VERIFY,
         epoch=1000,
         last_generation=1000,
         next_decision=1000,
-        overlay=tuple(OverlayEntry(knob, 128, 65536, "d-0042") for knob in HOT_KNOBS),
+        overlay=tuple(OverlayEntry(knob, 128, 65536, "d-0042") for knob in KNOBS),
         change=change(replicas),
         cooldown_until=NOW,
         holds=(Hold("OutsideMaintenanceWindow", SENTENCE, NOW),) * MAX_HOLDS,

@@ -128,10 +128,6 @@ PENDING = {**CHANGE, "since": "2026-11-22T09:50:00Z", "expires": LATE}
             "It is at its upper bound of 16, so it can only go down; spec.tuning.knobs can allow more.",
         ),
         (
-            {"knob": "useQuantization"},
-            "It can change answers, so it is tuned only where spec.tuning.knobs lists it.",
-        ),
-        (
             {"held": {"holds": [{"reason": "MetricsStale", "since": "2026-11-22T09:40:00Z"}]}},
             "No change begins since 2026-11-22T09:40:00Z: The metrics of a ready replica are older than 3 "
             "scrapes (MetricsStale).",

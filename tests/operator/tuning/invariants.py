@@ -13,19 +13,23 @@ from typing import Any
 
 from kvpilot_operator.tuning.assess.guards import DAY, SIX_HOURS
 from kvpilot_operator.tuning.assess.trust import trust
-from kvpilot_operator.tuning.configuration import HOT_KNOBS
+from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.context import Context
 from kvpilot_operator.tuning.decide import assess
 from kvpilot_operator.tuning.decision import Decision, Push, Record, Scale, TakeOverReplicas, WriteConfig
 from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, TAKEN_BACK
 from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.policy import Policy
+from kvpilot_operator.tuning.rules.order import REMEDIES
 from kvpilot_operator.tuning.sizing import needed_replicas
 from kvpilot_operator.tuning.state import Phase, TuningState
 
 TRYING = frozenset({Phase.CANARY, Phase.SETTLE, Phase.VERIFY})
 TUNED = frozenset({"Started", "Emergency", "ScaledOut", "ScaledIn", "Promoted"})
 """Outcomes of what the tuner does by itself."""
+
+DECLARED = {remedy.name: set(remedy.knobs) for remedy in REMEDIES}
+"""Knobs that each rule declares to move."""
 
 BY_OTHERS = frozenset({"replicas-bounds", "spec-replicas", "boost", "boost-decay"})
 """Rules that keep replicas where the user or an override wants them."""
@@ -170,7 +174,7 @@ class Invariants:
     def _names(self, generation: int, values: Mapping[str, Any]) -> None:
         """A generation names one configuration for ever."""
         known = self.configs.setdefault(generation, {})
-        hot = {name: item for name, item in values.items() if name in HOT_KNOBS}
+        hot = {name: item for name, item in values.items() if name in KNOBS}
         differ = {name: (known[name], item) for name, item in hot.items() if known.get(name, item) != item}
         assert not differ, f"generation {generation} is used again: {differ}"
         known.update(hot)
@@ -182,6 +186,8 @@ class Invariants:
                 assert record.id not in self.started, f"{record.id} is used again"
                 self.started.add(record.id)
             knob = record.changes[0].knob if record.changes else ""
+            moved = {change.knob for change in record.changes}
+            assert moved <= DECLARED.get(record.rule, moved), f"{record.rule} moves only what it declares"
             if record.outcome == "Started":
                 tried = (knob, record.changes[0].after)
                 assert self.blocked.get(tried, 0.0) <= now, f"{tried} failed less than a day ago"

@@ -9,7 +9,7 @@ from typing import Any
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.base_change import replace_overlay
-from kvpilot_operator.tuning.configuration import HOT_KNOBS, effective, value, within
+from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.context import Context, Draft, format_value
 from kvpilot_operator.tuning.observation import Promoted, Rollback
 from kvpilot_operator.tuning.permission.overrides import answerable, handle, refuse
@@ -43,7 +43,7 @@ def _tuned(context: Context, draft: Draft, promoted: Promoted) -> str:
             config[entry.knob] = tuned.get(entry.knob, base.get(entry.knob))
     found = {
         name: config[name]
-        for name in HOT_KNOBS
+        for name in KNOBS
         if config.get(name) is not None and config[name] != base.get(name)
     }
     return json.dumps(found, separators=(",", ":"))
@@ -104,7 +104,7 @@ def _blocked(context: Context, draft: Draft, before: Mapping[str, Any], after: M
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [name for name in HOT_KNOBS if value(before, name) != value(after, name)]
+    return [name for name in KNOBS if value(before, name) != value(after, name)]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

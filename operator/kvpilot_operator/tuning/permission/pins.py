@@ -5,10 +5,9 @@ A pin is an entry of the overlay behind the tuned one of its knob, so the tuned 
 
 from __future__ import annotations
 
-from kvpilot_engine.contract import knob as catalogued
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.base_change import replace_overlay, settled_overlay
-from kvpilot_operator.tuning.configuration import effective, is_valid, value
+from kvpilot_operator.tuning.configuration import KNOBS, effective, is_valid, value
 from kvpilot_operator.tuning.context import Context, Draft, at_text, format_value
 from kvpilot_operator.tuning.observation import Pin
 from kvpilot_operator.tuning.permission.overrides import refuse
@@ -72,8 +71,8 @@ def _obeyed(context: Context, draft: Draft) -> tuple[Draft, list[Pin]]:
 def _refused(context: Context, pin: Pin, earlier: Pin | None) -> str | None:
     if earlier is not None and earlier.value != pin.value:
         return f"override {earlier.name} pins {pin.knob} to {format_value(earlier.value)}, which is obeyed"
-    if not catalogued(pin.knob).hot:
-        return f"{pin.knob} needs a restart; set it in spec.engine.config"
+    if pin.knob not in KNOBS:
+        return f"{pin.knob} is no knob; set it in spec.engine.config"
     if not is_valid({**context.config, pin.knob: pin.value}):
         return f"{pin.knob} cannot be {format_value(pin.value)}"
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvpilot_engine.contract import knob as catalogued
 from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent, is_blocked
@@ -84,7 +83,7 @@ def _forbidden(context: Context, state: TuningState, change: KnobChange) -> tupl
     if (pin := pin_of(context, change.knob)) is not None:
         return reasons.PINNED, f"override {pin.name} pins {change.knob} at {format_value(pin.value)}"
     limits = room(context, change.knob)
-    if not limits.tunable or not catalogued(change.knob).hot:
+    if not limits.tunable:
         return reasons.NOT_TUNABLE, f"{change.knob} is excluded from tuning"
     if (only := _direction(context, change)) is not None:
         return reasons.NOT_TUNABLE, only

@@ -167,9 +167,7 @@ async def test_a_secret_that_cannot_be_seen_holds_up_no_look(
     assert (await read(cluster)).token_lost is False
 
 
-async def test_what_a_policy_refuses_is_read_of_the_real_object(
-    api: Api, cluster: KubernetesCluster
-) -> None:
+async def test_what_a_policy_refuses_is_read_of_the_real_object(api: Api, cluster: KubernetesCluster) -> None:
     api.unseen = 422
     snapshot = await read(cluster)
     await cluster.roll_out(snapshot, Promoted(1, {}))

@@ -133,7 +133,7 @@ def test_a_tuned_value_that_new_bounds_exclude_does_not_return_when_the_pin_ends
     ("pin", "why"),
     [
         (Pin("b", "numWorkers", 9, NOW + 60), "override a pins numWorkers to 4, which is obeyed"),
-        (Pin("b", "useQuantization", True, NOW + 60), "useQuantization needs a restart; set it in"),
+        (Pin("b", "useQuantization", True, NOW + 60), "useQuantization is no knob; set it in"),
         (Pin("b", "batchSize", -1, NOW + 60), "batchSize cannot be -1"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.operator.tuning.plans import QUEUED, SMALL, plan, why_not
 from tests.operator.tuning.policies import CATALOGUE_BOUNDS, policy_of
 
-from kvpilot_engine.contract import CATALOGUE, KnobClass
+from kvpilot_engine.contract import CATALOGUE
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.rules.order import REMEDIES
 
@@ -32,12 +32,11 @@ def test_rules_stand_in_order_of_price_and_say_why() -> None:
     assert urgent == sorted(urgent, reverse=True)
     prices = [remedy.price for remedy in REMEDIES if not remedy.urgent]
     assert prices == sorted(prices)
-    assert all(remedy.cls is not KnobClass.QUALITY for remedy in REMEDIES), "quality needs an opt-in"
 
 
-def test_every_knob_without_a_restart_is_moved_by_a_rule() -> None:
+def test_every_knob_is_moved_by_a_rule_and_no_rule_moves_anything_else() -> None:
     moved = {knob for remedy in REMEDIES for knob in remedy.knobs}
-    assert moved == {knob.resource_name for knob in CATALOGUE if knob.hot}
+    assert moved == {knob.resource_name for knob in CATALOGUE}
 
 
 def test_disabled_and_excluded_rules_are_named() -> None:
