@@ -15,9 +15,10 @@ from kvpilot_operator.tuning.configuration import value, within
 from kvpilot_operator.tuning.context import at_text, format_value
 from kvpilot_operator.tuning.permission.windows import opens_at
 from kvpilot_operator.tuning.policy import KnobBounds, Policy, Window
-from kvpilot_operator.tuning.rules.bands import ANY_KNOB, WAYS, Way, bands, cycles
+from kvpilot_operator.tuning.rules.bands import Cycle, bands, cycles
 from kvpilot_operator.tuning.rules.memory import EMERGENCY_MEMORY
 from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
+from kvpilot_operator.tuning.rules.signals import Move
 
 YEAR_S = 366 * 86_400.0
 
@@ -80,32 +81,35 @@ def _rules(subject: _Subject) -> Iterator[Finding]:
         if remedy.name in policy.disabled_rules:
             message = f"{remedy.name} can never fire: it is disabled"
             yield Finding("info", "spec.tuning.disabledRules", message)
-        elif (why := _never(remedy, policy)) is not None:
+        elif (why := _never(remedy, subject)) is not None:
             field, message, asked = why
             severity: Severity = "info" if asked else "warning"
             yield Finding(severity, field, f"{remedy.name} can never fire: {message}")
 
 
-def _never(remedy: Remedy, policy: Policy) -> tuple[str, str, bool] | None:
+def _never(remedy: Remedy, subject: _Subject) -> tuple[str, str, bool] | None:
     """Field and reason why a rule can never fire, and whether that is asked for; None if it may."""
+    policy = subject.policy
     if not remedy.knobs:
         return _never_scales(remedy, policy)
-    knobs = remedy.knobs if remedy.name in ANY_KNOB else remedy.knobs[:1]
-    stuck = [_stuck(policy.bounds.get(name), WAYS.get(remedy.name)) for name in knobs]
+    if remedy.needs and not _most(subject, remedy.needs):
+        return f"spec.engine.config.{remedy.needs}", f"{remedy.needs} is 0 and stays so", True
+    moves = remedy.moves if remedy.any_knob else remedy.moves[:1]
+    stuck = [_stuck(policy.bounds.get(move.knob), move) for move in moves]
     if not all(stuck):
         return None
-    excluded = all(not policy.bounds[name].tune for name in knobs)
-    message = "; ".join(f"{name} {why}" for name, why in zip(knobs, stuck, strict=True))
+    excluded = all(not policy.bounds[move.knob].tune for move in moves)
+    message = "; ".join(f"{move.knob} {why}" for move, why in zip(moves, stuck, strict=True))
     return "spec.tuning.knobs", message, excluded
 
 
-def _stuck(bounds: KnobBounds | None, way: Way | None) -> str | None:
+def _stuck(bounds: KnobBounds | None, move: Move) -> str | None:
     """Why a knob cannot be moved that way; None if it can."""
     if bounds is None or not bounds.tune:
         return "is excluded from tuning"
     if bounds.minimum is not None and bounds.minimum == bounds.maximum:
         return f"has min and max {bounds.minimum:g}"
-    if way is not None and bounds.direction == ("DownOnly" if way == "up" else "UpOnly"):
+    if bounds.direction == ("DownOnly" if move.way == "up" else "UpOnly"):
         return f"has direction {bounds.direction}"
     return None
 
@@ -139,7 +143,7 @@ def _bases(subject: _Subject) -> Iterator[Finding]:
 
 
 def _bands(subject: _Subject) -> Iterator[Finding]:
-    """Thresholds that overlap, and pairs of rules that would undo each other."""
+    """Thresholds that overlap."""
     memory, field = subject.policy.objectives.memory, "spec.objectives.memory"
     if memory > EMERGENCY_MEMORY:
         yield Finding(
@@ -148,10 +152,50 @@ def _bands(subject: _Subject) -> Iterator[Finding]:
             f"{memory:.0%} is above {EMERGENCY_MEMORY:.0%}, where memory-emergency cuts the batch at once: "
             "memory-relief would come too late",
         )
-    for one, other in cycles(bands(subject.policy)):
+
+
+def _cycles(subject: _Subject) -> Iterator[Finding]:
+    """Pairs of rules that can undo each other's change of a knob for ever."""
+    policy = subject.policy
+    if policy.mode != "Auto":
+        return  # each change waits for a person, or none is made
+    firing = [
+        item for item in REMEDIES if item.name not in policy.disabled_rules and _never(item, subject) is None
+    ]
+
+    def movable(move: Move) -> bool:
+        return _stuck(policy.bounds.get(move.knob), move) is None
+
+    for cycle in cycles(firing, bands(policy), movable):
+        (first, second), (cured, raised) = cycle.rules, cycle.signals
+        does, undoes = ("raises", "lowers") if cycle.move.way == "up" else ("lowers", "raises")
         yield Finding(
-            "error", field, f"{one.rule} and {other.rule} would undo each other's change of {one.knob}"
+            "warning",
+            "spec.tuning",
+            f"{first.name} and {second.name} can cycle: {first.name} {does} {cycle.move.knob} against "
+            f"{cured}, which raises {raised}; {second.name} then {undoes} it, which raises {cured} again. "
+            f"{_remedy_of(subject, cycle)}",
         )
+
+
+def _remedy_of(subject: _Subject, cycle: Cycle) -> str:
+    """What the user can change about a pair that can cycle."""
+    policy, (first, second) = subject.policy, cycle.rules
+    ways = []
+    for item in cycle.cures:
+        if item.name in policy.disabled_rules:
+            ways.append(f"take {item.name} out of spec.tuning.disabledRules, so that it acts first")
+        elif (why := _never(item, subject)) is not None:
+            ways.append(f"let {item.name} act first ({why[1]})")
+        else:
+            ways.append(f"lower spec.objectives.{cycle.signals[1]}, so that {item.name} acts first")
+    ways += [f"let {move.knob} go {move.way} with it in spec.tuning.knobs" for move in cycle.along]
+    only = "DownOnly" if cycle.move.way == "up" else "UpOnly"
+    ways.append(f"give {cycle.move.knob} direction: {only}")
+    needless = " or ".join(item.name for item in (first, second) if not item.urgent)
+    ways.append(f"list {needless} in spec.tuning.disabledRules")
+    *more, last = ways
+    return f"To end it, {', '.join(more)}, or {last}."
 
 
 def _objectives(subject: _Subject) -> Iterator[Finding]:
@@ -233,6 +277,7 @@ _CHECKS: tuple[Callable[[_Subject], Iterator[Finding]], ...] = (
     _rules,
     _bases,
     _bands,
+    _cycles,
     _objectives,
     _windows,
     _idle_values,

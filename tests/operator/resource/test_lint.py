@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kvpilot_operator.cli import app
 from kvpilot_operator.resource.lint import lint
 from kvpilot_operator.resource.model import DeploymentSpec
-from kvpilot_operator.tuning.rules.bands import WAYS, Band, bands, cycles
+from kvpilot_operator.tuning.rules.bands import Band, bands, cycles
 from kvpilot_operator.tuning.rules.order import REMEDIES
 
 EXAMPLES = sorted(
@@ -159,25 +159,103 @@ def test_a_window_that_hardly_ever_opens() -> None:
     ]
 
 
-def test_the_ways_of_the_rules_are_complete() -> None:
-    moving = {remedy.name for remedy in REMEDIES if remedy.knobs and remedy.name != "strategy-adaptive"}
-    assert set(WAYS) == moving
+def cycling(**spec: Any) -> list[tuple[str, str]]:
+    """First and second rule of each pair that can cycle."""
+    found = [line.split() for line in lines(spec) if " can cycle: " in line]
+    return [(words[2], words[4]) for words in found]
 
 
-@pytest.mark.parametrize("memory", [percent / 100 for percent in range(1, 101)])
-def test_no_pair_of_rules_can_cycle(memory: float) -> None:
+BATCH = [("workers-up", "memory-emergency"), ("batch-up", "memory-emergency")]
+LEVELS = [("compression-up", "compression-down")]
+QUOTAS = ("maxMemoryMb", "maxTokens", "hostMemoryMb", "compressionRatio")
+TIER = {"config": {"hostMemoryMb": 256}}
+
+
+def excluded(*names: str) -> list[dict[str, Any]]:
+    return [{"name": name, "tune": False} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("spec", "pairs"),
+    [
+        ({}, []),
+        ({"engine": TIER}, []),
+        # Nothing frees memory before the emergency cuts the batch, which queues then let grow again.
+        ({"tuning": {"disabledRules": ["memory-relief"]}}, BATCH),
+        ({"objectives": {"memory": "97%"}}, BATCH),
+        ({"tuning": {"knobs": excluded(*QUOTAS)}}, BATCH),
+        ({"tuning": {"knobs": [{"name": name, "direction": "UpOnly"} for name in QUOTAS]}}, BATCH),
+        ({"tuning": {"disabledRules": ["memory-relief", "workers-up"]}}, BATCH[1:]),
+        # A lower level keeps fewer blocks, and the tier cannot grow with it; a higher one costs decoding.
+        ({"engine": TIER, "tuning": {"knobs": excluded("hostMemoryMb")}}, LEVELS),
+        (
+            {"engine": TIER, "tuning": {"knobs": [{"name": "hostMemoryMb", "direction": "DownOnly"}]}},
+            LEVELS,
+        ),
+        # What the findings offer ends them.
+        ({"tuning": {"disabledRules": ["memory-relief", "workers-up", "batch-up"]}}, []),
+        (
+            {
+                "tuning": {
+                    "disabledRules": ["memory-relief"],
+                    "knobs": [{"name": "batchSize", "direction": "DownOnly"}],
+                }
+            },
+            [],
+        ),
+        (
+            {
+                "engine": TIER,
+                "tuning": {"knobs": excluded("hostMemoryMb"), "disabledRules": ["compression-up"]},
+            },
+            [],
+        ),
+        # Without a tier there is nothing to compress, and in other modes a person decides.
+        ({"engine": {"config": {"hostMemoryMb": 0}}, "tuning": {"knobs": excluded("hostMemoryMb")}}, []),
+        ({"tuning": {"mode": "Recommend", "disabledRules": ["memory-relief"]}}, []),
+    ],
+)
+def test_pairs_that_cycle_over_two_signals_are_found(spec: dict[str, Any], pairs: list[Any]) -> None:
+    assert cycling(**spec) == pairs
+
+
+def test_a_cycle_names_the_rules_the_knob_the_signals_and_the_ways_out() -> None:
+    assert (
+        "warning: spec.tuning: batch-up and memory-emergency can cycle: batch-up raises batchSize against "
+        "batch wait, which raises memory; memory-emergency then lowers it, which raises batch wait again. To "
+        "end it, take memory-relief out of spec.tuning.disabledRules, so that it acts first, give batchSize "
+        "direction: DownOnly, or list batch-up in spec.tuning.disabledRules."
+    ) in tuned(disabledRules=["memory-relief"])
+    assert any("let memory-relief act first (maxMemoryMb is excluded" in line
+               for line in tuned(knobs=excluded(*QUOTAS)))  # fmt: skip
+    assert any("To end it, lower spec.objectives.memory, so that memory-relief acts first" in line
+               for line in lines({"objectives": {"memory": "97%"}}))  # fmt: skip
+    assert (
+        "warning: spec.tuning: compression-up and compression-down can cycle: compression-up lowers "
+        "compressionRatio against misses, which raises tier load; compression-down then raises it, which "
+        "raises misses again. To end it, let hostMemoryMb go up with it in spec.tuning.knobs, give "
+        "compressionRatio direction: UpOnly, or list compression-up or compression-down in "
+        "spec.tuning.disabledRules."
+    ) in lines({"engine": TIER, "tuning": {"knobs": excluded("hostMemoryMb")}})
+
+
+@pytest.mark.parametrize("memory", [percent / 100 for percent in range(1, 96)])
+def test_no_pair_of_rules_can_cycle_by_itself(memory: float) -> None:
     objectives = PRODUCTION.__class__(**{**PRODUCTION.__dict__, "memory": memory})
-    assert list(cycles(bands(policy_of(objectives=objectives)))) == []
+    assert list(cycles(REMEDIES, bands(policy_of(objectives=objectives)), lambda _: True)) == []
 
 
-def test_a_pair_without_a_gap_is_found() -> None:
-    grow, shrink = (
-        Band("cache-quota-up", "maxTokens", "up", "memory", 0.0, 0.8),
-        Band("memory-relief", "maxTokens", "down", "memory", 0.8, 1.0),
-    )
-    assert list(cycles((grow, shrink))) == [(grow, shrink)]
-    apart = Band("cache-quota-up", "maxTokens", "up", "memory", 0.0, 0.72)
-    assert list(cycles((apart, shrink))) == []
+def test_bands_without_a_gap_are_no_guard() -> None:
+    found = [band for band in bands(policy_of()) if band.rule not in {"cache-quota-up", "memory-relief"}]
+    touching = [Band("cache-quota-up", "memory", 0.0, 0.8), Band("memory-relief", "memory", 0.8, 1.0)]
+    pairs = [
+        (item.move.knob, *(rule.name for rule in item.rules), item.signals)
+        for item in cycles(REMEDIES, (*found, *touching), lambda _: True)
+    ]
+    assert pairs == [
+        (knob, "cache-quota-up", "memory-relief", ("misses", "memory"))
+        for knob in ("maxTokens", "hostMemoryMb")
+    ]
 
 
 def manifest(tmp_path: Path, **spec: Any) -> Path:

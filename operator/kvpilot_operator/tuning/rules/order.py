@@ -26,6 +26,7 @@ from kvpilot_operator.tuning.rules.cache import (
 )
 from kvpilot_operator.tuning.rules.compute import batch_up, step_tokens_up, workers_down, workers_up
 from kvpilot_operator.tuning.rules.memory import memory_emergency, memory_relief
+from kvpilot_operator.tuning.rules.signals import Move, Signal, down, up
 from kvpilot_operator.tuning.state import Phase, TuningState
 
 REPLICA_PRICE = 10
@@ -41,7 +42,11 @@ class Remedy:
         why: why it stands where it stands.
         find: a proposal for what is observed, or the reason and the message of a rejection.
         scope: proven on a canary, made on all replicas at once, or a change of the number of replicas.
-        knobs: what it changes, the leading knob first; () for the number of replicas.
+        moves: what it changes and which way; () for the number of replicas. The first one leads; the others
+            go along where they may.
+        any_knob: it makes whichever of its moves fits, instead.
+        cures: signals that it acts on and that its moves lower.
+        needs: quota without which it has nothing to act on.
         drops: what is lost when it is made; "" for nothing.
         reversible: a revert restores at once what was before.
         replicas: replicas that it costs, each with its accelerator.
@@ -52,11 +57,19 @@ class Remedy:
     why: str
     find: Callable[[Context, TuningState, Plan], Found]
     scope: Scope = "canary"
-    knobs: tuple[str, ...] = ()
+    moves: tuple[Move, ...] = ()
+    cures: tuple[Signal, ...] = ()
+    any_knob: bool = False
+    needs: str = ""
     drops: str = ""
     reversible: bool = True
     replicas: int = 0
     urgent: bool = False
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """What it changes, the leading knob first."""
+        return tuple(move.knob for move in self.moves)
 
     @property
     def price(self) -> int:
@@ -113,14 +126,17 @@ REMEDIES: tuple[Remedy, ...] = (
         "first: memory is nearly exhausted, so the batch is cut on all replicas at once",
         memory_emergency,
         scope="everywhere",
-        knobs=("batchSize",),
+        moves=down("batchSize"),
+        cures=("memory",),
         urgent=True,
     ),
     Remedy(
         "memory-relief",
         "urgent: an engine that is killed for its memory loses its cache and every request",
         _by_context(memory_relief),
-        knobs=("maxMemoryMb", "maxTokens", "hostMemoryMb", "compressionRatio"),
+        moves=down("maxMemoryMb", "maxTokens", "hostMemoryMb", "compressionRatio"),
+        cures=("memory",),
+        any_knob=True,
         drops="cached blocks beyond the smaller budget",
         reversible=False,
         urgent=True,
@@ -129,61 +145,76 @@ REMEDIES: tuple[Remedy, ...] = (
         "workers-up",
         "costs nothing but work, and idle capacity is the most common fault",
         _by_context(workers_up),
-        knobs=("numWorkers", "batchSize"),
+        moves=up("numWorkers", "batchSize"),
+        cures=("admission wait",),
     ),
     Remedy(
         "workers-down",
         "as cheap; fewer requests at once are each served faster, where that is enough for the load",
         _by_context(workers_down),
-        knobs=("numWorkers",),
+        moves=down("numWorkers"),
+        cures=("time in work",),
     ),
     Remedy(
         "batch-up",
         "as cheap; after the workers, which carry the batch along",
         _by_context(batch_up),
-        knobs=("batchSize",),
+        moves=up("batchSize"),
+        cures=("batch wait",),
     ),
     Remedy(
         "step-tokens-up",
         "a longer step delays every row in it",
         _by_context(step_tokens_up),
-        knobs=("maxStepTokens",),
+        moves=up("maxStepTokens"),
+        cures=("batch wait", "time in work"),
     ),
     Remedy(
         "prefetch-up",
         "costs bandwidth of the slower tiers",
         _by_context(prefetch_up),
-        knobs=("prefetchSize", "enablePrefetch"),
+        moves=up("prefetchSize", "enablePrefetch"),
+        cures=("tier load",),
+        needs="hostMemoryMb",
     ),
     Remedy(
         "prefetch-down",
         "after prefetch-up, so that one decision never argues both ways",
         _by_context(prefetch_down),
-        knobs=("prefetchSize",),
+        moves=down("prefetchSize"),
+        cures=("wasted prefetches",),
+        needs="hostMemoryMb",
     ),
     Remedy(
         "strategy-adaptive",
         "costs no memory; the pages that are held stay",
         _by_context(strategy_adaptive),
-        knobs=("cacheStrategy",),
+        moves=up("cacheStrategy"),
+        cures=("misses",),
     ),
     Remedy(
         "compression-down",
         "costs memory; blocks that are encoded stay as they are",
         _by_context(compression_down),
-        knobs=("compressionRatio", "hostMemoryMb", "maxMemoryMb"),
+        moves=up("compressionRatio", "hostMemoryMb", "maxMemoryMb"),
+        cures=("tier load",),
+        needs="hostMemoryMb",
     ),
     Remedy(
         "compression-up",
         "costs work of the codec; before a quota, which costs memory",
         _by_context(compression_up),
-        knobs=("compressionRatio", "useCompression"),
+        moves=(*down("compressionRatio"), *up("useCompression")),
+        cures=("misses",),
+        needs="hostMemoryMb",
     ),
     Remedy(
         "cache-quota-up",
         "costs the most memory, and helps only as the cache fills",
         _by_context(quota_up),
-        knobs=("maxTokens", "hostMemoryMb", "maxMemoryMb"),
+        moves=up("maxTokens", "hostMemoryMb", "maxMemoryMb"),
+        cures=("misses", "admission wait"),
+        any_knob=True,
     ),
     Remedy(
         "replicas-up",
