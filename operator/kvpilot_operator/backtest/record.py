@@ -64,16 +64,32 @@ def run_record(options: RecordOptions) -> int:
     """Write the recording; exit code 2 for invalid input or no data, 1 if the source does not answer."""
     try:
         check_files({}, {"--out": options.out})
+        for option, path in (("--token-file", options.token_file), ("--ca-file", options.ca_file)):
+            _check_readable(option, path)
         start, end = _span(options, time.time())
         recording = asyncio.run(record(options, start, end))
     except (OptionError, MetricsError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1 if isinstance(error, MetricsError) else 2
-    print("\n".join(_told(recording)))
+    print("\n".join(_reported(recording)))
     if not write_file(PROGRAM, options.out, "".join(f"{line}\n" for line in lines_of(recording))):
         return 1
     print(f"recording   {options.out}; replay it with `kvpilot backtest --trace {options.out}`")
     return 0
+
+
+def _check_readable(option: str, path: str) -> None:
+    """Refuse a file that cannot be read before anything is asked.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if not path:
+        return
+    try:
+        Path(path).read_bytes()
+    except OSError as error:
+        raise OptionError(f"{option}: cannot be read: {error.strerror}, got {path}") from None
 
 
 def _span(options: RecordOptions, now: float) -> tuple[float, float]:
@@ -188,7 +204,7 @@ def _interval(at: float, total: Mapping[str, float]) -> Interval:
     )
 
 
-def _told(recording: Recording) -> list[str]:
+def _reported(recording: Recording) -> list[str]:
     known = [item for item in recording.intervals if not item.gap]
     arrivals = sum(item.arrivals for item in known)
     seconds = len(known) * recording.step

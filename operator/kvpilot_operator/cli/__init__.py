@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -33,20 +34,24 @@ class _Commands(TyperGroup):
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:
             code = error.exit_code
-            if line := _line_of(error):
+            given = args[0] if args else kwargs.get("args")
+            words = sys.argv[1:] if given is None else given
+            verb = next((word for word in words if word in self.commands), "")
+            if line := _line_of(error, f"kvpilot {verb}".strip()):
                 typer.echo(line, err=True)
         sys.exit(code)
 
 
-def _line_of(error: typer.TyperException) -> str:
+def _line_of(error: typer.TyperException, command: str) -> str:
     """Command, option, what is allowed and the value; empty if the help was shown instead."""
     from pydantic import ValidationError
 
-    context = getattr(error, "ctx", None)
-    command = "kvpilot" if context is None or context.parent is None else f"kvpilot {context.info_name}"
     message = error.format_message()
+    if re.fullmatch(r"-[\d.]+", getattr(error, "option_name", "")):
+        message += "; a negative value goes behind --"
     if isinstance(error, typer.BadParameter) and error.param is not None and error.message:
-        message = f"{max(error.param.opts, key=len)}: {error.message.removeprefix('Value error, ')}"
+        name = getattr(error.param, "metavar", None) if error.param.param_type_name == "argument" else None
+        message = f"{name or max(error.param.opts, key=len)}: {error.message.removeprefix('Value error, ')}"
         cause = error.__cause__
         # Typer's own checks name the value; those of pydantic's types do not.
         if isinstance(cause, ValidationError) and cause.errors()[0]["type"] != "value_error":

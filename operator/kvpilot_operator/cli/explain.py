@@ -11,6 +11,7 @@ from kvpilot_operator.cli.arguments import ANYWHERE, Name, Output, Where, comple
 from kvpilot_operator.cli.groups import grouped
 from kvpilot_operator.cli.output import Format, emit
 from kvpilot_operator.cli.target import CommandError, Target, find, reporting
+from kvpilot_operator.options import given_options
 
 
 def register(app: typer.Typer) -> None:
@@ -23,18 +24,19 @@ def register(app: typer.Typer) -> None:
     )
     @grouped
     def explain(
+        ctx: typer.Context,
         name: Name,
         where: Where = ANYWHERE,
         last: Annotated[int, typer.Option(min=0, help="Number of changes.")] = 5,
         knob: Annotated[
-            str,
+            str | None,
             typer.Option(
                 "--why-not",
                 metavar="KNOB",
                 help="Say why this knob is not changed now, instead.",
                 autocompletion=complete_knobs,
             ),
-        ] = "",
+        ] = None,
         output: Output = Format.TEXT,
     ) -> None:
         from kvpilot_operator.cli.status import status_of
@@ -42,7 +44,9 @@ def register(app: typer.Typer) -> None:
 
         with reporting("explain"):
             target = find(name, where)
-            if knob:
+            if knob is not None:
+                if "last" in given_options(ctx):
+                    raise CommandError("--last: cannot go with --why-not, which lists no changes")
                 lines = _why_not(target, knob)
                 emit(output, {"name": name, "knob": knob, "whyNot": lines}, lambda: lines)
                 return

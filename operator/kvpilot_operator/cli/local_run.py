@@ -36,7 +36,8 @@ class LocalRun:
     def records(self) -> list[Json]:
         """Whole decision records, oldest first."""
         decisions = self._directory / "decisions.jsonl"
-        return parse_records(decisions.read_text(encoding="utf-8") if decisions.is_file() else "")
+        kept = decisions.read_bytes() if decisions.is_file() else b""
+        return parse_records(kept.decode(errors="replace"))
 
     def overrides(self) -> list[Json]:
         """Overrides of the run."""

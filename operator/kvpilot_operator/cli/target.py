@@ -84,12 +84,14 @@ def find(name: str, where: Where) -> Target:
 
     Raises:
         NotFoundError: there is none; names those that there are.
-        CommandError: the options contradict each other, or there is no such context.
+        CommandError: the options contradict each other, there is no such context, or no resource can have
+            that name.
     """
     from kvpilot_operator.cli.in_cluster import find_in_cluster
     from kvpilot_operator.cli.local_run import find_run, runs_in
     from kvpilot_operator.local.state import ROOT
 
+    _check_label("NAME", name)
     remote = _of_cluster(where)
     if where.run is not None:
         return find_run(name, where.run)
@@ -129,8 +131,10 @@ def _of_cluster(where: Where, flag: str = "") -> bool:
     """True if an option asks for a cluster.
 
     Raises:
-        CommandError: another one asks for a local run.
+        CommandError: another one asks for a local run, or no namespace can have that name.
     """
+    if where.namespace:
+        _check_label("--namespace", where.namespace)
     given = {"--namespace": where.namespace, "--context": where.context, flag: flag}
     asked = [(option, value) for option, value in given.items() if value]
     if asked and where.run is not None:
@@ -138,6 +142,18 @@ def _of_cluster(where: Where, flag: str = "") -> bool:
         got = "" if option == value else f", got {value}"
         raise CommandError(f"{option}: cannot go with --run{got}")
     return bool(asked)
+
+
+def _check_label(option: str, text: str) -> None:
+    """Refuse a name that no object has, before it becomes a part of a path.
+
+    Raises:
+        CommandError: it is no DNS label.
+    """
+    from kvpilot_operator.resource.fields import DNS_LABEL
+
+    if not DNS_LABEL.fullmatch(text):
+        raise CommandError(f"{option}: must be a DNS label such as chat, got {text[:60]!r}")
 
 
 def listed(names: list[str]) -> str:

@@ -61,7 +61,8 @@ def knob_value(name: str, value: Any) -> Any:
     except ValidationError:
         config = None
     if config is None or value is None:
-        raise ValueError(f"{name} must be {allowed_values(name)}")
+        several = ", got several values" if isinstance(value, (list, dict)) else ""
+        raise ValueError(f"{name} must be {allowed_values(name)}{several}")
     return config.model_dump(include={field}, mode="json")[field]
 
 

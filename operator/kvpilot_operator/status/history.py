@@ -22,9 +22,14 @@ def parse_records(text: str) -> list[Json]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and {"id", "at", "outcome"} <= record.keys():
+        if isinstance(record, dict) and _is_record(record):
             records.append(record)
     return records
+
+
+def _is_record(found: Json) -> bool:
+    named = isinstance(found.get("id"), str) and isinstance(found.get("outcome"), str)
+    return named and isinstance(found.get("at"), (int, float))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_boosts_of_alerts_stay(run: StateDirectory) -> None:
         ),
         ("pin chat useQuantization true", "pin: spec.pin.knob: must be one of the knobs numWorkers, "),
         ("boost chat 0", "boost: spec.boost.minReplicas: "),
-        ("boost chat many", "boost: minimum: Input should be a valid integer"),
+        ("boost chat many", "boost: MIN: Input should be a valid integer"),
         (
             "approve chat d-0042",
             "approve: spec.tuning.mode is Auto; only mode Approve waits for an approval",
