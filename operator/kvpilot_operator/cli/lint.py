@@ -14,7 +14,8 @@ def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
 
     @app.command(
-        help="Check a manifest: rules that can never fire, objectives out of reach, windows that never open.",
+        help="Check a manifest: rules that can never fire or undo each other for ever, objectives out of "
+        "reach, windows that never open.",
         epilog="Exit code: 1 with an error, 0 without one, 2 for a manifest that the operator would refuse. "
         "Example: `kvpilot lint chat.yaml -o json`",
     )

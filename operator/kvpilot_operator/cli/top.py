@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -38,8 +37,6 @@ def top(
     from kvpilot_operator.cli.figures import Watcher
 
     with reporting("top"):
-        if math.isnan(interval):  # which is neither below nor above a bound
-            raise CommandError("--interval: must be from 0.5 to 60, got nan")
         target = find(name, where)
         if target.ended:
             raise CommandError(f"the run of {name} has ended; there are no replicas")

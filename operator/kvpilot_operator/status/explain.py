@@ -12,40 +12,26 @@ from typing import Any
 from kvpilot_operator.resource.times import to_rfc3339
 from kvpilot_operator.status.history import Entry, history_of
 from kvpilot_operator.status.model import Status
-from kvpilot_operator.tuning.reasons import REASONS, SPEC_INVALID
+from kvpilot_operator.status.story import listing, punctuated, story
+from kvpilot_operator.tuning.context import format_value
+from kvpilot_operator.tuning.reasons import COOLDOWN, REASONS, SPEC_INVALID
+from kvpilot_operator.tuning.state import PIN
 
 Json = Mapping[str, Any]
 
 _MEANING = {reason.name: reason.meaning for reason in REASONS}
 
-_DIAGNOSED = frozenset({"Started", "Recommended", "Proposed", "ScaledOut"})
-"""Outcomes that follow from the diagnosis in their record, as in ``local/report.html``."""
-
-_VERBS = {
-    "Started": "Tries",
-    "Promoted": "Changed",
-    "Reverted": "Tried and reverted",
-    "Aborted": "Tried and aborted",
-    "Recommended": "Recommends",
-    "Proposed": "Would change",
-    "Withdrawn": "No longer proposes",
-    "Reset": "Changed",
-    "Harmful": "Found harmful",
-    "Recycled": "Replaced",
-}
-"""What an outcome did with the knobs of its record."""
-
 
 @dataclass(frozen=True)
 class Action:
-    """One decision; ``details`` only if its whole record is kept."""
+    """One decision; ``story`` only if its whole record is kept."""
 
     id: str
     at: str
     rule: str
     outcome: str
     summary: str
-    details: tuple[str, ...] = ()
+    story: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,8 +69,7 @@ class Explanation:
         for action in self.actions:
             by = f" by {action.rule}" if action.rule else ""
             lines.append(f"  {action.at}  {action.id}  {action.outcome}{by}")
-            lines.append(f"      {action.summary}")
-            lines += [f"      {detail}" for detail in action.details]
+            lines += [f"      {told}" for told in action.story or (action.summary,)]
         if self.why_not:
             lines += ["", "Why no change is made:"]
             lines += [f"  {sentence}" for sentence in self.why_not]
@@ -125,64 +110,32 @@ def _action(entry: Entry) -> Action:
         rule=entry.rule,
         outcome=entry.outcome,
         summary=entry.summary,
-        details=() if entry.record is None else tuple(_details(entry.record)),
-    )
-
-
-def _details(record: Json) -> Iterable[str]:
-    changes = [
-        f"{c['knob']} {_value(c['before'])} -> {_value(c['after'])}" for c in record.get("changes") or ()
-    ]
-    if changes:
-        verb = _VERBS.get(str(record["outcome"]), "Changed")
-        yield f"{verb}: {', '.join(changes)}{_generation(record)}."
-    if replicas := record.get("replicas"):
-        yield f"Replicas: {replicas[0]} -> {replicas[1]}."
-    diagnosis = record.get("diagnosis")
-    if diagnosis and record["outcome"] in _DIAGNOSED:
-        yield f"Because: {_sentence(diagnosis.get('message') or diagnosis['reason'])}"
-        if shares := _shares(diagnosis.get("stages") or ()):
-            yield f"Stages: {shares}."
-    if record.get("canary"):
-        controls = ", ".join(record.get("controls") or ()) or "its own past"
-        yield f"Canary {record['canary']}, compared with {controls}."
-    for rejected in record.get("rejected") or ():
-        yield f"Rejected: {rejected['rule']}: {_sentence(rejected.get('message') or rejected['reason'])}"
-
-
-def _generation(record: Json) -> str:
-    if (generation := record.get("generation")) is None:
-        return ""
-    kept = record["outcome"] not in {"Reverted", "Aborted"}
-    return f" (generation {generation})" if kept else f" (back to generation {generation})"
-
-
-def _shares(stages: Iterable[Json]) -> str:
-    largest = sorted(stages, key=lambda stage: -float(stage["share"]))[:3]
-    return ", ".join(
-        f"{s['stage'].replace('_', ' ')} {float(s['share']):.0%}" for s in largest if s["share"] > 0
+        story=() if entry.record is None else story(entry.record),
     )
 
 
 def _present(status: Status, name: str) -> Iterable[str]:
-    for state, phrase in (("Breached", "breached"), ("Infeasible", "out of reach")):
-        for item in status.objectives:
-            if item.state == state:
-                yield f"{item.name} is {phrase} since {to_rfc3339(item.since)}."
+    for state, phrase in (("Breached", "Breached"), ("Infeasible", "Out of reach")):
+        found = [item for item in status.objectives if item.state == state]
+        if found:
+            yield f"{phrase}: {', '.join(f'{item.name} since {to_rfc3339(item.since)}' for item in found)}."
     if met := [item.name for item in status.objectives if item.state == "Met"]:
         yield f"Met: {', '.join(met)}."
     change = status.tuning.change if status.tuning else None
     if change is not None:
-        knobs = ", ".join(f"{c.knob} {_value(c.before)} -> {_value(c.after)}" for c in change.values)
-        where = f" on canary {change.canary.name}" if change.canary else ""
+        knobs = listing(
+            [f"{c.knob} {format_value(c.before)} -> {format_value(c.after)}" for c in change.values]
+        )
+        where = f" on {change.canary.name}" if change.canary else " on all replicas"
         since = f"since {to_rfc3339(change.started_at)}"
-        yield f"In flight: {change.id} tries {knobs}{where} for {change.objective}, {since}."
+        yield f"In flight {since}: {change.id} tries {knobs}{where}, for {change.objective}."
     for held in status.tuning.pending if status.tuning else ():
         until, command = to_rfc3339(held.expires), f"kvpilot approve {name} {held.id}"
         yield f"{held.id} ({held.rule}) waits for an approval until {until}: {command}."
     if status.config and status.config.overlay:
         knobs = ", ".join(
-            f"{o.knob} {_value(o.value)} (base {_value(o.based_on)}, by {o.decision})"
+            f"{o.knob} {format_value(o.value)} (base {format_value(o.based_on)}, by "
+            f"{o.decision.replace(PIN, 'override ')})"
             for o in status.config.overlay
         )
         yield f"Differs from the base: {knobs}."
@@ -196,10 +149,10 @@ def _why_not(status: Status, mode: str, now: float, ended: bool) -> Iterable[str
         return
     ready = status.condition("Ready")
     if ready and ready.reason == "InvalidSpec":
-        yield f"The spec is invalid: {_sentence(ready.message)}"
+        yield f"The spec is invalid: {punctuated(ready.message)}"
     elif ready and ready.status == "False":
         since = to_rfc3339(ready.last_transition_time)
-        yield f"Replicas are not ready since {since}: {_sentence(ready.message)}"
+        yield f"Replicas are not ready since {since}: {punctuated(ready.message)}"
     if mode == "Off":
         yield "spec.tuning.mode is Off: kvpilot measures and changes nothing."
     elif mode == "Recommend":
@@ -211,36 +164,32 @@ def _why_not(status: Status, mode: str, now: float, ended: bool) -> Iterable[str
 
 def _obstacles(status: Status, now: float) -> Iterable[str]:
     tuning = status.tuning
-    holds = [hold for hold in tuning.holds if hold.reason != SPEC_INVALID] if tuning else []
+    left = {SPEC_INVALID, COOLDOWN}  # which are told by what they follow from
+    holds = [hold for hold in tuning.holds if hold.reason not in left] if tuning else []
     for hold in holds:
         meaning = hold.message or _MEANING.get(hold.reason, "")
-        yield f"{hold.reason} since {to_rfc3339(hold.since)}: {_sentence(meaning)}"
+        yield f"{hold.reason} since {to_rfc3339(hold.since)}: {punctuated(meaning)}"
     paused = status.condition("Paused")
     if paused and paused.status == "True" and not any(hold.reason == "Paused" for hold in holds):
-        yield _sentence(paused.message)
+        yield punctuated(paused.message)
     for kind in ("FieldManagerConflict", "Infeasible", "EngineStalled"):
         item = status.condition(kind)
         if item and item.status == "True":
-            yield f"{kind}: {_sentence(item.message)}"
+            yield f"{kind}: {punctuated(item.message)}"
     slo = status.condition("SLOMet")
-    if slo and tuning and tuning.change is None and not holds:
+    if slo and tuning and tuning.change is None and not tuning.holds:
         if slo.status == "True":
             yield "Every objective that can be judged is met: there is nothing to cure."
         elif slo.status == "Unknown":
-            yield _sentence(slo.message)
-    if tuning and tuning.cooldown_until and tuning.phase.value == "Cooldown":
-        yield f"The last change is cooling down until {to_rfc3339(tuning.cooldown_until)}."
+            yield punctuated(slo.message)
+    cooling = tuning is not None and (
+        tuning.phase.value == "Cooldown" or any(hold.reason == COOLDOWN for hold in tuning.holds)
+    )
+    if tuning and tuning.cooldown_until and cooling:
+        until = to_rfc3339(tuning.cooldown_until)
+        yield f"The last change ended a short while ago; the next one may begin at {until}."
     for blocked in tuning.blocked_values if tuning else ():
         if blocked.until > now:
-            what = f"{blocked.knob} {_value(blocked.value)}"
-            yield f"{what} harmed or did not help: blocked until {to_rfc3339(blocked.until)}."
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "default"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+            what = f"{blocked.knob} {format_value(blocked.value)}"
+            why = "it did harm, did not help enough, or was rolled back"
+            yield f"{what} is blocked until {to_rfc3339(blocked.until)}: {why}."

@@ -19,10 +19,11 @@ from kvpilot_operator.resource.times import moment
 from kvpilot_operator.status.history import Entry
 from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.overrides import Overrides
+from kvpilot_operator.status.story import listing, punctuated, story
 from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.context import format_value
 from kvpilot_operator.tuning.policy import KnobBounds, Policy
-from kvpilot_operator.tuning.reasons import REASONS
+from kvpilot_operator.tuning.reasons import COOLDOWN, PAUSED, REASONS
 from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
 from kvpilot_operator.tuning.state import PIN
 
@@ -174,15 +175,19 @@ def _waiting(known: Known) -> Iterator[str]:
         yield "The resource is not reconciled yet."
         return
     for hold in tuning.holds:
-        if hold.reason != "Paused":
+        if hold.reason not in {PAUSED, COOLDOWN}:
             text = (hold.message or _MEANING.get(hold.reason, "")).rstrip(".")
-            yield f"No change begins since {moment(hold.since)}: {text} ({hold.reason})."
+            yield f"Nothing has begun since {moment(hold.since)}: {text} ({hold.reason})."
     if tuning.change is not None:
         names = ", ".join(item.knob for item in tuning.change.values)
         yield f"One change at a time: {tuning.change.id} tries {names} first."
     if tuning.cooldown_until and tuning.cooldown_until > known.now:
-        yield f"The last change is cooling down until {moment(tuning.cooldown_until)}."
+        until = moment(tuning.cooldown_until)
+        yield f"The last change ended a short while ago; the next one may begin at {until}."
     objectives = [item for item in known.status.objectives if item.state in {"Breached", "Infeasible"}]
+    if objectives and all(item.state == "Infeasible" for item in objectives):
+        names = listing([item.name for item in objectives])
+        yield f"What is missed is out of reach, so no knob is moved for it: {names}."
     if not objectives and not tuning.holds and tuning.change is None:
         yield "No objective is breached, so there is nothing that it should cure."
 
@@ -203,8 +208,8 @@ def _tried(known: Known, name: str) -> Iterator[str]:
     for blocked in tuning.blocked_values:
         if blocked.knob == name and blocked.until > known.now:
             yield (
-                f"{format_value(blocked.value)} did harm or did not help; it is not tried again before "
-                f"{moment(blocked.until)}."
+                f"The value {format_value(blocked.value)} did harm, did not help enough, or was rolled back; "
+                f"it is not tried again before {moment(blocked.until)}."
             )
 
 
@@ -212,30 +217,34 @@ def _rules(known: Known, name: str) -> Iterator[str]:
     """The rules that could move it, and what each one said last."""
     for remedy in REMEDIES:
         if name in remedy.knobs:
-            yield _last_word(known, remedy)
+            yield _last_word(known, remedy, name)
 
 
-def _last_word(known: Known, remedy: Remedy) -> str:
+def _last_word(known: Known, remedy: Remedy, name: str) -> str:
     if known.policy is not None and remedy.name in known.policy.disabled_rules:
         return f"Rule {remedy.name} would change it, and spec.tuning.disabledRules leaves it out."
     for entry in reversed(known.entries):
         when = moment(entry.at)
         if entry.rule == remedy.name:
-            return f"Rule {remedy.name} acted last at {when}: {_sentence(entry.summary)}"
+            return f"Rule {remedy.name} last acted at {when} ({entry.id}): {_in_short(entry)}"
         for item in (entry.record or {}).get("rejected") or ():
             if item.get("rule") == remedy.name:
                 said = item.get("message") or _MEANING.get(str(item.get("reason")), "")
                 return (
-                    f"Rule {remedy.name} stood back at {when}, when {entry.id} was decided: {_sentence(said)}"
+                    f"Rule {remedy.name} stood back when {entry.id} was decided at {when}: {punctuated(said)}"
                 )
-    return f"Rule {remedy.name} changes it when that is the cure; it had no cause so far."
+    way = next(move.way for move in remedy.moves if move.knob == name)
+    does = "raises" if way == "up" else "lowers"
+    return f"Rule {remedy.name} {does} it against {listing(remedy.cures)}; it had no reason to so far."
+
+
+def _in_short(entry: Entry) -> str:
+    """What a decision did, in a sentence."""
+    told = () if entry.record is None else story(entry.record)
+    return told[0] if told and entry.outcome not in {"Started", "Proposed"} else punctuated(entry.summary)
 
 
 def _nothing(known: Known) -> str:
     names = ", ".join(item.name for item in known.status.objectives if item.state == "Breached")
     breached = f" of {names}" if names else ""
-    return f"Nothing stands in its way; no rule takes it for the cure{breached} at the moment."
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else f"{text}."
+    return f"Nothing stands in its way, but no rule sees it as the cure{breached} at the moment."

@@ -342,8 +342,9 @@ class Plan:
 
 
 def sentence(text: str) -> str:
-    """A clause as the beginning of a sentence."""
-    return text[:1].upper() + text[1:]
+    """A clause as the beginning of a sentence; the name of a knob keeps its spelling."""
+    first = text.partition(" ")[0]
+    return text if first != first.lower() else text[:1].upper() + text[1:]
 
 
 def format_changes(values: tuple[KnobChange, ...]) -> str:

@@ -135,8 +135,8 @@ def _infeasible(
         least = item.reachable_s
         reach = "" if least is None else f"; about {least * 1000:g} ms could be reached"
         parts.append(
-            f"{item.name}: {item.edge_s * 1000:g} ms is asked for, and an engine with no other request takes "
-            f"longer for these{reach}"
+            f"{item.name}: {item.edge_s * 1000:g} ms is asked for, and requests such as these take longer on "
+            f"an engine that serves no other{reach}"
         )
     if states.get("hitRate") == "Infeasible":
         top = ceiling(observation.counts("long")) or 0.0
@@ -267,7 +267,7 @@ def _no_remedy(context: Context, draft: Draft, plan: Plan) -> Draft:
         if item.reason == reasons.FLAP_BUDGET:
             draft = draft.held(context, reasons.FLAP_BUDGET, item.message)
     causes = [_cause(item) for item in plan.rejected if item.reason not in UNRELATED]
-    stage = context.diagnosis.stage or context.diagnosis.objective
+    stage = context.diagnosis.stage_text or context.diagnosis.objective
     more = f" ({'; '.join(filter(None, causes))})" if any(causes) else ""
     return draft.held(context, reasons.NO_REMEDY, f"no rule promises relief for {stage}{more}")
 

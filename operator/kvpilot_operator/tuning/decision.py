@@ -170,6 +170,11 @@ class Diagnosis:
     stages: tuple[StageShare, ...] = ()
     saturated: bool = False
 
+    @property
+    def stage_text(self) -> str:
+        """The stage in words."""
+        return self.stage.replace("_", " ")
+
 
 @dataclass(frozen=True)
 class Rejected:

@@ -204,6 +204,7 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
             outcome="ScaledOut" if target > asked else "ScaledIn",
             summary=f"{proposal.sentence}; {proposal.summary}.",
             replicas=proposal.replicas,
+            evidence={"why": proposal.message},
         )
         .reporting(context, key)
         .with_state(cooldown_until=context.now + _pause(context, target > asked))

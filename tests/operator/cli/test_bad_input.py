@@ -73,7 +73,7 @@ LINES = [
     ("history chat --last 0", "--last: "),
     ("explain chat --last many", "--last: "),
     ("explain chat --why-not workers", "--why-not: there is no knob workers; there are: numWorkers, "),
-    ("top chat --interval nan", "--interval: must be from 0.5 to 60, got nan"),
+    ("top chat --interval nan", "--interval: Input should be less than or equal to 60, got nan"),
     ("top chat --interval 0", "--interval: "),
     ("pin chat numWorkers '{\"a\": 1}'", "from 1 to 128, got several values"),
     ("explain chat --why-not ''", "--why-not: there is no knob ; there are: numWorkers, "),

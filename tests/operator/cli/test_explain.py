@@ -61,7 +61,7 @@ def test_ended_run_is_introduced_as_such(tmp_path: Path) -> None:
     assert reported() == [
         "The run of chat in team-a has ended. Its last state:",
         "chat in team-a: mode Off, state Cooldown.",
-        "  p95 is breached since 2026-11-22T09:30:00Z.",
+        "  Breached: p95 since 2026-11-22T09:30:00Z.",
         "  Differs from the base: numWorkers 2 (base 1, by d-0042).",
         "",
         "No action so far.",
@@ -69,13 +69,13 @@ def test_ended_run_is_introduced_as_such(tmp_path: Path) -> None:
         "Why no change is made:",
         "  spec.tuning.mode is Off: kvpilot measures and changes nothing.",
         "  Every objective that can be judged is met: there is nothing to cure.",
-        "  The last change is cooling down until 2026-11-22T10:09:00Z.",
+        "  The last change ended a short while ago; the next one may begin at 2026-11-22T10:09:00Z.",
     ]
     state = StateDirectory("chat", root)
     state.open()
     assert reported()[:3] == [
         "chat in team-a: mode Off, state Cooldown.",
-        "  p95 is breached since 2026-11-22T09:30:00Z.",
+        "  Breached: p95 since 2026-11-22T09:30:00Z.",
         "  Differs from the base: numWorkers 2 (base 1, by d-0042).",
     ]
     state.close()

@@ -25,7 +25,7 @@ def manifest(mode: str = "Auto", **status: Any) -> dict[str, Any]:
     }
 
 
-def whole_record(outcome: Any = "Promoted") -> dict[str, Any]:
+def whole_record(outcome: Any = "Promoted", **evidence: Any) -> dict[str, Any]:
     record = Record(
         id="d-0042",
         at=1_700_000_000.0,
@@ -44,7 +44,12 @@ def whole_record(outcome: Any = "Promoted") -> dict[str, Any]:
         generation=17,
         canary="chat-c1f0",
         controls=("chat-a7d2", "chat-b9e4"),
-        rejected=(Rejected("batch-up", "NotAtFault", "batch wait is not at fault"),),
+        rejected=(
+            Rejected("step-tokens-up", "NotAtFault", "batch wait is not at fault"),
+            Rejected("batch-up", "AtBound", "the maximum is 4"),
+            Rejected("replicas-up", "AtBound", "the maximum is 4"),
+        ),
+        evidence={"why": "workers were short; 4 are needed", "predictedGain": 0.4, **evidence},
     )
     return dict(json.loads(json.dumps(asdict(record))))
 
@@ -72,35 +77,77 @@ def test_action_is_explained_with_its_evidence() -> None:
         ("d-0041", "Began."),
         ("d-0042", "numWorkers 8 -> 16; p95 met."),
     ]
-    assert reported.actions[1].details == (
-        "Tries: numWorkers 8 -> 16, enablePrefetch default -> true (generation 17).",
-        "Because: admission wait was 71% of the excess.",
-        "Stages: admission wait 71%, decode 20%.",
-        "Canary chat-c1f0, compared with chat-a7d2, chat-b9e4.",
-        "Rejected: batch-up: batch wait is not at fault.",
+    assert reported.actions[1].story == (
+        "p95 missed its target: workers were short, and 4 are needed.",
+        "The time of a request went into admission wait (71%) and decode (20%).",
+        "So chat-c1f0 tries numWorkers 8 -> 16 and enablePrefetch unset -> true, with chat-a7d2 and "
+        "chat-b9e4 as controls; it should gain 40%.",
+        "Not chosen: batch-up and replicas-up, because the maximum is 4.",
     )
     assert "  2023-11-14T22:13:20Z  d-0042  Started by workers-up" in reported.lines()
     assert [a.id for a in explain(manifest(decisions=decisions), [record], last=1).actions] == ["d-0042"]
     assert explain(manifest(decisions=decisions), [], last=0).actions == ()
 
 
+CHANGES = "numWorkers 8 -> 16 and enablePrefetch unset -> true"
+
+
 @pytest.mark.parametrize(
-    ("outcome", "sentence"),
+    ("outcome", "verdict", "sentences"),
     [
-        ("Promoted", "Changed: numWorkers 8 -> 16, enablePrefetch default -> true (generation 17)."),
         (
-            "Aborted",
-            "Tried and aborted: numWorkers 8 -> 16, enablePrefetch default -> true (back to generation 17).",
+            "Promoted",
+            "Promoted",
+            (
+                f"{CHANGES} helped on chat-c1f0: mean time fell from 2 s to 1 s.",
+                "Every replica gets it now, as generation 17.",
+            ),
         ),
         (
             "Reverted",
-            "Tried and reverted: numWorkers 8 -> 16, enablePrefetch default -> true (back to generation 17).",
+            "Harmful",
+            (
+                f"{CHANGES} did harm on chat-c1f0: mean time fell from 2 s to 1 s.",
+                "Generation 17 runs again, and numWorkers 16 is not tried again for a day.",
+            ),
+        ),
+        (
+            "Reverted",
+            "Inconclusive",
+            (
+                f"{CHANGES} proved nothing on chat-c1f0: mean time fell from 2 s to 1 s.",
+                "Generation 17 runs again, and numWorkers 16 is not tried again for a while.",
+            ),
+        ),
+        (
+            "Aborted",
+            "BreachGone",
+            (
+                f"Trying {CHANGES} on chat-c1f0 was stopped: the controls meet the objective without the "
+                "change (BreachGone).",
+                "Up to then, mean time fell from 2 s to 1 s.",
+                "So nothing is concluded, and generation 17 runs again.",
+            ),
         ),
     ],
 )
-def test_change_that_was_not_kept_does_not_read_like_one_that_was(outcome: str, sentence: str) -> None:
-    [action] = explain(manifest(), [whole_record(outcome)]).actions
-    assert action.details[0] == sentence
+def test_change_that_was_not_kept_does_not_read_like_one_that_was(
+    outcome: str, verdict: str, sentences: tuple[str, ...]
+) -> None:
+    record = whole_record(outcome, verdict=verdict, effect="mean time fell from 2 s to 1 s")
+    [action] = explain(manifest(), [record]).actions
+    assert action.story == sentences
+
+
+@pytest.mark.parametrize("outcome", ["Started", "Promoted", "Reverted", "Aborted", "Emergency", "ScaledOut"])
+def test_record_of_an_older_operator_is_told_by_its_summary(outcome: str) -> None:
+    record = whole_record(outcome) | {"evidence": {}, "diagnosis": None, "rejected": []}
+    assert explain(manifest(), [record]).actions[0].story == ("numWorkers 8 -> 16; p95 met.",)
+
+
+def test_who_approved_a_change_is_told() -> None:
+    record = whole_record("Started") | {"summary": "Short; trying it. Approved by ada."}
+    assert explain(manifest(), [record]).actions[0].story[3] == "Approved by ada."
 
 
 @pytest.mark.parametrize(
@@ -112,7 +159,7 @@ def test_change_that_was_not_kept_does_not_read_like_one_that_was(outcome: str, 
 )
 def test_only_outcomes_of_a_diagnosis_show_it(outcome: str, reported: bool) -> None:
     [action] = explain(manifest(), [whole_record(outcome)]).actions
-    assert any(detail.startswith(("Because:", "Stages:")) for detail in action.details) == reported
+    assert any("of a request went into" in told for told in action.story) == reported
 
 
 def test_holds_and_blocked_values_explain_why_no_change_is_made() -> None:
@@ -130,10 +177,11 @@ def test_holds_and_blocked_values_explain_why_no_change_is_made() -> None:
         ),
         now=from_rfc3339("2026-11-22T10:00:00Z"),
     )
-    assert reported.present == ("p95 is breached since 2026-11-22T09:30:00Z.",)
+    assert reported.present == ("Breached: p95 since 2026-11-22T09:30:00Z.",)
     assert reported.why_not == (
         "MetricsStale since 2026-11-22T09:40:00Z: The metrics of a ready replica are older than 3 scrapes.",
-        "batchSize 32 harmed or did not help: blocked until 2026-11-23T09:00:00Z.",
+        "batchSize 32 is blocked until 2026-11-23T09:00:00Z: it did harm, did not help enough, or was rolled "
+        "back.",
     )
 
 
@@ -204,7 +252,7 @@ def test_change_in_flight_and_overlay_are_shown() -> None:
     overlay = [{"knob": "numWorkers", "basedOn": "null", "value": "16", "decision": "d-0042"}]
     reported = explain(manifest(tuning={"state": "Canary", "change": change}, config={"overlay": overlay}))
     assert reported.present == (
-        "In flight: d-0043 tries prefetchSize 16 -> 24 on canary chat-0 for p95, since 2026-11-22T10:04:00Z.",
-        "Differs from the base: numWorkers 16 (base default, by d-0042).",
+        "In flight since 2026-11-22T10:04:00Z: d-0043 tries prefetchSize 16 -> 24 on chat-0, for p95.",
+        "Differs from the base: numWorkers 16 (base unset, by d-0042).",
     )
     assert reported.why_not == ()

@@ -129,12 +129,12 @@ PENDING = {**CHANGE, "since": "2026-11-22T09:50:00Z", "expires": LATE}
         ),
         (
             {"held": {"holds": [{"reason": "MetricsStale", "since": "2026-11-22T09:40:00Z"}]}},
-            "No change begins since 2026-11-22T09:40:00Z: The metrics of a ready replica are older than 3 "
+            "Nothing has begun since 2026-11-22T09:40:00Z: The metrics of a ready replica are older than 3 "
             "scrapes (MetricsStale).",
         ),
         (
             {"held": {"state": "Cooldown", "cooldownUntil": LATE}},
-            f"The last change is cooling down until {LATE}.",
+            f"The last change ended a short while ago; the next one may begin at {LATE}.",
         ),
         (
             {
@@ -151,13 +151,18 @@ PENDING = {**CHANGE, "since": "2026-11-22T09:50:00Z", "expires": LATE}
         ),
         (
             {"held": {"blockedValues": [{"knob": "numWorkers", "value": "16", "until": LATE}]}},
-            f"16 did harm or did not help; it is not tried again before {LATE}.",
+            "The value 16 did harm, did not help enough, or was rolled back; it is not tried again before "
+            f"{LATE}.",
         ),
         (
             {"status": {"objectives": []}},
             "No objective is breached, so there is nothing that it should cure.",
         ),
-        ({}, "Nothing stands in its way; no rule takes it for the cure of p95 at the moment."),
+        (
+            {"status": {"objectives": [{**BREACHED[0], "state": "Infeasible"}]}},
+            "What is missed is out of reach, so no knob is moved for it: p95.",
+        ),
+        ({}, "Nothing stands in its way, but no rule sees it as the cure of p95 at the moment."),
         (
             {"tuning": {"disabledRules": ["workers-up"]}},
             "Rule workers-up would change it, and spec.tuning.disabledRules leaves it out.",
@@ -187,9 +192,9 @@ def record(**changes: Any) -> dict[str, Any]:
 def test_each_rule_says_what_it_said_last() -> None:
     rejected = [{"rule": "workers-up", "reason": "DeviceSaturated", "message": "steps take 95%"}]
     assert (
-        "Rule workers-up stood back at 2026-11-22T09:59:00Z, when d-0007 was decided: steps take 95%."
+        "Rule workers-up stood back when d-0007 was decided at 2026-11-22T09:59:00Z: steps take 95%."
     ) in answer(records=[record(rejected=rejected)])
-    assert "Rule workers-up acted last at 2026-11-22T09:59:00Z: numWorkers 4 -> 8." in answer(
+    assert "Rule workers-up last acted at 2026-11-22T09:59:00Z (d-0007): numWorkers 4 -> 8." in answer(
         records=[record(rule="workers-up", summary="numWorkers 4 -> 8")]
     )
 

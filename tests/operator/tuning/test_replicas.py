@@ -87,7 +87,7 @@ def test_why_no_capacity_is_added(scaling: Scaling | None, reported: str) -> Non
     assert scaled(decision) == []
     holds = {hold.reason: hold.message for hold in decision.state.holds}
     assert holds["NoRemedy"] == (
-        f"no rule promises relief for admission_wait (workers-up: DeviceSaturated; {reported})"
+        f"no rule promises relief for admission wait (workers-up: DeviceSaturated; {reported})"
     )
 
 

@@ -119,7 +119,13 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         canary=canary.name,
         controls=tuple(item.name for item in change.controls),
         rejected=rejected,
-        evidence={"seed": seed, "measure": measure, "predictedRatio": round(proposal.ratio, 3)},
+        evidence={
+            "seed": seed,
+            "measure": measure,
+            "why": proposal.message,
+            "predictedGain": round(proposal.predicted_gain, 4),
+            "predictedRatio": round(proposal.ratio, 3),
+        },
     ).beginning(Phase.CANARY, change)
 
 
@@ -538,7 +544,7 @@ def _record(
         generation=change.generation if outcome == "Promoted" else _known(context),
         canary="" if change.canary is None else change.canary.name,
         controls=tuple(item.name for item in change.controls),
-        evidence={"verdict": verdict.name, **verdict.evidence},
+        evidence={"verdict": verdict.name, "effect": verdict.effect, **verdict.evidence},
     )
 
 

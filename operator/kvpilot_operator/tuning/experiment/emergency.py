@@ -32,7 +32,7 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
             f"generation {change.generation}.",
             changes=change.values,
             generation=change.generation,
-            evidence={"verdict": reasons.EMERGENCY},
+            evidence={"verdict": reasons.EMERGENCY, "why": proposal.message},
         )
         .reporting(context, proposal.rule)
         .beginning(Phase.EMERGENCY, change)

@@ -146,7 +146,7 @@ def quota_up(context: Context) -> Found:
     else:
         objective = context.diagnosis.objective
         gain = ladder_gain(share(context.diagnosis, Stage(context.diagnosis.stage)), before, after)
-        reported = f"requests waited for pages ({context.diagnosis.stage})"
+        reported = f"requests waited for pages ({context.diagnosis.stage_text})"
     by_hits = context.breached("hitRate")
     return Proposal(
         "cache-quota-up",

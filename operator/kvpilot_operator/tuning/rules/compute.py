@@ -156,7 +156,7 @@ def step_tokens_up(context: Context) -> Found:
         (tokens.to(after),),
         context.diagnosis.objective,
         ladder_gain(wait, tokens.now, after),
-        f"steps carried {per_step:.0f} of {tokens.now} tokens, and {context.diagnosis.stage} was "
+        f"steps carried {per_step:.0f} of {tokens.now} tokens, and {context.diagnosis.stage_text} was "
         f"{wait:.0%} of request time",
         measure=WORK,
     )

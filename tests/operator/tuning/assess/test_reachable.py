@@ -87,7 +87,7 @@ def test_what_cannot_be_reached_is_no_breach_and_asks_for_no_replica() -> None:
     states = {item.name: item.state for item in decision.objectives}
     assert states["p50"] == "Infeasible"
     assert decision.infeasible == (
-        "p50: 100 ms is asked for, and an engine with no other request takes longer for these; "
+        "p50: 100 ms is asked for, and requests such as these take longer on an engine that serves no other; "
         "about 400 ms could be reached; relax the target"
     )
     assert [(r.rule, r.outcome) for r in decision.records] == [("objectives", "Infeasible")]

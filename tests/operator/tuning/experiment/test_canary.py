@@ -89,6 +89,8 @@ def test_start_draws_the_canary_from_those_with_the_fewest_restarts_and_names_th
     assert draft.records[0].evidence == {
         "seed": change.seed,
         "measure": "capacity",
+        "why": "workers were short",
+        "predictedGain": 0.4,
         "predictedRatio": 1.8,
     }
 

@@ -58,7 +58,7 @@ def test_a_pin_is_promoted_as_a_generation_of_its_own(mode: str) -> None:
     assert decision.state.overlay == (OverlayEntry("numWorkers", 2, 4, "pin:stop-gap"),)
     assert outcomes(decision) == ["Pinned"]
     assert decision.records[0].summary == (
-        "NumWorkers is pinned at 4 until 1970-01-01 03:46 UTC by override stop-gap; generation 2."
+        "numWorkers is pinned at 4 until 1970-01-01 03:46 UTC by override stop-gap; generation 2."
     )
 
 
