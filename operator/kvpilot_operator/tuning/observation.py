@@ -99,9 +99,9 @@ class Counts:
         return self.outcomes.get("error", 0.0) + self.outcomes.get("too_large", 0.0)
 
     @property
-    def answered(self) -> float:
-        """Requests that ended well or with an error, and not by the load alone, shed or late."""
-        return self.completed + self.errors
+    def admitted(self) -> float:
+        """Judged requests that were not shed: only they can fail by a fault of the engine."""
+        return self.judged - self.outcomes.get("shed", 0.0)
 
     @property
     def completed(self) -> float:

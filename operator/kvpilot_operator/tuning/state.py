@@ -130,8 +130,8 @@ class Change:
         measured_from: since when samples of the canary show the candidate, s since the epoch; 0 before.
         widened: controls that run the candidate by now, beside the canary.
         drained: True once the backlog of the candidate's replicas is gone: demand alone limits them then.
-        rate_before, errors_before, judged_before: step rate, share of answers with an error, and answers that
-            show it, of all replicas before it.
+        rate_before, errors_before, judged_before: step rate, share of errors, and requests that show it, of
+            all replicas before it.
         difference_before: what the arms differed by before it; None if that could not be measured.
         tally: intervals of the verification so far.
         work, work_before: the same for the time in work, where another measure is to improve.

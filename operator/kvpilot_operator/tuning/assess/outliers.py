@@ -78,8 +78,8 @@ def _slowness(counts: dict[str, Counts]) -> dict[str, float]:
 
 
 def _failing(counts: dict[str, Counts]) -> dict[str, float]:
-    """Share of answers with an error beyond the median's; what a replica sheds hides none."""
-    shares = {uid: item.errors / item.answered for uid, item in counts.items() if item.answered >= MIN_JUDGED}
+    """Share of failed requests beyond the median's; what a replica sheds hides none."""
+    shares = {uid: item.errors / item.admitted for uid, item in counts.items() if item.admitted >= MIN_JUDGED}
     if len(shares) < MIN_REPLICAS:
         return {}
     middle = median(shares.values())

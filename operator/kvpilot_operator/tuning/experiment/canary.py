@@ -145,8 +145,8 @@ def _drawn(
 
 
 def errors_of(context: Context) -> Measure:
-    """Requests of the long window that were answered with an error, of the answered ones."""
-    return Measure(FAULTS, context.long.errors, context.long.answered)
+    """Requests of the long window that failed by a fault of the engine, of those that were not shed."""
+    return Measure(FAULTS, context.long.errors, context.long.admitted)
 
 
 def enough_exposure(context: Context) -> bool:

@@ -76,7 +76,7 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
     """Everything that is reported of an arm, lower is better.
 
     ``errors``: failed requests, as the objective counts them; ``faults``: those that failed by a fault of the
-    engine, of the ones that it answered, since an arm that sheds must not look better by what it refused.
+    engine, of the ones that were not shed, since an arm must not look better by what it refused.
     ``seconds``: mean request time; ``work``: the part of it in work. Shed requests spend none.
     """
     judged = counts.judged
@@ -89,7 +89,7 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
     return (
         *within,
         Measure(ERRORS, counts.failed, judged),
-        Measure(FAULTS, counts.errors, counts.answered),
+        Measure(FAULTS, counts.errors, counts.admitted),
         Measure(SECONDS, sum(spent.values()), ended),
         Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), ended),
         Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), ended),
@@ -127,7 +127,7 @@ def effect_of(tally: Tally, before: Effect | None, *, alone: bool = False) -> Ef
 
 
 def error_evidence(canary: Arm, control: Arm) -> float:
-    """E-value against "the canary answers no more with an error"; shed and late requests are the load's."""
+    """E-value against "no more fail by a fault of the canary"; shed and late requests are the load's."""
     if FAULTS not in canary.measures or FAULTS not in control.measures:
         return 1.0
     return math.exp(min(700.0, log_evidence(canary.measures[FAULTS], control.measures[FAULTS])))

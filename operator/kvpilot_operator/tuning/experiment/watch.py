@@ -43,7 +43,7 @@ def watch(context: Context, draft: Draft) -> Draft:
     counts = context.measured.counts("watch", frozenset(replica.uid for replica in context.current))
     if context.trust.nothing is None and counts.judged:
         before = Measure(FAULTS, seen.errors_before * seen.judged_before, seen.judged_before)
-        now = Measure(FAULTS, counts.errors, counts.answered)
+        now = Measure(FAULTS, counts.errors, counts.admitted)
         rate = step_rate(counts, seen.values)
         found = difference(rate, seen.rate_before)
         failed = error_evidence(Arm({FAULTS: now}, now.of), Arm({FAULTS: before}, before.of))

@@ -124,10 +124,16 @@ def test_what_an_arm_sheds_makes_its_engines_neither_better_nor_worse() -> None:
     canary, control = outcomes(ok=1960.0, error=40.0), outcomes(ok=980.0, error=20.0, shed=1000.0)
     assert error_evidence(canary, control) < 1
     assert errors_bounded(canary, control, PRODUCTION)
-    failing = outcomes(ok=400.0, error=100.0, shed=1500.0, timeout=500.0)
+    failing = outcomes(ok=400.0, error=100.0, shed=1500.0)
     assert error_evidence(failing, outcomes(ok=1900.0, error=100.0)) >= HARM_EVIDENCE, (
         "a fifth of the answers"
     )
+
+
+def test_controls_that_answer_nothing_in_time_do_not_hold_a_cure_up() -> None:
+    cured, collapsed = outcomes(ok=1000.0), outcomes(timeout=1000.0)
+    assert errors_bounded(cured, collapsed, PRODUCTION)
+    assert error_evidence(cured, collapsed) == pytest.approx(1.0)
 
 
 def test_blocks_are_wasted_by_requests_that_are_served() -> None:
@@ -139,5 +145,5 @@ def test_blocks_are_wasted_by_requests_that_are_served() -> None:
 def test_errors_of_an_arm_are_those_of_the_objective() -> None:
     shedding = outcomes(ok=900.0, error=10.0, shed=80.0, timeout=10.0)
     assert shedding.share("errors") == pytest.approx(0.1)
-    assert shedding.share("faults") == pytest.approx(10 / 910)
+    assert shedding.share("faults") == pytest.approx(10 / 920)
     assert not errors_bounded(shedding, outcomes(ok=1000.0), PRODUCTION, measure="errors")
