@@ -1,10 +1,15 @@
-"""Order of the tests, and threads of their own process."""
+"""Order of the tests, threads of their own process, and the same examples in every run."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from hypothesis import settings
+
+# An example that is drawn anew, or takes long on a busy machine, must not fail the change of somebody else.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.load_profile("fixed")
 
 # As in the core of an engine: tests run side by side, and threads that wait for each other would spin.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -12,8 +12,8 @@ from unittest import mock
 
 from tests.operator.backtest.simulations import SMALL, WIDE, spec_of
 from tests.operator.reconcile.effects import Effects
-from tests.operator.reconcile.faulty_ports import SAMPLE_FAULTS, FaultyPorts, Mishap, Moment
-from tests.operator.tuning.invariants import Step
+from tests.operator.reconcile.faulty_ports import HIDING, FaultyPorts, Mishap, Moment
+from tests.operator.tuning.invariants import TRYING, Step
 from tests.operator.tuning.paths import paths
 
 from kvpilot_operator.backtest.cluster import OperatorCrash
@@ -24,9 +24,10 @@ from kvpilot_operator.ports import Conflict
 from kvpilot_operator.reconcile import reconciler
 from kvpilot_operator.reconcile.fleet import Fleet
 from kvpilot_operator.reconcile.reconciler import Reconciler, Reconciliation
+from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import base_config
 from kvpilot_operator.resource.times import to_rfc3339
-from kvpilot_operator.status.overrides import overrides_of
+from kvpilot_operator.status.overrides import Overrides, overrides_of
 from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning import decide
 from kvpilot_operator.tuning.assess.trust import STALE_SCRAPES
@@ -98,6 +99,7 @@ SCENES = (
         EngineModel(memory=lambda c: 0.5 + 0.4 * min(1.0, (value(c, "maxMemoryMb") or 200) / 200)),
     ),
     Scene("exhausted", WIDE, STEADY, EngineModel(memory=lambda c: 0.6 + 0.4 * value(c, "batchSize") / 16)),
+    Scene("no relief", WIDE, STEADY, EngineModel(memory=lambda c: 0.97)),
     Scene(
         "prefetch",
         WIDE,
@@ -151,6 +153,7 @@ class Deployment(Simulation):
         self.took: Counter[str] = Counter()
         self.failure: BaseException | None = None
         self.spec = spec_of(scene.config, replicas=scene.replicas, **scene.spec)
+        self._based: tuple[Any, dict[str, Any]] = None, {}
         self.ports = FaultyPorts(self)
         self.effects = Effects(self)
         manifest = {
@@ -248,7 +251,7 @@ class Deployment(Simulation):
             rolling_out=self.rolling_out,
         )
         if self.overrides:
-            asked = overrides_of(self.overrides, found.key.name, found.manifest, self.clock())
+            asked = self.asked()
             gone = {verdict.name for verdict in asked.verdicts if verdict.over}
             self.overrides = [item for item in self.overrides if item["metadata"]["name"] not in gone]
             found = replace(
@@ -264,16 +267,30 @@ class Deployment(Simulation):
             )
         return found
 
+    def asked(self) -> Overrides:
+        """What the overrides ask for now."""
+        return overrides_of(self.overrides, self.cluster.key.name, self.cluster.manifest, self.clock())
+
     @property
     def base(self) -> dict[str, Any]:
-        """The user's configuration, as the spec in force has it."""
-        spec = self.read().resource.spec
-        return base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
+        """The user's configuration, as the last valid spec has it."""
+        spec, base = self._based
+        if spec is not self.spec:
+            parsed = KVCacheDeployment.parse({**self.cluster.manifest, "spec": self.spec}).spec
+            base = base_config(parsed).model_dump(by_alias=True, exclude_unset=True, mode="json")
+            self._based = self.spec, base
+        return base
+
+    @property
+    def refused(self) -> bool:
+        """True if the present spec is invalid, or the API server refuses an object that follows from it."""
+        present = self.cluster.snapshot()
+        return present.manifest["spec"] != self.spec or present.spec_generation in self.refused_generations
 
     def hides(self, engine: SimulatedEngine) -> bool:
         """True if the source does not show the truth of a replica now."""
         old = self.cluster.now - engine.scrapes.last_at > STALE_SCRAPES * FAST.scrape
-        return old or engine.silent or bool(self.fault_of(engine.uid, (*SAMPLE_FAULTS, "unreachable")))
+        return old or engine.silent or bool(self.fault_of(engine.uid, (*HIDING, "unreachable")))
 
     def count(self, step: Step) -> None:
         """Count the paths that a decision took."""
@@ -377,6 +394,12 @@ class Deployment(Simulation):
             self.cluster.engines.remove(engine)
             self.cluster.converge(self.cluster.now + self.cluster.start_s)
 
+    def copy(self) -> Deployment:
+        """The same deployment, of which nothing is counted yet."""
+        made = copy.deepcopy(self)
+        made.took.clear()
+        return made
+
     # Rest
 
     def rest(self) -> None:
@@ -427,13 +450,17 @@ UNTIL: Mapping[Start, Callable[[Simulation], bool]] = {
 }
 
 
+def _made(name: str) -> Deployment:
+    return Deployment(next(scene for scene in SCENES if scene.name == name))
+
+
 @cache
 def _prepared(name: str, start: Start) -> Deployment:
     if start == "calm":
-        made = Deployment(next(scene for scene in SCENES if scene.name == name))
+        made = _made(name)
         made.run(70)
         return made
-    made = prepared(name, "calm")
+    made = _prepared(name, "calm").copy()
     made.level = "heavy"
     made.run(130, until=UNTIL[start])
     return made
@@ -441,4 +468,68 @@ def _prepared(name: str, start: Start) -> Deployment:
 
 def prepared(name: str, start: Start) -> Deployment:
     """A deployment of a scene at the start, or as near to it as it gets in time; nothing else happened."""
-    return copy.deepcopy(_prepared(name, start))
+    return _prepared(name, start).copy()
+
+
+LEAD = 2
+"""Ticks between a moment and what would happen."""
+
+COURSE: tuple[tuple[Level, int], ...] = (("usual", 35), ("heavy", 55), ("light", 40))
+"""Load of an undisturbed scene, and for how many ticks."""
+
+EVENTFUL = frozenset({"Started", "Promoted", "Reverted", "taken back", "Emergency", "ScaledOut", "ScaledIn"})
+
+
+@cache
+def _moments(name: str) -> dict[str, Deployment]:
+    """The scene shortly before each thing that the tuner does in it, by rule and outcome."""
+    levels = [level for level, ticks in COURSE for _ in range(ticks)]
+    when: dict[str, int] = {}
+    made = _made(name)
+    for tick, level in enumerate(levels):
+        made.level = level
+        made.pass_ticks(1)
+        for path in made.took:
+            rule, _, outcome = path.rpartition(":")
+            if outcome in EVENTFUL and (rule or outcome == "taken back"):
+                when.setdefault(path, max(0, tick - LEAD))
+    found: dict[str, Deployment] = {}
+    made = _made(name)
+    for tick, level in enumerate(levels):
+        found |= {path: made.copy() for path, at in when.items() if at == tick}
+        made.level = level
+        made.pass_ticks(1)
+        change = made.state.change
+        if change is not None and made.state.phase in TRYING:
+            found.setdefault(f"{change.rule}:Tried", made.copy())
+            found.setdefault(f"{change.rule}:Aborted", _asked(made, 60, pause={}))
+        if change is None and len(made.state.generations) > 1 and "rollback:RolledBack" not in found:
+            first, pinned = (
+                made.state.generations[0].number,
+                _asked(made, 6, pin={"knob": "numWorkers", "value": 3}),
+            )
+            found["rollback:RolledBack"] = _asked(made, 600, rollback={"to": first})
+            found["pin:Pinned"] = pinned.copy()
+            pinned.pass_ticks(1)
+            found["pin:Unpinned"] = pinned
+    return found
+
+
+def _asked(now: Deployment, ttl_s: int, **what: Mapping[str, Any]) -> Deployment:
+    """The deployment with an override that was just created."""
+    made = now.copy()
+    made.ask(ttl_s, **what)
+    return made
+
+
+def moments(name: str) -> tuple[str, ...]:
+    """What the tuner does in a scene, as ``rule:outcome``, and what overrides ask of it there.
+
+    ``Tried`` is a candidate whose verdict is not near.
+    """
+    return tuple(_moments(name))
+
+
+def shortly_before(name: str, path: str) -> Deployment:
+    """The scene ``LEAD`` ticks before the tuner does that."""
+    return _moments(name)[path].copy()

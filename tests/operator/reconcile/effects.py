@@ -20,14 +20,22 @@ from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.snapshot import Replica, Snapshot
 from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.decision import Record, Scale, WriteConfig
+from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Promoted
-from kvpilot_operator.tuning.state import Phase, TuningState
+from kvpilot_operator.tuning.state import PIN, OverlayEntry, Phase, TuningState
 
 if TYPE_CHECKING:
     from tests.operator.reconcile.deployment import Deployment
 
 NEARLY_ALL = 0.9
 """Share of the ready replicas whose truth must be seen for a scale-in."""
+
+SOON = 3
+"""Reconciles that come through until what was asked for is done: one that decides, one that acts, one that
+sees it."""
+
+ASKED_FOR = frozenset({"RolledBack", "Pinned", "Unpinned"})
+"""Outcomes of what an override asks for: they may replace every tuned value."""
 
 
 class Effects:
@@ -37,6 +45,11 @@ class Effects:
         intent: the status that the operator goes by: what it read, or wrote after that.
         names: the tuned knobs that each generation names.
         lost: the status was lost since the operator last read it.
+        least: the least epoch, generation and next decision of the first status after that one.
+        tuned: the overlay of the last status, without pins, by knob.
+        rolled_out: the spec generation whose objects were applied last.
+        managed_since: when the operator first saw the other manager of the replicas; None without one.
+        overdue: for how many reconciles something has been owed.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -48,9 +61,13 @@ class Effects:
         self.intent = Status()
         self.names: dict[int, dict[str, Any]] = {}
         self.recorded: set[tuple[str, str]] = set()
-        self.stopped = 0
         self.lost = False
-        self.pinned: Counter[str] = Counter()
+        self.least = (0, 0, 0)
+        self.tuned: dict[str, OverlayEntry] = {}
+        self.rolled_out = 0
+        self.managed_since: float | None = None
+        self.overdue: Counter[str] = Counter()
+        self._unwritten = False
 
     def raise_failure(self) -> None:
         """Raise what was found."""
@@ -74,6 +91,7 @@ class Effects:
             self._forget()
         self.intent = snapshot.status
         self._step = self._done = None
+        self._unwritten = False
 
     def decided(self, step: Step) -> None:
         """It counts when its status is there."""
@@ -90,16 +108,43 @@ class Effects:
             self.invariants.check(step)
         except AssertionError as error:
             self._failure = self._failure or error
+        self._remembers(step)
+        self._managed(step)
         self._deployment.count(step)
+
+    def _remembers(self, step: Step) -> None:
+        """What was tuned outlives the status: the ConfigMap tells it."""
+        before, after, seen = step.before, step.decision.state, step.observation
+        kept = {entry.knob: entry.value for entry in after.overlay if not entry.pinned}
+        asked = ASKED_FOR & {record.outcome for record in step.decision.records}
+        if not before.last_generation and seen.promoted is not None and not asked:
+            pinned = {pin.knob for pin in seen.pins}
+            for knob, entry in self.tuned.items():
+                stays = seen.base.get(knob) == entry.based_on and knob not in pinned
+                holds = seen.promoted.config.get(knob) == entry.value
+                if stays and holds and within(step.policy.bounds.get(knob), entry.value):
+                    self._that(
+                        kept.get(knob) == entry.value,
+                        f"{knob}, tuned to {entry.value}, is forgotten with the status",
+                    )
+        self.tuned = {entry.knob: entry for entry in after.overlay if not entry.pinned}
+
+    def _managed(self, step: Step) -> None:
+        if not step.observation.replicas_managed_by:
+            self.managed_since = None
+        elif self.managed_since is None:
+            self.managed_since = step.observation.at
 
     def _forget(self) -> None:
         """The status was lost: numbers that neither records nor engines nor ConfigMap tell are free again."""
+        self.managed_since = None
         cluster = self._deployment.cluster
         decision, generation = last_numbers([asdict(record) for record in cluster.records])
         known = self._reachable()
         epoch = max((engine.epoch for engine in known), default=0)
         promoted = cluster.promoted.generation if cluster.promoted is not None else 0
         last = max([generation, promoted + epoch, *(engine.generation for engine in known)])
+        self.least = (epoch, last, decision + 1)
         self.invariants.forget()
         names = self.invariants.configs
         self.invariants.configs = {number: held for number, held in names.items() if number <= last}
@@ -111,6 +156,7 @@ class Effects:
 
     def before(self, write: str, *given: Any) -> None:
         """Judge an effect that is about to be there."""
+        self._that(not self._unwritten, f"{write} follows a status that was not written")
         if (check := getattr(self, f"_before_{write}", None)) is not None:
             check(*given)
 
@@ -123,7 +169,32 @@ class Effects:
             after = self._state
             self._that(after.epoch >= before.epoch, "an epoch never decreases")
             self._that(after.last_generation >= before.last_generation, "a generation is never forgotten")
+            self._begins_where_it_was(after)
+            self._ends(before, after)
             self.committed()
+
+    def _begins_where_it_was(self, after: TuningState) -> None:
+        """After a lost status, numbers go on from what engines, ConfigMap and records tell."""
+        numbers = (after.epoch, after.last_generation, after.next_decision)
+        for name, least, number in zip(("epoch", "generation", "decision"), self.least, numbers, strict=True):
+            self._that(number >= least, f"the {name} begins again at {number}, and was at {least}")
+        self.least = (0, 0, 0)
+
+    def _ends(self, before: TuningState, after: TuningState) -> None:
+        """What began has an end that is told."""
+        if (change := before.change) is None or before.phase in {
+            Phase.REVERT,
+            Phase.PROMOTE,
+            Phase.EMERGENCY,
+        }:
+            return
+        same = after.change is not None and after.change.id == change.id
+        told = any(item.id == change.id and item.outcome != "Started" for item in self.intent.decisions)
+        self._that(same or told, f"{change.id} is no longer in flight, and nothing tells why")
+
+    def failed(self, write: str) -> None:
+        """An effect is not there, or the operator cannot know it: then it must not act on it."""
+        self._unwritten = self._unwritten or write == "write_status"
 
     def _before_apply(self, replica: Replica, patch: ConfigPatch) -> None:
         """A push is announced by the status: its epoch, and whose candidate it is."""
@@ -152,6 +223,9 @@ class Effects:
             f"generation {config.generation} is written, and no status announces it",
         )
         change = state.change
+        if change is not None and change.generation == config.generation and change.verdict != TAKEN_BACK:
+            off = self._deployment.off
+            self._that(not off, f"{change.id} is written to the ConfigMap although the kill switch is on")
         if change is not None and change.generation == config.generation and state.phase is Phase.PROMOTE:
             ends = {(item.id, item.outcome) for item in self.intent.decisions}
             proven = {(change.id, "Promoted"), (change.id, "Reverted")} & ends
@@ -184,6 +258,13 @@ class Effects:
 
     def _before_take_over_replicas(self, replicas: int) -> None:
         self._that(bool(self._deployment.other_manager), "there is nothing to take over")
+        if (step := self._done) is not None:
+            since = step.observation.at if self.managed_since is None else self.managed_since
+            waited = step.observation.at - since + 1  # the status counts whole seconds
+            self._that(
+                waited >= step.policy.pace.takeover,
+                f"the replicas are taken over after {waited:.0f} s already",
+            )
 
     def _before_record(self, record: Record) -> None:
         """A record tells of what a status holds."""
@@ -206,14 +287,41 @@ class Effects:
     def reconciled(self) -> None:
         """Judge what there is once the operator came through."""
         deployment, state = self._deployment, self._deployment.state
-        promoted, step = deployment.cluster.promoted, self._done
-        if promoted is None or step is None:
+        cluster, step = deployment.cluster, self._done
+        promoted = cluster.promoted
+        if promoted is None:
             return
-        self._pinned(step, promoted)
+        self._that(
+            step is not None or cluster.accepted is None, "nothing is decided, though a spec is accepted"
+        )
+        if step is None:
+            return
+        self._obeys_pins(step, promoted)
         if any(isinstance(action, WriteConfig) for action in step.decision.actions):
             return  # engines get it at the next reconcile
+        self._obeys_the_spec(promoted, state)
         self._runs_what_it_should(promoted, state)
         self._stops(step, promoted, state)
+
+    def _soon(self, holds: bool, debt: str, message: str) -> None:
+        """Something is done within ``SOON`` reconciles from when it is owed."""
+        self.overdue[debt] = 0 if holds else self.overdue[debt] + 1
+        self._that(self.overdue[debt] < SOON, message)
+
+    def _obeys_the_spec(self, promoted: Promoted, state: TuningState) -> None:
+        """A valid spec is rolled out; the ConfigMap holds its configuration with what is tuned over it."""
+        deployment = self._deployment
+        if deployment.refused:
+            return
+        wanted = effective(deployment.base, state.overlay)
+        differ = sorted(
+            name for name in {*wanted, *promoted.config} if wanted.get(name) != promoted.config.get(name)
+        )
+        self._soon(not differ, "base", f"the user's {', '.join(differ)} is not in the ConfigMap")
+        generation = deployment.cluster.snapshot().spec_generation
+        self._that(
+            self.rolled_out == generation, f"the objects of spec generation {generation} are not applied"
+        )
 
     def _runs_what_it_should(self, promoted: Promoted, state: TuningState) -> None:
         """An engine that answers runs the ConfigMap's configuration, the candidate, or what is taken back."""
@@ -226,31 +334,31 @@ class Effects:
 
     def _stops(self, step: Step, promoted: Promoted, state: TuningState) -> None:
         """A pause, a mode that does not act, an invalid spec or the kill switch leaves no candidate."""
-        seen, change = step.observation, state.change
+        deployment, change = self._deployment, state.change
         unapproved = step.policy.mode == "Approve" and change is not None and not change.approved_by
-        stop = seen.fleet.off or seen.paused_by or seen.spec_error or not step.policy.acts or unapproved
-        self.stopped = self.stopped + 1 if stop else 0
-        if self.stopped < 3:
-            return
-        rolling = state.phase in {Phase.PROMOTE, Phase.EMERGENCY} and not seen.fleet.off
-        self._that(state.phase not in TRYING, "a candidate stays although tuning is stopped")
-        if rolling:
-            return
-        for engine in self._reachable():
-            self._that(
-                engine.generation == promoted.generation,
-                f"{engine.name} still runs a candidate although tuning is stopped",
-            )
+        why = (
+            ("the kill switch is on" if deployment.off else "")
+            or ("tuning is paused" if deployment.asked().paused_by else "")
+            or ("the spec is invalid" if deployment.refused else "")
+            or (f"the mode is {step.policy.mode}" if unapproved or not step.policy.acts else "")
+        )
+        rolling = state.phase in {Phase.PROMOTE, Phase.EMERGENCY} and not deployment.off
+        strays = [engine.name for engine in self._reachable() if engine.generation != promoted.generation]
+        stays = state.phase in TRYING or (bool(strays) and not rolling)
+        where = f" on {', '.join(strays)}" if strays else ""
+        self._soon(not (why and stays), "stop", f"a candidate stays{where} although {why}")
 
-    def _pinned(self, step: Step, promoted: Promoted) -> None:
-        """A pinned knob has its value soon, unless the pin was refused."""
-        pins = [pin for pin in step.observation.pins if pin.name not in step.decision.state.handled]
-        self.pinned = Counter({pin.name: self.pinned[pin.name] + 1 for pin in pins})
+    def _obeys_pins(self, step: Step, promoted: Promoted) -> None:
+        """A pinned knob has its value soon, unless the pin was refused, and has it no longer when it ends."""
+        state, pins = step.decision.state, self._deployment.asked().pins
         for pin in pins:
             held = value(promoted.config, pin.knob)
-            self._that(
-                held == pin.value or self.pinned[pin.name] < 3, f"{pin.knob} is {held}, pinned at {pin.value}"
-            )
+            obeyed = held == pin.value or pin.name in state.handled
+            self._soon(obeyed, f"{PIN}{pin.name}", f"{pin.knob} is {held}, pinned at {pin.value}")
+        names = {f"{PIN}{pin.name}" for pin in pins}
+        ended = [entry for entry in state.overlay if entry.pinned and entry.decision not in names]
+        told = ", ".join(f"{entry.knob} at {entry.value}" for entry in ended)
+        self._soon(not ended, "unpin", f"a pin that has ended still holds {told}")
 
     def _reachable(self) -> list[Any]:
         """Engines that were asked and take what is pushed."""

@@ -36,6 +36,10 @@ WRITES = (
 SAMPLE_FAULTS = ("missing", "partial", "not finite", "young", "duplicated", "relabelled")
 """What the source may show of one replica instead of the truth."""
 
+HIDING = tuple(fault for fault in SAMPLE_FAULTS if fault != "duplicated")
+"""Those of them that hide it. Series that are counted twice show more load than there is, which scales
+nothing in; the adapters of metrics leave one of them out."""
+
 ENGINE_FAULTS = ("unreachable", "refuses")
 
 Moment = Literal["before", "after"]
@@ -65,6 +69,11 @@ def no_answer(deployment: Deployment) -> None:
     raise ConnectionError("no answer")
 
 
+def touch(deployment: Deployment) -> None:
+    """Somebody writes the resource, without a change of its spec."""
+    deployment.edit(lambda spec: None)
+
+
 class FaultyPorts:
     """Implements ``Cluster``, ``Metrics`` and ``Engines``. A dead operator has no more effects.
 
@@ -80,11 +89,16 @@ class FaultyPorts:
         self.undisturbed = True
 
     async def _write(self, name: str, effect: Callable[[], Awaitable[Any]], *given: Any) -> Any:
-        self._happens(name, "before")
-        self._deployment.effects.before(name, *given)
-        result = await effect()
-        self._deployment.effects.after(name, *given)
-        self._happens(name, "after")
+        effects = self._deployment.effects
+        try:
+            self._happens(name, "before")
+            effects.before(name, *given)
+            result = await effect()
+            effects.after(name, *given)
+            self._happens(name, "after")
+        except BaseException:
+            effects.failed(name)
+            raise
         return result
 
     def _happens(self, write: str, moment: Moment) -> None:
@@ -112,6 +126,7 @@ class FaultyPorts:
             if snapshot.spec_generation in self._deployment.refused_generations:
                 raise ManifestError(["spec.template: the API server refuses it"])
             await self._deployment.cluster.roll_out(snapshot, config)
+            self._deployment.effects.rolled_out = snapshot.spec_generation
 
         await self._write("roll_out", effect, config)
 

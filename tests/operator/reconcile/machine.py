@@ -12,9 +12,20 @@ from itertools import product
 from typing import Any, get_args
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, Phase, assume, seed, settings
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from tests.operator.reconcile.deployment import FAST, TRUTH_FAULTS, Deployment, Level, Start, prepared
+from tests.operator.reconcile.deployment import (
+    FAST,
+    LEAD,
+    TRUTH_FAULTS,
+    Deployment,
+    Level,
+    Start,
+    moments,
+    prepared,
+    shortly_before,
+)
 from tests.operator.reconcile.faulty_ports import (
     ENGINE_FAULTS,
     SAMPLE_FAULTS,
@@ -22,6 +33,7 @@ from tests.operator.reconcile.faulty_ports import (
     Moment,
     crash,
     no_answer,
+    touch,
 )
 
 REST_TICKS = 120
@@ -115,13 +127,23 @@ MODES = ("Auto", "Auto", "Approve", "Recommend", "Off")
 PINS = (("numWorkers", 3), ("numWorkers", 8), ("batchSize", 8), ("maxTokens", 2048), ("prefetchSize", 2))
 UNREADABLE = {"tuning": {"state": "OfAnotherVersion"}}
 
+LONGEST = 5
+"""Ticks after which it is seen what became of a moment, at most."""
+
 MOMENTS = st.sampled_from(get_args(Moment))
 TICKS = st.sampled_from((1, 1, 2, 2, 3, 5, 12))
-MISHAPS = st.none() | st.tuples(st.sampled_from((crash, crash, no_answer)), st.sampled_from(WRITES), MOMENTS)
+MISHAPS = st.none() | st.tuples(
+    st.sampled_from((crash, crash, no_answer, touch)),
+    st.sampled_from((*WRITES, "write_status", "write_status", "write_status")),  # what all else goes by
+    MOMENTS,
+)
 THEN = st.tuples(TICKS, MISHAPS)
 """What follows each event: time, and perhaps a mishap at a write."""
 
 Then = tuple[int, tuple[Callable[[Deployment], None], str, Moment] | None]
+
+DRAWN = st.integers(0, 2**16)
+"""0 in the simplest history, which Hypothesis plays before all that it draws: always the same and dull."""
 
 REPLICAS = st.integers(0, 5)
 LONG = st.sampled_from((1, 3, 10, 30))
@@ -140,8 +162,9 @@ class Managed(RuleBasedStateMachine):
         self.back_s = 0.0
         self.failed = False
 
-    @initialize(start=st.sampled_from(get_args(Start)))
-    def begin(self, start: Start) -> None:
+    @initialize(start=st.sampled_from(get_args(Start)), drawn=DRAWN)
+    def begin(self, start: Start, drawn: int) -> None:
+        assume(drawn)
         self.world = prepared(self.scene, start)
 
     def then(self, what: Then) -> None:
@@ -238,16 +261,19 @@ class Histories(Managed):
 
     @rule(then=THEN)
     def workload_replaces_pods(self, then: Then) -> None:
-        self.world.rolling_out = True
+        world = self.world
+        world.rolling_out = True
         self.then(then)
-        self.world.rolling_out = False
+        world.rolling_out = False
 
     # The API server, the status, the clock
 
-    @rule(unreadable=st.booleans(), then=THEN)
-    def status_is_lost(self, unreadable: bool, then: Then) -> None:
+    @rule(unreadable=st.booleans(), pin=st.none() | st.sampled_from(PINS), then=THEN)
+    def status_is_lost(self, unreadable: bool, pin: tuple[str, Any] | None, then: Then) -> None:
         self.world.lose_status(UNREADABLE if unreadable else None)
         self.world.took["lost status"] += 1
+        if pin is not None:
+            self.world.ask(40, pin={"knob": pin[0], "value": pin[1]})
         self.then(then)
 
     @rule(
@@ -351,10 +377,55 @@ class Histories(Managed):
 
     @rule(stays=st.sampled_from((True, False, False)), then=THEN)
     def tuning_is_switched_off(self, stays: bool, then: Then) -> None:
-        self.world.off = "the operator runs with --tuning=off"
-        self.world.took["kill switch"] += 1
+        world = self.world
+        world.off = "the operator runs with --tuning=off"
+        world.took["kill switch"] += 1
         self.then(then)
-        self.world.off = self.world.off if stays else ""
+        world.off = world.off if stays else ""
+
+
+class Moments(Histories):
+    """Each thing happens to another deployment, shortly before the tuner would do something.
+
+    Args:
+        paths: what it would do, in turn; () for all that it does in the scene.
+    """
+
+    def __init__(self, scene: str, paths: tuple[str, ...] = ()) -> None:
+        self.over = False
+        super().__init__(scene)
+        self.paths = paths or moments(scene)
+
+    @initialize(first=st.integers(0, 99), drawn=DRAWN)
+    def begin(self, first: int, drawn: int) -> None:
+        assume(drawn)
+        self.turn = first
+        self.world = self._shortly_before()
+
+    def _shortly_before(self) -> Deployment:
+        return shortly_before(self.scene, self.paths[self.turn % len(self.paths)])
+
+    @property
+    def world(self) -> Deployment:
+        """The deployment to which something happens now."""
+        if self.over:
+            taken.update(self._world.took)
+            self.turn, self.back_s, self.over = self.turn + 1, 0.0, False
+            self._world = self._shortly_before()
+        return self._world
+
+    @world.setter
+    def world(self, world: Deployment) -> None:
+        self._world = world
+
+    def then(self, what: Then) -> None:
+        ticks, mishap = what
+        super().then((LEAD + min(ticks, LONGEST), mishap))
+        self.over = True
+
+    def teardown(self) -> None:
+        self.over = False
+        super().teardown()
 
 
 class Restarts(Managed):
@@ -380,7 +451,17 @@ class Restarts(Managed):
         self.pass_ticks(ticks)
 
 
+class Plain(HypothesisProvider):  # type: ignore[misc]
+    """Draws without the constants of the modules that happen to be imported: a seed gives one history."""
+
+    def _maybe_draw_constant(self, *given: Any, **options: Any) -> None:
+        return None
+
+
+AVAILABLE_PROVIDERS["plain"] = f"{Plain.__module__}.{Plain.__qualname__}"
+
 PLAIN = settings(
+    backend="plain",
     database=None,
     deadline=None,
     phases=[Phase.generate],
@@ -388,7 +469,8 @@ PLAIN = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-"""The same histories in every run. A failure is reported as it was found: to shrink one takes minutes."""
+"""The same histories in every run, whatever ran before. A failure is reported as it was found: to shrink one
+takes minutes."""
 
 
 def play(machine: type[Managed], scene: str, number: int, *, examples: int, steps: int) -> None:

@@ -11,6 +11,7 @@ from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.base_change import replace_overlay
 from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.context import Context, Draft, format_value
+from kvpilot_operator.tuning.decision import WriteConfig
 from kvpilot_operator.tuning.observation import Promoted, Rollback
 from kvpilot_operator.tuning.permission.overrides import answerable, handle, refuse
 from kvpilot_operator.tuning.state import (
@@ -50,9 +51,15 @@ def _tuned(context: Context, draft: Draft, promoted: Promoted) -> str:
 
 
 def roll_back(context: Context, draft: Draft) -> Draft:
-    """Restore the tuned knobs of an earlier generation, once for each override that asks for it."""
+    """Restore the tuned knobs of an earlier generation, once for each override that asks for it.
+
+    It waits while a pin is written: two generations in one decision, and no engine would ever run the first.
+    """
     asked = context.observation.rollback
     if asked is None or context.observation.promoted is None or not answerable(draft, asked.name):
+        return draft
+    tried = draft.state.change and draft.state.change.generation
+    if any(isinstance(action, WriteConfig) and action.generation != tried for action in draft.actions):
         return draft
     target = next((item for item in draft.state.generations if item.number == asked.to), None)
     if target is None:

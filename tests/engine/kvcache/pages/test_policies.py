@@ -71,13 +71,13 @@ def test_the_cost_of_an_eviction_does_not_grow_with_the_cache(strategy):
             policy.push(entry)
         best = float("inf")
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(200):
                 victim = policy.pop()
                 victim.last += 100_000
                 victim.uses += 1
                 policy.push(victim)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         return best
 
     assert seconds(50_000) < 8 * seconds(500)

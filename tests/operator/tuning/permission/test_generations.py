@@ -125,6 +125,18 @@ def test_what_the_bounds_exclude_stays_out_and_a_pin_stays() -> None:
     assert decision.state.generations[-1].knobs == '{"numWorkers":8}'
 
 
+def test_it_waits_for_a_pin_that_is_written_first() -> None:
+    asked = running(rollback=BACK, pins=(Pin("hold", "maxTokens", 2048, NOW + 60),))
+    first = act(asked)
+    assert [action.generation for action in written(first)] == [4]
+    assert [record.outcome for record in first.records] == ["Pinned"]
+    assert first.state.handled == ()
+    there = Promoted(4, written(first)[0].values)
+    second = act(replace(asked, promoted=there), first.state)
+    assert written(second) == [WriteConfig(5, {"numWorkers": 8, "batchSize": 2, "maxTokens": 2048})]
+    assert [record.outcome for record in second.records] == ["RolledBack"]
+
+
 def test_an_experiment_is_aborted() -> None:
     state = replace(in_phase(Phase.VERIFY, since=20.0), generations=GENERATIONS[:1])
     decision = act(replace(seen(canary(), *controls()), rollback=Rollback("undo", 1)), state)
