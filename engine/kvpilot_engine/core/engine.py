@@ -21,6 +21,7 @@ from kvpilot_engine.contract import PAGE_TOKENS, KVCacheConfig, config_errors
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.config import COLD_FIELDS
 from kvpilot_engine.contract.metrics import Stage
+from kvpilot_engine.contract.wording import counted
 from kvpilot_engine.core.recent_max import RecentMax
 from kvpilot_engine.core.sampling import sample
 from kvpilot_engine.core.scheduler import Scheduled, Scheduler
@@ -127,7 +128,7 @@ class Engine:
         """The first fault of a request as one line; None if it is valid."""
         total = len(request.prompt) + new_tokens
         vocabulary = int(self._model.module.config.vocab_size)
-        size = f"prompt of {len(request.prompt)} tokens and {new_tokens} new ones"
+        size = f"prompt of {counted(len(request.prompt), 'token')} and {new_tokens} new ones"
         wrong_id = next((token for token in request.prompt if not 0 <= token < vocabulary), None)
         checks = (
             (not request.prompt, "prompt: is empty; at least one token is needed"),
@@ -153,7 +154,7 @@ class Engine:
         if total <= held:
             return None
         bound = "max_tokens" if held + PAGE_TOKENS > self.config.max_tokens else "max_memory_mb"
-        size = f"prompt of {len(request.prompt)} tokens and {new_tokens} new ones"
+        size = f"prompt of {counted(len(request.prompt), 'token')} and {new_tokens} new ones"
         return f"{size} make {total}; the cache holds {held} (the engine's {bound})"
 
     def abort(self, request_id: str) -> None:

@@ -46,7 +46,7 @@ RECYCLED = "outlier-recycle"
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
 
-LEAST_USE, STRAINED = 0.5, 12
+MIN_USE, STRAINED = 0.5, 12
 """Where requests wait although the curve shows room, replicas are planned for at least this use, for so many
 look-backs."""
 
@@ -215,7 +215,7 @@ def _with_strain(context: Context, draft: Draft, use: float) -> Draft:
     """Plan the replicas with less use for a while, so that the next ones are asked for at ``use``."""
     if not use:
         return draft
-    use = max(LEAST_USE, min(planned_use(draft.state), use / FULL))
+    use = max(MIN_USE, min(planned_use(draft.state), use / FULL))
     return draft.with_state(strain=Strain(use, context.now + STRAINED * context.policy.pace.idle))
 
 

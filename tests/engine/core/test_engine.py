@@ -172,11 +172,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "timeout": ({"timeout_s": 0.0}, "timeout_s: must be above 0, got 0.0"),
     "context": (
         {"max_new_tokens": 40_000},
-        "prompt of 1 tokens and 40000 new ones make 40001; the model's context length is 32768",
+        "prompt of 1 token and 40000 new ones make 40001; the model's context length is 32768",
     ),
     "pool": (
         {"max_new_tokens": 4096},
-        "prompt of 1 tokens and 4096 new ones make 4097; the cache holds 4096 (the engine's max_tokens)",
+        "prompt of 1 token and 4096 new ones make 4097; the cache holds 4096 (the engine's max_tokens)",
     ),
 }
 

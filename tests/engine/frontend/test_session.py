@@ -96,7 +96,7 @@ async def test_http_sheds_where_python_waits(session: Session, core: FakeCore) -
         handles.append(ticket.send(session.compose(PROMPT, RequestFields())))
     shed = session.arrive()
     with pytest.raises(
-        QueueFullError, match="overloaded: 1 requests wait and max_queue is 1; retry after 1 s"
+        QueueFullError, match="overloaded: 1 request waits and max_queue is 1; retry after 1 s"
     ):
         shed.enter_or_shed()
     waiting = asyncio.create_task(session.arrive().wait(0))
