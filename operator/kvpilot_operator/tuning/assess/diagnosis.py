@@ -107,11 +107,16 @@ def occupancy(counts: Counts) -> float:
 def waits_for_pages(observation: Observation, workers: int) -> bool:
     """True if long queues wait while worker slots are free: the requests wait for pages.
 
-    Slots are taken at step boundaries, so one or two that are free at the moment of a scrape prove nothing.
+    Slots are taken at step boundaries, so one or two that are free at the moment of a scrape prove nothing;
+    and requests of one length end together, so that many are free for a moment: the window must show it.
     """
-    gauges = [replica.sample.gauges for replica in observation.ready if replica.sample is not None]
-    running = [gauge.running for gauge in gauges if gauge.waiting >= workers]
-    return bool(running) and sum(running) / len(running) < min(SLOTS_IDLE * workers, workers - 1.5)
+    queued = [r for r in observation.ready if r.sample is not None and r.sample.gauges.waiting >= workers]
+    if not queued:
+        return False
+    free = min(SLOTS_IDLE * workers, workers - 1.5)
+    running = sum(r.sample.gauges.running for r in queued if r.sample is not None) / len(queued)
+    held = occupancy(observation.counts("short", frozenset(r.uid for r in queued)))
+    return max(running, held) < free
 
 
 def _stage_at_fault(objective: str, stages: tuple[StageShare, ...], full: bool) -> Diagnosis:

@@ -74,6 +74,14 @@ def test_waits_for_pages_are_not_waits_for_workers() -> None:
     assert (proposed(found).rule, values(found)) == ("cache-quota-up", {"maxTokens": (2048, 3072)})
 
 
+def test_slots_that_are_free_for_a_moment_are_no_wait_for_pages() -> None:
+    config = {"numWorkers": 16, "batchSize": 16, "maxTokens": 2048}
+    # 20 requests/s of .75 s in work hold 15 slots; at the scrape many of them have just ended together.
+    held = {**QUEUED, "decode": 0.75}
+    found = plan(config, stages=held, rate=20.0, gauges=gauges(waiting=20.0, running=6.0))
+    assert proposed(found).rule == "workers-up"
+
+
 def test_fewer_workers_say_how_much_of_the_step_rate_they_leave() -> None:
     shown = gauges(curve=curve())
     crowded = three(
