@@ -41,6 +41,7 @@ def latency_met(result: Reconciliation) -> bool:
 
 
 @pytest.mark.alone
+@pytest.mark.flaky(reruns=1)  # docs/decisions/2026-11-23-one-repeat-for-live-tuning.md
 async def test_larger_batch_cures_batch_wait(tmp_path: Path) -> None:
     config = {"numWorkers": 64, "batchSize": 1, "maxTokens": 16384}
     deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
