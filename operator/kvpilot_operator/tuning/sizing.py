@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning.assess.capacity import USE, Capacity, max_work_s, measured
 from kvpilot_operator.tuning.assess.diagnosis import busy_share, occupancy
 from kvpilot_operator.tuning.assess.forecast import expected
@@ -69,7 +70,7 @@ def foreseen_replicas(context: Context, state: TuningState, *, knob_first: bool)
         load += max(0.0, left) / max(horizon, pace.long)
     if load <= FULL * one * asked:
         return None
-    complete = "1 replica completes" if asked == 1 else f"{asked} replicas complete"
+    complete = counted(asked, "replica", "completes", "complete")
     why = f"{load:.1f} requests/s are expected within {horizon:.0f} s, and {complete} {asked * whole:.1f}"
     if state.strain is not None:
         why += f", {FULL * state.strain.use:.0%} of it without a queue"

@@ -86,13 +86,12 @@ def harm_below(ratio: float) -> float:
 
 def capacity_effect(context: Context, change: Change) -> Effect | None:
     """Log ratio of the capacities that both arms showed, without what the machines differed by before."""
-
-    found = difference(*_rates(context, change))
+    found = difference(*step_rates(context, change))
     before = change.difference_before if change.others else None
     return None if found is None else corrected(found, before)
 
 
-def _rates(context: Context, change: Change) -> tuple[StepRate, StepRate]:
+def step_rates(context: Context, change: Change) -> tuple[StepRate, StepRate]:
     """Step rates of candidate and controls, or of what was before where there are none."""
 
     def rate(uids: frozenset[str]) -> StepRate:
@@ -103,7 +102,7 @@ def _rates(context: Context, change: Change) -> tuple[StepRate, StepRate]:
 
 def _slower(context: Context, change: Change, effect: Effect) -> float:
     """E-value against "the candidate does as much work per second as it leaves by its prediction"."""
-    if not as_loaded(*_rates(context, change), change.values):
+    if not as_loaded(*step_rates(context, change), change.values):
         return 0.0
     return mixture_evidence(effect, harm_below(change.ratio), above=False)
 

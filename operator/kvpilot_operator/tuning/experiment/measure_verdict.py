@@ -13,7 +13,7 @@ from typing import Any
 
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context
-from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
+from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below, step_rates
 from kvpilot_operator.tuning.experiment.evidence import (
     ERRORS,
     FAULTS,
@@ -30,7 +30,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     errors_bounded,
 )
 from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, Z95, mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference
 from kvpilot_operator.tuning.experiment.verdict import (
     GAIN_SHARE,
     OPEN,
@@ -168,10 +168,7 @@ def _capacity_lost(context: Context, change: Change) -> float:
     """E-value against "the candidate's replicas do as much work per second as the change leaves"."""
     if not change.others:
         return 0.0
-    seen = context.measured
-    one, other = (
-        step_rate(seen.counts("verify", uids), change.values) for uids in (change.candidates, change.others)
-    )
+    one, other = step_rates(context, change)
     found = difference(one, other)
     if found is None or not as_loaded(one, other, change.values):
         return 0.0
