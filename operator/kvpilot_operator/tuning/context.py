@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.capacity import Capacity, measured
 from kvpilot_operator.tuning.assess.forecast import offered
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
 from kvpilot_operator.tuning.assess.outliers import Outlier
@@ -60,6 +62,11 @@ class Context:
     diagnosis: Diagnosis
     stalled: str = ""
     infeasible: str = ""
+
+    @cached_property
+    def capacity(self) -> Capacity | None:
+        """What a mean comparable replica completes; None without a curve of step time or without work."""
+        return measured(self.measured)
 
     @property
     def everyone(self) -> tuple[ObservedReplica, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvpilot_engine.contract.wording import counted
-from kvpilot_operator.tuning.assess.capacity import USE, Capacity, max_work_s, measured
+from kvpilot_operator.tuning.assess.capacity import USE, Capacity, max_work_s
 from kvpilot_operator.tuning.assess.diagnosis import busy_share, occupancy
 from kvpilot_operator.tuning.assess.forecast import expected
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent
@@ -39,7 +39,7 @@ def needed_replicas(context: Context, state: TuningState) -> int:
     if context.traffic == "NoTraffic":
         return 0
     workers: int = value(context.config, "numWorkers")
-    capacity = measured(context.measured)
+    capacity = context.capacity
     if capacity is not None:
         one = planned_use(state) * per_replica(context, capacity, workers, workers)
         return math.ceil(context.offered("short") * GROWTH_MARGIN / one - 1e-9)
@@ -53,7 +53,7 @@ def foreseen_replicas(context: Context, state: TuningState, *, knob_first: bool)
     Args:
         knob_first: True while a knob promises capacity, which works a backlog off before a replica could.
     """
-    capacity = measured(context.measured)
+    capacity = context.capacity
     if capacity is None or context.traffic == "NoTraffic":
         return None
     workers: int = value(context.config, "numWorkers")
@@ -85,7 +85,7 @@ def per_replica(context: Context, capacity: Capacity, slots: int, most: float) -
 
 def use_now(context: Context) -> float:
     """Share of the capacity of all replicas that the offered load uses; 0 without a curve."""
-    capacity = measured(context.measured)
+    capacity = context.capacity
     if capacity is None:
         return 0.0
     workers: int = value(context.config, "numWorkers")

@@ -12,7 +12,6 @@ from kvpilot_operator.tuning.assess.capacity import (
     Slots,
     demand,
     max_work_s,
-    measured,
     slots_for,
 )
 from kvpilot_operator.tuning.assess.diagnosis import share, waits_for_pages
@@ -82,7 +81,7 @@ def workers_down(context: Context) -> Found:
     """Work takes too long since too many requests share the device: admit fewer, if they are enough."""
     if not at_fault(context, Stage.PREFILL, Stage.DECODE):
         return reasons.NOT_AT_FAULT, "neither prefill nor decode is at fault"
-    workers, capacity = room(context, "numWorkers"), measured(context.measured)
+    workers, capacity = room(context, "numWorkers"), context.capacity
     if capacity is None:
         return reasons.NOT_EFFECTIVE, "the engines report no curve of step time"
     most = max(1, min(workers.now, value(context.config, "batchSize")))  # rows that bursts may show
@@ -164,7 +163,7 @@ def step_tokens_up(context: Context) -> Found:
 
 def sized_slots(context: Context, now: int, most: float) -> Slots | None:
     """Slots for the demand on the engines' own curve; None without a measurement."""
-    capacity = measured(context.measured)
+    capacity = context.capacity
     if capacity is None:
         return None
     wanted = demand(context.measured, context.waiting, context.policy.pace.long)

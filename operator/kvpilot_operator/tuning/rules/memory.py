@@ -10,7 +10,6 @@ from typing import Literal
 from kvpilot_engine.contract import BLOCK_TOKENS
 from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, CompressionLevel
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.capacity import measured
 from kvpilot_operator.tuning.assess.guards import is_blocked
 from kvpilot_operator.tuning.assess.objectives import hit_rate, judged_window
 from kvpilot_operator.tuning.configuration import value
@@ -180,7 +179,7 @@ def _least_left(context: Context, *, rows: float, hits: float) -> float:
     A curve of hits over the size of a cache is concave, so that hits fall in proportion at most; what is no
     longer a hit is computed, and prefill grows with it. Without a curve of step time only rows count.
     """
-    capacity = measured(context.measured)
+    capacity = context.capacity
     if capacity is None:
         return rows
     rate = hit_rate(context.measured.counts(judged_window(context.measured))) or 0.0
