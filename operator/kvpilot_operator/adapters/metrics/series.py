@@ -101,7 +101,7 @@ def sample_from(
     Args:
         windows: increases by window name; a window without any series is left out of the sample.
         gauges: last values.
-        pod_seconds: time that each window covers, s.
+        replica_seconds: time that each window covers, s.
         age_s: age of the newest values, s.
         coverage_s: time that the longest window covers, s.
         scrape_s: interval of the scrapes as it was seen, s; 0 if unknown.
