@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -89,16 +90,19 @@ def test_live_figures_refresh_until_they_are_interrupted(run: StateDirectory, tm
         top = subprocess.Popen(
             [sys.executable, "-c", COMMAND, "top", "chat", "--interval", "0.5"], stdout=other, cwd=tmp_path
         )
+        os.close(other)
         try:
             shown = b""
             while engine.reads < 4:  # the first table needs two
                 shown += os.read(main, 65536)
             top.send_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # it ends; until then it must not wait for a reader
+                while os.read(main, 65536):
+                    pass
             assert top.wait(20) == 0
         finally:
             top.kill()
             os.close(main)
-            os.close(other)
     assert b"engine-0" in shown
 
 
