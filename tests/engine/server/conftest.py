@@ -8,9 +8,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from tests.waiting import eventually
 
 TOKEN = "a token of the tests"
 CONFIG = {
@@ -25,6 +26,22 @@ CONFIG = {
     "cacheStrategy": "lru", "hostMemoryMb": 0,
 }  # fmt: skip
 READY_S = 240.0  # seconds on an idle machine; the limit is for a crowded one
+
+
+class Page:
+    """One metrics page: series that are compared must come from the same one."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One series, by name and labels."""
+        wanted = ",".join(f'{k}="{v}"' for k, v in labels.items())
+        line = f"{name}{{{wanted}}} " if wanted else f"{name} "
+        for each in self.text.splitlines():
+            if each.startswith(line):
+                return float(each.removeprefix(line))
+        raise AssertionError(f"no series {line!r}")
 
 
 class Served:
@@ -85,39 +102,29 @@ class Served:
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
+    def page(self) -> Page:
+        """The metrics page now; the core's part of it is at most half a second old."""
+        return Page(self.http.get("/metrics").text)
+
     def metric(self, name: str, **labels: str) -> float:
-        """One series, by name and labels, from the metrics page."""
-        wanted = ",".join(f'{k}="{v}"' for k, v in labels.items())
-        line = f"{name}{{{wanted}}} " if wanted else f"{name} "
-        for each in self.http.get("/metrics").text.splitlines():
-            if each.startswith(line):
-                return float(each.removeprefix(line))
-        raise AssertionError(f"no series {line!r}")
+        """One series of the page of now."""
+        return self.page().metric(name, **labels)
+
+    def settle(self) -> None:
+        """Wait until no request is left, and the page shows the core after this call."""
+        generation = self.patch()["generation"]
+
+        def settled() -> bool:
+            page = self.page()
+            left = page.metric("kvpilot_requests_running") + page.metric("kvpilot_requests_waiting")
+            return page.metric("kvpilot_config_generation") == generation and left == 0
+
+        eventually(settled, why=lambda: "requests are left")
 
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
-
-
-def eventually(
-    probe: Callable[[], Any],
-    timeout_s: float = 10.0,
-    why: Callable[[], str] = lambda: "the condition did not become true",
-) -> Any:
-    """The first true answer of ``probe``, within ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        if answer := probe():
-            return answer
-        if time.monotonic() > deadline:
-            pytest.fail(why())
-        time.sleep(0.02)
-
-
-@pytest.fixture(scope="session")
-def wait_until() -> Callable[..., Any]:
-    return eventually
+        return self.process.wait(60)
 
 
 @pytest.fixture(scope="session")
@@ -128,17 +135,36 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert engine.stop() == 0, engine.log
 
 
+@dataclass(frozen=True)
+class Victims:
+    """Engines that tests end, each with room for an answer that outlasts its test.
+
+    Attributes:
+        lagging: takes new connections for 300 s after the first signal.
+        draining: takes none after it.
+        orphan: for the end of its core.
+    """
+
+    lagging: Served
+    draining: Served
+    orphan: Served
+
+
 @pytest.fixture(scope="module")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
-    """Engines that tests end; started together, since a start takes seconds."""
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victims]:
+    """Started together, since a start takes seconds."""
     engines = [
-        Served(tmp_path_factory.mktemp("victim"), "--drain-seconds", "20", "--drain-lag-seconds", "1")
-        for _ in range(2)
-    ]
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(Served.wait_ready, engines))
-    yield engines
-    for engine in engines:
-        if engine.process.poll() is None:
+        Served(
+            tmp_path_factory.mktemp("victim"), "--drain-seconds", "600", "--drain-lag-seconds", lag_s,
+            maxTokens=65_536, requestTimeoutS=600,
+        )
+        for lag_s in ("300", "0", "0")
+    ]  # fmt: skip
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Served.wait_ready, engines))
+        yield Victims(*engines)
+    finally:
+        for engine in engines:
             engine.process.kill()
             engine.process.wait()

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.waiting import eventually
 
 from kvpilot_engine.contract import CONTRACT_VERSION, AdminConfig, ApplyReport
 from kvpilot_engine.contract.config import QUIET
@@ -127,6 +128,6 @@ async def test_no_request_fails_during_configuration_changes(served: Any) -> Non
     assert failures == []
 
 
-def test_generation_in_metrics_follows_the_change(served: Any, wait_until: Any) -> None:
+def test_generation_in_metrics_follows_the_change(served: Any) -> None:
     report = served.patch(prefetchSize=4)
-    wait_until(lambda: served.metric("kvpilot_config_generation") == report["generation"])
+    eventually(lambda: served.metric("kvpilot_config_generation") == report["generation"])

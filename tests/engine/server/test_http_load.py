@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from tests.waiting import eventually
 
 from kvpilot_engine.contract import metrics as names
 
@@ -36,7 +36,7 @@ def narrow(served: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_disconnect_of_the_client_frees_its_pages(served: Any, wait_until: Any, stream: bool) -> None:
+def test_disconnect_of_the_client_frees_its_pages(served: Any, stream: bool) -> None:
     cancelled = outcome(served, "cancelled")
     body = {**LONG, "stream": stream}
     with httpx.Client(base_url=served.url) as client:
@@ -46,8 +46,8 @@ def test_disconnect_of_the_client_frees_its_pages(served: Any, wait_until: Any, 
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post("/v1/completions", json=body, timeout=0.3)
-    wait_until(lambda: outcome(served, "cancelled") == cancelled + 1, why=lambda: "not counted as cancelled")
-    wait_until(lambda: served.metric("kvpilot_requests_running") == 0, why=lambda: "still running")
+    eventually(lambda: outcome(served, "cancelled") == cancelled + 1, why=lambda: "not counted as cancelled")
+    served.settle()
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def busy(served: Any) -> Iterator[None]:
         yield
 
 
-def test_full_queue_sheds_with_retry_after_and_serves_the_others(narrow: Any, wait_until: Any) -> None:
+def test_full_queue_sheds_with_retry_after_and_serves_the_others(narrow: Any) -> None:
     before = outcome(narrow, "shed")
 
     def ask(number: int) -> httpx.Response:
@@ -69,7 +69,7 @@ def test_full_queue_sheds_with_retry_after_and_serves_the_others(narrow: Any, wa
     with ThreadPoolExecutor(12) as pool:
         with busy(narrow):
             asked = [pool.submit(ask, number) for number in range(12)]
-            wait_until(lambda: sum(each.done() for each in asked) == 10, why=lambda: "not 10 of 12 refused")
+            eventually(lambda: sum(each.done() for each in asked) == 10, why=lambda: "not 10 of 12 refused")
         answers = [each.result() for each in asked]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 10
@@ -95,34 +95,33 @@ def test_stream_beyond_its_time_limit_ends_with_an_error_event(narrow: Any) -> N
             pass
 
 
-def test_urgent_request_overtakes_the_queue(narrow: Any, wait_until: Any) -> None:
+async def test_urgent_request_overtakes_the_queue(narrow: Any) -> None:
+    """It is answered while those before it, which take long, have yet to be."""
     narrow.patch(maxQueue=64)
-    ended: list[str] = []
 
-    def ask(name: str, priority: int) -> None:
-        body = {"prompt": name, "max_tokens": 64, "priority": priority}
-        with httpx.Client(base_url=narrow.url, timeout=60.0) as client:
-            assert client.post("/v1/completions", json=body).status_code == 200
-        ended.append(name)
+    async def waiting(requests: int) -> None:
+        def counted() -> float:
+            return float(narrow.metric("kvpilot_requests_waiting"))
 
-    def waiting(requests: int) -> None:
-        wait_until(
-            lambda: narrow.metric("kvpilot_requests_waiting") == requests,
-            why=lambda: f"{narrow.metric('kvpilot_requests_waiting')} wait, not {requests}",
+        await asyncio.to_thread(
+            eventually, lambda: counted() == requests, why=lambda: f"{counted()} wait, not {requests}"
         )
 
-    threads = [threading.Thread(target=ask, args=(f"ordinary {i}", 0)) for i in range(3)]
-    with busy(narrow):
-        for thread in threads:
-            thread.start()
-        waiting(3)
-        threads.append(threading.Thread(target=ask, args=("urgent", 10)))
-        threads[-1].start()
-        waiting(4)
-    for thread in threads:
-        thread.join(60)
-    # The one that started before it may be reported at the same moment.
-    assert "urgent" in ended[:2], ended
+    async with httpx.AsyncClient(base_url=narrow.url, timeout=60.0) as client:
+
+        def ask(body: dict[str, Any]) -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(client.post("/v1/completions", json=body))
+
+        with busy(narrow):
+            ordinary = [ask(LONG) for _ in range(3)]
+            await waiting(3)
+            urgent = ask({"prompt": "Urgent", "max_tokens": 4, "priority": 10})
+            await waiting(4)
+        assert (await urgent).status_code == 200
+        assert not any(task.done() for task in ordinary)
+        for task in ordinary:
+            task.cancel()
+        await asyncio.gather(*ordinary, return_exceptions=True)
 
 
 def test_incomplete_request_does_not_disturb_others(served: Any) -> None:
@@ -147,23 +146,26 @@ def test_every_metric_of_the_contract_is_exposed_from_the_start(served: Any) -> 
     assert "_created" not in text
 
 
-def test_counters_follow_a_request(served: Any, wait_until: Any) -> None:
-    time.sleep(0.6)  # the core's counters on the page are at most half a second old
-    read = {
-        "arrivals": lambda: served.metric("kvpilot_arrivals_total"),
-        "ok": lambda: outcome(served, "ok"),
-        "requests": lambda: served.metric("kvpilot_request_seconds_count"),
-        "first": lambda: served.metric("kvpilot_first_token_seconds_count"),
-        "gaps": lambda: served.metric("kvpilot_inter_token_seconds_count"),
-        "decode": lambda: served.metric("kvpilot_stage_seconds_count", stage="decode"),
-        "output": lambda: served.metric("kvpilot_output_tokens_total"),
-        "queried": lambda: served.metric("kvpilot_prefix_query_tokens_total"),
-    }
-    before = {name: get() for name, get in read.items()}
+def test_counters_follow_a_request(served: Any) -> None:
+    served.settle()
+
+    def read() -> dict[str, float]:
+        page = served.page()
+        return {
+            "arrivals": page.metric("kvpilot_arrivals_total"),
+            "ok": page.metric("kvpilot_requests_total", outcome="ok"),
+            "requests": page.metric("kvpilot_request_seconds_count"),
+            "first": page.metric("kvpilot_first_token_seconds_count"),
+            "gaps": page.metric("kvpilot_inter_token_seconds_count"),
+            "decode": page.metric("kvpilot_stage_seconds_count", stage="decode"),
+            "output": page.metric("kvpilot_output_tokens_total"),
+            "queried": page.metric("kvpilot_prefix_query_tokens_total"),
+        }
+
+    before = read()
     served.http.post("/v1/completions", json={"prompt": "Count me, please", "max_tokens": 10})
-    wait_until(lambda: read["output"]() == before["output"] + 10)
-    after = {name: get() for name, get in read.items()}
-    grown = {name: after[name] - before[name] for name in read}
+    served.settle()
+    grown = {name: value - before[name] for name, value in read().items()}
     assert grown == {
         "arrivals": 1, "ok": 1, "requests": 1, "first": 1, "gaps": 9, "decode": 1, "output": 10,
         "queried": 16,
@@ -171,6 +173,7 @@ def test_counters_follow_a_request(served: Any, wait_until: Any) -> None:
 
 
 def test_memory_is_measured_against_the_limit(served: Any) -> None:
-    used, limit = (served.metric(f"kvpilot_memory_{what}", kind="host") for what in ("bytes", "limit_bytes"))
+    page = served.page()
+    used, limit = (page.metric(f"kvpilot_memory_{what}", kind="host") for what in ("bytes", "limit_bytes"))
     assert 50e6 < used < 3e9
-    assert served.metric("kvpilot_memory_ratio", kind="host") == pytest.approx(used / limit)
+    assert page.metric("kvpilot_memory_ratio", kind="host") == pytest.approx(used / limit)
