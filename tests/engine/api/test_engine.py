@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tests.waiting import eventually
 
 from kvpilot_engine import KVCacheConfig, KVCacheEngine
 from kvpilot_engine.contract import ConfigWarning
@@ -25,6 +26,25 @@ from kvpilot_engine.errors import (
 from kvpilot_engine.model.loading import ModelError, load_model
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a session waits until an engine has started
+
+# Still running whenever its test ends it, and fits into the cache of the shared engine.
+LONG = {"text": "Slow", "max_length": 16_000}
+ROOMY = KVCacheConfig(dtype="float32", max_tokens=65_536)
+
+
+async def when(engine: KVCacheEngine, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The first statistics of which this is true."""
+
+    def reached() -> dict[str, Any] | None:
+        stats = engine.get_stats()
+        return stats if condition(stats) else None
+
+    return dict(await asyncio.to_thread(eventually, reached, why=lambda: str(engine.get_stats())))
+
+
+def answering(stats: dict[str, Any]) -> bool:
+    """Whether the first token of an engine has come."""
+    return float(stats["engine"]["kvpilot_output_tokens_total"][""]) > 0
 
 
 async def test_result_reports_tokens_latency_and_stages(engine: KVCacheEngine) -> None:
@@ -42,7 +62,13 @@ async def test_result_reports_tokens_latency_and_stages(engine: KVCacheEngine) -
     assert first["text"] == again["text"]
     assert (first["cached_tokens"], again["cached_tokens"]) == (0, 144)
     assert 0 < first["first_token_ms"] < first["latency_ms"]
-    assert 0.5 * first["latency_ms"] < sum(first["stages_ms"].values()) <= first["latency_ms"]
+
+
+async def test_stages_add_up_to_the_latency(engine: KVCacheEngine) -> None:
+    """But for the way between front and core, which on a crowded machine takes long for some."""
+    results = [await engine.process_request({"text": f"Stages {i}", "max_length": 8}) for i in range(10)]
+    parts = [sum(result["stages_ms"].values()) / result["latency_ms"] for result in results]
+    assert 0.5 < max(parts) <= 1
 
 
 async def test_default_is_sixteen_new_tokens_greedy(engine: KVCacheEngine) -> None:
@@ -101,13 +127,11 @@ async def test_cancelled_request_frees_its_pages(engine: KVCacheEngine) -> None:
         asyncio.create_task(engine.process_request({"text": f"Cancelled {i}", "max_length": 5000}))
         for i in range(60)
     ]
-    await asyncio.sleep(0.3)
+    await when(engine, lambda stats: stats["active_requests"] == 60 and stats["running"] > 0)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    deadline = time.monotonic() + 10
-    while (stats := engine.get_stats())["running"] or stats["active_requests"]:
-        assert time.monotonic() < deadline, stats
+    stats = await when(engine, lambda stats: stats["active_requests"] == stats["running"] == 0)
     assert stats["cancelled_requests"] == before["cancelled_requests"] + 60
     assert stats["failed_requests"] == before["failed_requests"], "the caller's doing is no failure"
     assert (await engine.process_request({"text": "Still here"}))["output_tokens"] == 16
@@ -118,21 +142,24 @@ async def test_requests_of_higher_priority_run_first(engine: KVCacheEngine) -> N
     order: list[str] = []
 
     async def ask(name: str, priority: int) -> None:
-        await engine.process_request({"text": name, "priority": priority, "max_length": 24})
+        await engine.process_request({"text": name, "priority": priority, "max_length": 4})
         order.append(name)
 
+    holding = asyncio.create_task(engine.process_request(LONG))
     ordinary = [asyncio.create_task(ask(f"ordinary {i}", 0)) for i in range(8)]
-    await asyncio.sleep(0.02)
+    await when(engine, lambda stats: stats["active_requests"] == 9)
     urgent = asyncio.create_task(ask("urgent", 7))
+    await when(engine, lambda stats: stats["active_requests"] == 10)
+    holding.cancel()
     await asyncio.gather(urgent, *ordinary)
     engine.update_config(num_workers=16, max_queue=32)
-    assert order.index("urgent") <= 4, order
+    assert order.index("urgent") <= 1, order  # the core may hold one ordinary request already
 
 
 async def test_request_beyond_its_time_limit_raises(engine: KVCacheEngine) -> None:
     engine.update_config(request_timeout_s=0.2)
     with pytest.raises(RequestTimeoutError, match=r"0\.2"):
-        await engine.process_request({"text": "Slow", "max_length": 4000})
+        await engine.process_request(LONG)
     engine.update_config(request_timeout_s=60)
 
 
@@ -250,14 +277,14 @@ async def test_in_process_engine_shut_down_under_load_ends_every_request() -> No
     config = KVCacheConfig(dtype="float32", num_workers=2, batch_size=2, max_queue=2)
     engine = KVCacheEngine(config, inproc=True)
     tasks = [
-        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 8})) for i in range(12)
+        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 100})) for i in range(12)
     ]
-    await asyncio.sleep(0.05)
+    await when(engine, answering)
+    engine.shutdown(60.0)
     engine.shutdown()
-    engine.shutdown()
-    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
     for end in ends:
-        assert isinstance(end, CoreUnavailableError) or end["output_tokens"] == 8
+        assert isinstance(end, CoreUnavailableError) or end["output_tokens"] == 100
     assert any(isinstance(end, dict) for end in ends), "what was running must finish"
     with pytest.raises(CoreUnavailableError, match="the engine was shut down"):
         await engine.process_request({"text": "Too late"})
@@ -265,36 +292,32 @@ async def test_in_process_engine_shut_down_under_load_ends_every_request() -> No
 
 
 async def test_requests_beyond_the_shutdown_timeout_get_an_error() -> None:
-    engine = KVCacheEngine(KVCacheConfig(dtype="float32"), inproc=True)
-    tasks = [
-        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 3000})) for i in range(3)
-    ]
-    await asyncio.sleep(0.2)
+    engine = KVCacheEngine(ROOMY, inproc=True)
+    tasks = [asyncio.create_task(engine.process_request(LONG)) for _ in range(3)]
+    await when(engine, answering)
     await asyncio.to_thread(engine.shutdown, 0.2)
-    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(end) for end in ends} == {CoreUnavailableError}
 
 
 async def test_engine_dropped_by_the_end_of_its_last_request_ends_itself() -> None:
-    engine = KVCacheEngine(KVCacheConfig(dtype="float32"), inproc=True)
+    engine = KVCacheEngine(ROOMY, inproc=True)
     thread = engine._runtime.thread
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(engine.process_request({"text": "Dropped", "max_length": 3000}), 0.2)
+        await asyncio.wait_for(engine.process_request(LONG), 0.2)
     del engine
     gc.collect()
-    await asyncio.to_thread(thread.join, 5)
+    await asyncio.to_thread(thread.join, 60)
     assert not thread.is_alive()
 
 
 @pytest.mark.slow
 async def test_killed_core_ends_every_request_with_one_error() -> None:
-    engine = KVCacheEngine(KVCacheConfig(dtype="float32", max_queue=1))
-    tasks = [
-        asyncio.create_task(engine.process_request({"text": f"{i}", "max_length": 3000})) for i in range(8)
-    ]
-    await asyncio.sleep(0.2)
+    engine = KVCacheEngine(ROOMY.updated({"num_workers": 4, "max_queue": 1}))
+    tasks = [asyncio.create_task(engine.process_request(LONG)) for _ in range(8)]
+    await when(engine, lambda stats: stats["active_requests"] == 8 and answering(stats))
     psutil.Process(engine.core_pid).kill()
-    ends = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert {type(end) for end in ends} == {CoreUnavailableError}
     assert {str(end) for end in ends} == {"the engine's core process ended unexpectedly (signal 9)"}
     assert "signal 9" in engine.get_health_status()["reason"]
