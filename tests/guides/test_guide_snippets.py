@@ -58,16 +58,13 @@ async def test_high_traffic_settings_apply_hot(engine: KVCacheEngine) -> None:
 
 
 async def test_throughput_benchmark_runs_a_thousand_at_once(
-    snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str]
+    snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str], clock: None
 ) -> None:
     await engine.apply({"batch_size": 20})
     scope = snippets.run("throughput benchmark")
     before = engine.get_stats()
-    began = time.perf_counter()
-    throughput = await scope["benchmark_throughput"](engine)
-    seconds = time.perf_counter() - began
-    assert throughput == pytest.approx(1000 / seconds, rel=0.05)
-    assert capsys.readouterr().out == f"Throughput: {throughput:.2f} req/s\n"
+    assert await scope["benchmark_throughput"](engine) == 1000 / 4
+    assert capsys.readouterr().out == "Throughput: 250.00 req/s\n"
     after = engine.get_stats()
     assert after["total_requests"] - before["total_requests"] == 1000
     assert after["failed_requests"] == before["failed_requests"]
@@ -90,14 +87,13 @@ async def test_latency_snippets(
 
 
 async def test_throughput_check(
-    snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str]
+    snippets: Any, engine: KVCacheEngine, capsys: pytest.CaptureFixture[str], clock: None
 ) -> None:
     scope = snippets.run("check throughput", asyncio=asyncio)
-    began = time.perf_counter()
+    before = engine.get_stats()["total_requests"]
     await scope["check_throughput"](engine, num_requests=200)
-    seconds = time.perf_counter() - began
-    printed = float(capsys.readouterr().out.removeprefix("Throughput: ").removesuffix(" req/s\n"))
-    assert printed == pytest.approx(200 / seconds, rel=0.05)
+    assert capsys.readouterr().out == "Throughput: 50.00 req/s\n"
+    assert engine.get_stats()["total_requests"] == before + 200
 
 
 def test_memory_check(snippets: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +165,7 @@ def test_connection_pool_and_indexes_against_a_real_postgresql(snippets: Any, po
 def test_redis_snippet_against_a_real_redis(snippets: Any, redis_server: Any) -> None:
     client = snippets.run("redis")["redis_client"]
     assert client.get("key") == "value"
-    assert 3590 < client.ttl("key") <= 3600
+    assert 3000 < client.ttl("key") <= 3600
     client.close()
 
 
