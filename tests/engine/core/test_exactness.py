@@ -193,6 +193,7 @@ def test_exact_only_requests_never_see_a_lossy_page(make_engine: Make, prompt: P
     assert same_bits(driver, "first", "exact")
     for i in range(2):
         driver.ask(f"another{i}", prompt(400, 5 + i), 1)
+    driver.settle()
     plain = driver.ask("plain", ids, 3)
     assert plain.cached_tokens >= 256
     assert not torch.equal(driver.logits["first"][300], driver.logits["plain"][300])

@@ -103,7 +103,7 @@ async def test_http_sheds_where_python_waits(session: Session, core: FakeCore) -
     await asyncio.sleep(0)
     assert not waiting.done()
     core.finish(handles[0])
-    await asyncio.wait_for(waiting, 1)
+    await waiting
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ async def test_request_to_a_core_that_hangs_ends_after_its_time_limit(
     ticket.enter_or_shed()
     handle = ticket.send(session.compose(PROMPT, RequestFields()))
     with pytest.raises(RequestTimeoutError, match=r"no answer within request_timeout_s of 0\.01 s"):
-        await asyncio.wait_for(session.answer(handle).whole(), 1)
+        await session.answer(handle).whole()
     assert core.aborted == [handle.id]
 
 

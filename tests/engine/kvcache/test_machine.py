@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
@@ -195,10 +195,5 @@ def machine(harness_class: type) -> type[RuleBasedStateMachine]:
 def test_random_use_keeps_the_cache_consistent(harness_class):
     run_state_machine_as_test(
         machine(harness_class),
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow],
-        ),
+        settings=settings(max_examples=25, stateful_step_count=40),
     )
