@@ -37,5 +37,5 @@ class Prometheus:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)  # a suspended process would never end
             self.process.terminate()
-            self.process.wait(20)
+            self.process.wait(60)
             self.process = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,12 +46,20 @@ class Exporter:
         }  # fmt: skip
         self.uid = f"uid-{pod}"
         self.values: dict[str, float] = {}
+        self.scraped_at = math.inf
+        """When it was first read, s on the monotonic clock."""
+        self.lock = threading.Lock()
+        """A page is made of the values before or after a change, never during one."""
         self.reset()
         exporter = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                body = "".join(f"{series} {value}\n" for series, value in exporter.values.items()).encode()
+                exporter.scraped_at = min(exporter.scraped_at, time.monotonic())
+                with exporter.lock:
+                    body = "".join(
+                        f"{series} {value}\n" for series, value in exporter.values.items()
+                    ).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.end_headers()
@@ -64,23 +74,28 @@ class Exporter:
 
     def reset(self) -> None:
         """As after a restart: everything zero."""
-        self.values = {
+        values = {
             name: 0.0 for name in (*COUNTERS, *GAUGES) if not name.endswith(("_bucket", "_requests_total"))
         }
         for histogram in (names.REQUEST_SECONDS, names.FIRST_TOKEN_SECONDS):
             for edge in names.EDGES_S:
-                self.values[f'{histogram}_bucket{{le="{edge:g}"}}'] = 0.0
+                values[f'{histogram}_bucket{{le="{edge:g}"}}'] = 0.0
         for outcome in names.Outcome:
-            self.values[f'{names.REQUESTS_TOTAL}{{outcome="{outcome}"}}'] = 0.0
-        self.values[names.CONFIG_GENERATION] = 7.0
+            values[f'{names.REQUESTS_TOTAL}{{outcome="{outcome}"}}'] = 0.0
+        values[names.CONFIG_GENERATION] = 7.0
+        with self.lock:
+            self.values = values
 
-    def finished(self, requests: int) -> None:
-        """So many requests arrived and finished within 0.3 s."""
-        self.values[names.ARRIVALS_TOTAL] += requests
-        self.values[f'{names.REQUESTS_TOTAL}{{outcome="ok"}}'] += requests
-        for edge in names.EDGES_S:
-            if edge >= 0.3:
-                self.values[f'{names.REQUEST_SECONDS}_bucket{{le="{edge:g}"}}'] += requests
+    def finished(self, requests: int, tokens: Mapping[str, int] | None = None) -> None:
+        """So many requests arrived and finished within 0.3 s; ``tokens`` of each by their counter."""
+        with self.lock:
+            self.values[names.ARRIVALS_TOTAL] += requests
+            self.values[f'{names.REQUESTS_TOTAL}{{outcome="ok"}}'] += requests
+            for edge in names.EDGES_S:
+                if edge >= 0.3:
+                    self.values[f'{names.REQUEST_SECONDS}_bucket{{le="{edge:g}"}}'] += requests
+            for name, number in (tokens or {}).items():
+                self.values[name] += number * requests
 
     def stop(self) -> None:
         if self.thread.is_alive():
