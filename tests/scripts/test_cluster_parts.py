@@ -176,7 +176,7 @@ def test_process_stops_and_starts_again(processes: process.Processes):
 def test_process_that_ignores_sigterm_is_killed(processes: process.Processes):
     processes.start("stubborn", ["sh", "-c", "trap '' TERM; echo up; sleep 60"])
     processes.wait(
-        "it ignores SIGTERM", lambda: "up" in processes.log("stubborn").read_text(), 10, "stubborn"
+        "it ignores SIGTERM", lambda: "up" in processes.log("stubborn").read_text(), 60, "stubborn"
     )
     processes.stop("stubborn", grace_s=0.2)
     assert not processes.running("stubborn")
@@ -194,7 +194,7 @@ def test_reused_process_id_does_not_count_as_running(processes: process.Processe
 
 def test_wait_timeout_shows_the_log(processes: process.Processes):
     processes.start("talker", ["sh", "-c", "echo reason; sleep 60"])
-    processes.wait("it spoke", lambda: "reason" in processes.log("talker").read_text(), 10, "talker")
+    processes.wait("it spoke", lambda: "reason" in processes.log("talker").read_text(), 60, "talker")
     with pytest.raises(
         ClusterError,
         match=r"timed out after 0 s while waiting until it is ready; last lines of .*talker.log:\n  reason",
@@ -207,7 +207,7 @@ def test_wait_for_a_dead_process_fails_at_once(processes: process.Processes):
     with pytest.raises(
         ClusterError, match=r"failing ended while waiting until it is ready; (?s:.*)cannot bind"
     ):
-        processes.wait("it is ready", lambda: False, 30, "failing")
+        processes.wait("it is ready", lambda: False, 60, "failing")
 
 
 def test_unknown_process_is_named(processes: process.Processes):

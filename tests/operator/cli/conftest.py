@@ -15,6 +15,7 @@ from kvpilot_operator.local.state import StateDirectory
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StateDirectory]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvpilot_operator.cli.local_run.PAGE_TIMEOUT_S", 60.0)  # a busy machine is no silence
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-such-file"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with running(tmp_path, manifest()) as state:

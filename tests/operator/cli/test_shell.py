@@ -31,7 +31,7 @@ KUBECTL = "from kvpilot_operator.cli.completion import kubectl; kubectl()"
 def output(code: str, *arguments: str, cwd: Path, **environment: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **environment}, cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, **environment}, cwd=cwd, capture_output=True, text=True, check=False, timeout=110,
     )  # fmt: skip
     assert done.stderr == ""
     return done.stdout.split()
@@ -87,23 +87,31 @@ def test_live_figures_refresh_until_they_are_interrupted(run: StateDirectory, tm
         server.pages = {"/metrics": engine.page}
         run.write_replicas({"engine-0": f"{server.url}/metrics"})
         main, other = pty.openpty()
+        # The signal is ignored where the tests run in the background of a shell.
+        heeding = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND}"
         top = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, "top", "chat", "--interval", "0.5"], stdout=other, cwd=tmp_path
+            [sys.executable, "-c", heeding, "top", "chat", "--interval", "0.5"], stdout=other, cwd=tmp_path
         )
         os.close(other)
         try:
             shown = b""
-            while engine.reads < 4:  # the first table needs two
+            while engine.reads < 4 or b"engine-0" not in shown:  # the first table needs two
                 shown += os.read(main, 65536)
             top.send_signal(signal.SIGINT)
-            with contextlib.suppress(OSError):  # it ends; until then it must not wait for a reader
-                while os.read(main, 65536):
-                    pass
-            assert top.wait(20) == 0
+            rest_of(main)  # until it ends it must not wait for a reader
+            assert top.wait(60) == 0
         finally:
             top.kill()
             os.close(main)
-    assert b"engine-0" in shown
+
+
+def rest_of(terminal: int) -> bytes:
+    """What a terminal is sent until no program has it open any more."""
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(terminal, 65536):
+            shown += part
+    return shown
 
 
 def on_terminal(cwd: Path, **environment: str) -> str:
@@ -111,14 +119,15 @@ def on_terminal(cwd: Path, **environment: str) -> str:
     main, other = pty.openpty()
     try:
         done = subprocess.run(
-            [sys.executable, "-c", COMMAND, "status"], stdout=other, check=False, cwd=cwd, timeout=60,
+            [sys.executable, "-c", COMMAND, "status"], stdout=other, check=False, cwd=cwd, timeout=110,
             env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", **environment},
         )  # fmt: skip
         assert done.returncode == 0
-        return os.read(main, 65536).decode()
     finally:
-        os.close(main)
         os.close(other)
+        shown = rest_of(main)
+        os.close(main)
+    return shown.decode()
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

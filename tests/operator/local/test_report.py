@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -179,7 +180,8 @@ def test_long_run_keeps_a_bounded_number_of_points_with_the_newest(monkeypatch: 
     assert recorder.reconciles_per_point == 16
 
 
-def test_lines_show_differences_between_replicas() -> None:
+def test_lines_show_differences_between_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvpilot_operator.local.display.LINE_S", math.inf)
     written: list[str] = []
     lines = Lines(0.0, written.append)
     lines.notify("hello")
