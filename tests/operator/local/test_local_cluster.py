@@ -243,6 +243,6 @@ async def test_removal_and_return_of_the_manifest_are_reported_once(
 
 
 async def _until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task
             await asyncio.sleep(0.01)

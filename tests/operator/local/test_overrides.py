@@ -121,11 +121,11 @@ async def test_run_wakes_up_when_an_override_is_written(local: Local) -> None:
     await asyncio.sleep(0)
     try:
         local.state.overrides.write(override("stop", pause={}))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await woken.wait()
         woken.clear()
         local.state.overrides.delete("stop")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await woken.wait()
     finally:
         watching.cancel()

@@ -31,6 +31,7 @@ class Reported:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.reconciled = asyncio.Event()
 
     def open(self) -> None: ...
 
@@ -39,10 +40,11 @@ class Reported:
     def notify(self, line: str) -> None:
         self.lines.append(line)
 
-    def show(self, point: Point, tally: Tally | None) -> None: ...
+    def show(self, point: Point, tally: Tally | None) -> None:
+        self.reconciled.set()
 
     async def until(self, part: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not any(part in line for line in self.lines):  # noqa: ASYNC110 - lines of another task
                 await asyncio.sleep(0.01)
 
@@ -112,7 +114,7 @@ async def test_run_ends_with_the_message_of_engines_that_never_serve(
     monkeypatch.setattr(sys, "executable", str(broken))
     monkeypatch.setattr("kvpilot_operator.local.replicas.MAX_BACKOFF_S", 0.05)
     path = written(tmp_path / "chat.yaml", replicas=2)
-    async with session_of(path, workload=LOAD) as (session, _), asyncio.timeout(20):
+    async with session_of(path, workload=LOAD) as (session, _), asyncio.timeout(60):
         result = await session.run()
     assert result.problem == (
         "an engine ended 3 times before it was ready, the last time with status 1: no luck"
@@ -122,8 +124,12 @@ async def test_run_ends_with_the_message_of_engines_that_never_serve(
 
 async def test_a_run_whose_tuning_is_off_says_so_in_its_status(tmp_path: Path) -> None:
     path = written(tmp_path / "chat.yaml")
-    async with session_of(path, off="kvpilot up runs with --tuning=off", seconds=0.5) as (session, _):
-        await session.run()
+    async with session_of(path, off="kvpilot up runs with --tuning=off") as (session, reported):
+        run = asyncio.create_task(session.run())
+        async with asyncio.timeout(60):
+            await reported.reconciled.wait()
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
     status = json.loads((tmp_path / "chat/resource.json").read_text())["status"]
     [hold, *_] = status["tuning"]["holds"]
     assert (hold["reason"], hold["message"]) == ("KillSwitch", "kvpilot up runs with --tuning=off")
@@ -131,6 +137,6 @@ async def test_a_run_whose_tuning_is_off_says_so_in_its_status(tmp_path: Path) -
 
 async def test_load_waits_for_replicas_up_to_a_limit(tmp_path: Path) -> None:
     path = written(tmp_path / "chat.yaml")  # without a replica none becomes ready
-    async with session_of(path, workload=LOAD, start_s=0.2) as (session, _), asyncio.timeout(20):
+    async with session_of(path, workload=LOAD, start_s=0.2) as (session, _), asyncio.timeout(60):
         result = await session.run()
     assert result.problem == "not all replicas were ready within 0.2 s"

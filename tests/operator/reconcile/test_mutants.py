@@ -343,6 +343,7 @@ MUTANTS = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[item.plant.__name__ for item in MUTANTS])
 def test_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     moments(mutant.scene)  # without the mutant, and for all of them

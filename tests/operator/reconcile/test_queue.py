@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -54,11 +55,11 @@ async def queue(reconciles: Reconciles) -> AsyncIterator[KeyedQueue]:
     running = asyncio.create_task(made.run())
     yield made
     await made.stop()
-    await asyncio.wait_for(running, 5)
+    await asyncio.wait_for(running, 60)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - any condition
             await asyncio.sleep(0.005)
 
@@ -95,8 +96,8 @@ async def test_ticks_go_on_by_themselves_and_fall_together(queue: KeyedQueue, re
     await asyncio.sleep(0.013)
     queue.enqueue(CODE)
     await until(lambda: reconciles.counts[CODE] >= 3)
-    due = {key: entry.due for key, entry in queue._entries.items()}
-    assert due[CHAT] == pytest.approx(due[CODE])
+    # Not at every moment: an instant may pass between the end of the one reconcile and of the other.
+    await until(lambda: queue._entries[CHAT].due == queue._entries[CODE].due < math.inf)
 
 
 async def test_a_failed_look_is_repeated_with_growing_delays(
@@ -142,13 +143,13 @@ async def test_stop_waits_for_a_look_in_progress_and_begins_none(reconciles: Rec
     reconciles.gate.clear()
     queue.enqueue(CHAT)
     await until(lambda: reconciles.counts[CHAT] == 1)
-    stopping = asyncio.create_task(queue.stop(grace_s=5))
+    stopping = asyncio.create_task(queue.stop(grace_s=60))
     queue.enqueue(CODE)
     await asyncio.sleep(0.02)
     assert not stopping.done()
     reconciles.gate.set()
-    await asyncio.wait_for(stopping, 2)
-    await asyncio.wait_for(running, 2)
+    await asyncio.wait_for(stopping, 60)
+    await asyncio.wait_for(running, 60)
     assert reconciles.counts == {CHAT: 1}
 
 
@@ -158,5 +159,5 @@ async def test_a_look_that_hangs_is_cancelled_after_the_grace(reconciles: Reconc
     reconciles.gate.clear()
     queue.enqueue(CHAT)
     await until(lambda: reconciles.counts[CHAT] == 1)
-    await asyncio.wait_for(queue.stop(grace_s=0.05), 2)
-    await asyncio.wait_for(running, 2)
+    await asyncio.wait_for(queue.stop(grace_s=0.05), 60)
+    await asyncio.wait_for(running, 60)

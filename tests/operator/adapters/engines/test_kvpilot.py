@@ -79,7 +79,7 @@ async def replica(engine: Engine) -> AsyncIterator[Replica]:
 
 @pytest.fixture
 async def admin() -> AsyncIterator[EngineAdmin]:
-    async with EngineAdmin(read_timeout_s=1.0) as adapter:
+    async with EngineAdmin(read_timeout_s=60.0) as adapter:
         yield adapter
 
 

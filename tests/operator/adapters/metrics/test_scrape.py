@@ -77,7 +77,7 @@ def test_old_scrapes_are_dropped_and_the_newest_windows_stay_right() -> None:
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task
             await asyncio.sleep(0.01)
 
