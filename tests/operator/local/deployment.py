@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -110,7 +111,7 @@ class Deployment:
         await self._metrics.start()
         ticking = asyncio.create_task(self._tick())
         try:
-            await self.until(lambda result: result.observation.ready, 100)
+            await self.until(lambda result: result.observation.ready, 200)
             async with Client(self._router.url, timeout_s=300) as client:
                 await client.find_model()
                 yield client
@@ -208,7 +209,7 @@ async def closed_loop(client: Client, traffic: Traffic, at_once: int, seconds: f
 @asynccontextmanager
 async def users(client: Client, traffic: Traffic, number: int) -> AsyncIterator[None]:
     """``number`` requests in flight until the block ends; fails if a request fails."""
-    loop = asyncio.create_task(closed_loop(client, traffic, number, 280))
+    loop = asyncio.create_task(closed_loop(client, traffic, number, math.inf))
     try:
         yield
         assert not loop.done(), "a request of a user failed"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvpilot_operator.cli import app
 from kvpilot_operator.reconcile.reconciler import Reconciliation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def workers(result: Reconciliation) -> set[int]:
@@ -33,17 +33,17 @@ async def test_pin_pause_boost_and_their_ends(tmp_path: Path) -> None:
 
     async with deployment.running():
         await kvpilot("pin", "cured", "numWorkers", "3", "--by", "ana")
-        await deployment.until(lambda result: workers(result) == {3}, 30)
+        await deployment.until(lambda result: workers(result) == {3}, 90)
         assert deployment.records[-1].outcome == "Pinned"
 
         await kvpilot("pause", "cured", "--by", "ana")
-        await deployment.until(lambda result: result.observation.paused_by, 15)
+        await deployment.until(lambda result: result.observation.paused_by, 60)
         pinned = await kvpilot("explain", "cured", "--why-not", "numWorkers")
         assert pinned.startswith("numWorkers is 3 by a pin; without it, it is 2.\nOverride cured-pin-")
 
         # A pause of tuning leaves boosts alone.
         await kvpilot("boost", "cured", "2")
-        await deployment.until(lambda result: result.observation.desired_replicas == 2, 15)
+        await deployment.until(lambda result: result.observation.desired_replicas == 2, 60)
         shown = json.loads(await kvpilot("status", "cured", "-o", "json"))
         assert sorted(item["kind"] for item in shown["overrides"]) == ["boost", "pause", "pin"]
         assert all(item["inForce"] for item in shown["overrides"])
@@ -53,14 +53,13 @@ async def test_pin_pause_boost_and_their_ends(tmp_path: Path) -> None:
 
         await kvpilot("resume", "cured")
         await kvpilot("unpin", "cured", "numWorkers")
-        await deployment.until(lambda result: workers(result) == {2} and not result.observation.paused_by, 30)
+        await deployment.until(lambda result: workers(result) == {2} and not result.observation.paused_by, 90)
         assert "Unpinned" in {record.outcome for record in deployment.records}
 
         # What cannot be done is reported once, and is over.
         await kvpilot("rollback", "cured", "--to", "1", "--by", "ana")
-        await deployment.until(lambda result: result.decision.records, 15)
-        assert deployment.records[-1].outcome == "Refused"
-        await deployment.until(lambda result: not result.snapshot.rollback, 15)
+        await deployment.until(lambda _: deployment.records[-1].outcome == "Refused", 60)
+        await deployment.until(lambda result: not result.snapshot.rollback, 60)
         assert any("has no effect: the tuned knobs are those" in line for line in deployment.reported)
         assert "  Overrides   boost until " in await kvpilot("status", "cured")
         assert "Refused" in await kvpilot("history", "cured", "--last", "1")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -19,13 +18,13 @@ import pytest
 from kvpilot_operator.local.process import Launch
 from kvpilot_operator.local.replicas import BAD_START, MAX_FAILED_STARTS, ReplicaSet
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]  # the start of an engine takes 10 s of CPU time
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # the start of an engine takes 10 s of CPU time
 
-ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "5", "--drain-lag-seconds", "0"]
+ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "60", "--drain-lag-seconds", "0"]
 CONFIG = "generation: 1\nconfig: {dtype: float32, maxTokens: 2048, numWorkers: 2}\n"
 
 
-async def until(true: Callable[[], bool], seconds: float = 60) -> None:
+async def until(true: Callable[[], bool], seconds: float = 150) -> None:
     async with asyncio.timeout(seconds):
         while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task or process
             await asyncio.sleep(0.05)
@@ -102,7 +101,7 @@ async def _post(
 
 
 async def _until_running(session: aiohttp.ClientSession, url: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             async with session.get(f"{url}/metrics") as answer:
                 if "\nkvpilot_arrivals_total 1.0" in await answer.text():
@@ -200,7 +199,4 @@ def test_no_engine_is_orphaned_when_the_parent_is_killed(tmp_path: Path) -> None
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
         parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while (left := [p.pid for p in family if p.is_running()]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert left == []
+    assert psutil.wait_procs(family, 60)[1] == []
