@@ -31,6 +31,9 @@ API_PATHS = {
     "event": "apis/events.k8s.io/v1/{}/events",
 }
 
+CROWDED = 3.0
+"""How much longer a crowded machine may take than the quiet one for which the limits of the tests are."""
+
 T = TypeVar("T")
 
 
@@ -43,14 +46,14 @@ def cluster_state() -> dict[str, Any]:
 
 
 def eventually(probe: Callable[[], T], within_s: float, what: str) -> T:
-    """The first true value of ``probe``; a failure shows its last value."""
-    deadline, last = time.monotonic() + within_s, None
+    """The first true value of ``probe``, within ``within_s`` on a quiet machine; a failure shows the last."""
+    deadline, last = time.monotonic() + CROWDED * within_s, None
     while time.monotonic() < deadline:
         last = probe()
         if last:
             return last
         time.sleep(0.25)
-    return pytest.fail(f"{what}: not within {within_s:g} s; last: {last!r}")
+    return pytest.fail(f"{what}: not within {CROWDED:g} times {within_s:g} s; last: {last!r}")
 
 
 def http(

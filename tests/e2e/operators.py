@@ -91,13 +91,13 @@ class Operator:
         """Send SIGTERM, as Kubernetes does, and wait; its exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(90)
 
     def kill(self) -> None:
         """Send SIGKILL, as if the node lost power."""
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tests.e2e.cluster import eventually
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
 # Alone: these tests add and remove definitions, and their operators watch all namespaces.
-pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(750)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.cluster import condition, eventually
 
 # ruff: noqa: PLR0917 - fixtures are taken by name
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
 OWNED = ("serviceaccount", "secret", "service", "poddisruptionbudget", "deployment", "configmap", "pod")
 

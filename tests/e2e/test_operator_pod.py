@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.e2e.cluster import eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(750)]
 
 
 def test_operator_pod_killed_during_a_canary_leaves_a_consistent_configuration(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.e2e.cluster import condition, eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(480)]
 
 
 def in_force(cluster: Any, namespace: str, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.e2e.cluster import condition, eventually
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def test_kubectl_scale_of_the_resource_sets_its_replicas(cluster, namespace, operator, manifest) -> None:

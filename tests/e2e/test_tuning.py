@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.cluster import eventually
 from tests.e2e.operators import SWITCH
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 def test_breach_is_cured_by_a_knob_on_a_canary_and_a_person_goes_back(

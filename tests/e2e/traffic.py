@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.e2e.cluster import Cluster, http
+from tests.e2e.cluster import CROWDED, Cluster, http
 
 JSON = {"Content-Type": "application/json"}
 
@@ -136,7 +136,7 @@ class Scene:
             ),
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        too_late = threading.Timer(150, watch.kill)
+        too_late = threading.Timer(CROWDED * 150, watch.kill)
         too_late.start()
         assert watch.stdout is not None
         seen = []

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import sys
+import signal
 from pathlib import Path
 
 import pytest
+from tests.operator.local.runs import up
 
 pytestmark = [pytest.mark.slow]
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
 
 
-async def demo(directory: Path, *arguments: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from kvpilot_operator.cli import app; app()"),
-        *("up", str(QUICKSTART), "--load", "chat", "--check", *arguments),
-        cwd=directory,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return process.returncode, output.decode()
-
-
 @pytest.mark.alone
 @pytest.mark.timeout(420)
 @pytest.mark.flaky(reruns=1)
 async def test_knob_cures_the_breach(tmp_path: Path) -> None:
-    code, output = await demo(tmp_path, "--json", "figures.json", "--report", "report.html")
-    assert code == 0, output
-    assert "check passed: cured: numWorkers 1 -> " in output
+    outputs = ("--json", "figures.json", "--report", "report.html")
+    async with up(tmp_path, str(QUICKSTART), "--load", "chat", "--check", *outputs) as run:
+        assert await run.ended(400) == 0, run.lines
+    assert any("check passed: cured: numWorkers 1 -> " in line for line in run.lines), run.lines
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["load"]["errors"].keys() <= {"cancelled"}
     assert [step["name"] for step in figures["check"]["steps"] if step["at"] is not None] == [
@@ -56,8 +39,12 @@ async def test_knob_cures_the_breach(tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)=["']?http|@import|url\(""", page)
 
 
-@pytest.mark.timeout(300)
-async def test_breach_stays_without_tuning(tmp_path: Path) -> None:
-    code, output = await demo(tmp_path, "--mode", "Off", "--duration", "90")
-    assert code == 1, output
-    assert "check failed: no knob was changed for a breached latency objective: tuning mode is Off" in output
+@pytest.mark.timeout(600)
+async def test_check_fails_on_a_breach_without_tuning(tmp_path: Path) -> None:
+    arguments = ("--load", "chat", "--check", "--mode", "Off", "--duration", "200")
+    async with up(tmp_path, str(QUICKSTART), *arguments) as run:
+        await run.until("p50=Breached", 300)
+        run.process.send_signal(signal.SIGINT)
+        assert await run.ended() == 1, run.lines
+    fault = "check failed: no knob was changed for a breached latency objective: tuning mode is Off"
+    assert fault in run.lines
