@@ -20,17 +20,17 @@ from kvpilot_operator.manifests.objects import MAX_RECORDS
 from kvpilot_operator.ports import Cluster, Conflict, EngineCallError, Engines, Metrics, MetricsError
 from kvpilot_operator.reconcile.fleet import Fleet
 from kvpilot_operator.resource.errors import ManifestError
+from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import base_config, policy_of
 from kvpilot_operator.status import events
 from kvpilot_operator.status.codec import state_of
 from kvpilot_operator.status.history import last_numbers
 from kvpilot_operator.status.model import Status
-from kvpilot_operator.status.render import invalid_status, status_of
+from kvpilot_operator.status.render import invalid_status, restored_config, status_of
 from kvpilot_operator.status.snapshot import AcceptedSpec, Key, Replica, Snapshot
 from kvpilot_operator.tuning.configuration import effective, with_cold
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import (
-    Action,
     Decision,
     Push,
     Record,
@@ -188,7 +188,7 @@ class Reconciler:
         with self._timed("record"):
             await self._record(snapshot, decision)
         with self._timed("act"):
-            await self._act(snapshot, observation, decision.actions)
+            await self._act(snapshot, observation, decision)
         return result
 
     def _paced(self, key: Key, policy: Policy) -> Policy:
@@ -222,8 +222,9 @@ class Reconciler:
         seen = snapshot.resource.metadata.uid, snapshot.resource.metadata.generation
         lost = snapshot.promoted is None or snapshot.desired_replicas is None or snapshot.token_lost
         if self._rolled_out.get(snapshot.key) != seen or lost:
-            config = _promoted_before(snapshot, base)
-            if (promoted := snapshot.promoted) is not None:
+            if (promoted := snapshot.promoted) is None:
+                config = await self._config_before(snapshot, base)
+            else:
                 # Before the workload: a pod that it starts at once must find the new cold fields.
                 config = replace(promoted, config=with_cold(promoted.config, base))
                 if config != promoted:
@@ -236,12 +237,20 @@ class Reconciler:
                 self.forget(snapshot.key)
                 raise
             snapshot = await self._cluster.read(snapshot.key) or snapshot
-        accepted = AcceptedSpec(snapshot.spec_generation, snapshot.manifest["spec"])
-        if snapshot.accepted != accepted and (promoted := snapshot.promoted) is not None:
-            # Only now: a spec that cannot be rolled out must not become the one to go on from.
-            snapshot = replace(snapshot, accepted=accepted)
-            await self._cluster.write_config(snapshot, promoted)
         return snapshot
+
+    async def _config_before(self, snapshot: Snapshot, base: Mapping[str, Any]) -> Promoted:
+        """What a new ConfigMap holds: what the status says was promoted, or else the base.
+
+        Without a status the base gets a number that no engine and no record knows: what they knew may have
+        been another configuration.
+        """
+        if (known := restored_config(snapshot.status, base)) is not None:
+            return known
+        views = (await self._describe(snapshot.replicas)).values()
+        ran = [view.generation + view.epoch for view in views if isinstance(view, EngineView)]
+        _, recorded = last_numbers(await self._cluster.recorded(snapshot))
+        return Promoted(max([recorded, *ran]) + 1, base)
 
     async def _gather(
         self, snapshot: Snapshot, base: Mapping[str, Any], policy: Policy, state: TuningState
@@ -282,7 +291,18 @@ class Reconciler:
             start_s=_start_s(snapshot.replicas),
             recorded_decision=decision,
             recorded_generation=generation,
+            recorded_base=self._recorded_base(snapshot) if lost else None,
         )
+
+    def _recorded_base(self, snapshot: Snapshot) -> dict[str, Any] | None:
+        """The base of the accepted spec; None if there is none, or it is no longer valid."""
+        if snapshot.accepted is None:
+            return None
+        try:
+            manifest = {**snapshot.manifest, "spec": snapshot.accepted.spec}
+            return base_config(KVCacheDeployment.parse(manifest).spec).model_dump(**DUMP)
+        except ManifestError:
+            return None
 
     def _see_scrapes(self, key: Key, samples: Mapping[str, Sample]) -> None:
         """Remember the usual interval of the scrapes, in coarse steps, so that windows do not wander."""
@@ -339,8 +359,14 @@ class Reconciler:
             await self._cluster.event(written, event.kind, event.reason, event.message)
         return written
 
-    async def _act(self, snapshot: Snapshot, observation: Observation, actions: tuple[Action, ...]) -> None:
+    async def _act(self, snapshot: Snapshot, observation: Observation, decision: Decision) -> None:
         """Take the actions. A failed push is logged; the next reconcile decides on what it observes."""
+        actions, wanted = decision.actions, effective(observation.base, decision.state.overlay)
+        promoted = observation.promoted
+        if promoted is not None and not any(isinstance(action, WriteConfig) for action in actions):
+            accepting = _accepting(snapshot, promoted, wanted)
+            if accepting.accepted != snapshot.accepted:
+                await self._cluster.write_config(accepting, promoted)
         by_uid = {replica.uid: replica for replica in snapshot.replicas}
         pushes = [action for action in actions if isinstance(action, Push) and action.uid in by_uid]
         lost = await asyncio.gather(*(self._push(by_uid[action.uid], action) for action in pushes))
@@ -352,7 +378,8 @@ class Reconciler:
         for action in actions:
             match action:
                 case WriteConfig(generation, values):
-                    await self._cluster.write_config(snapshot, Promoted(generation, values))
+                    config = Promoted(generation, values)
+                    await self._cluster.write_config(_accepting(snapshot, config, wanted), config)
                 case Scale(replicas, reason, first):
                     log.info("scale", resource=str(snapshot.key), replicas=replicas, reason=reason)
                     if first:
@@ -429,11 +456,15 @@ START_S = 60.0
 """Time until a new replica serves while none was seen to start, s."""
 
 
-def _promoted_before(snapshot: Snapshot, base: Mapping[str, Any]) -> Promoted:
-    """What a new ConfigMap holds: the base, or what was promoted before somebody deleted it."""
-    state = state_of(snapshot.status)
-    number = max((item.number for item in state.generations), default=1)
-    return Promoted(number, effective(base, state.overlay))
+def _accepting(snapshot: Snapshot, config: Promoted, wanted: Mapping[str, Any]) -> Snapshot:
+    """The snapshot with the spec to keep beside ``config``: the present one as soon as it is in ``config``.
+
+    A spec that cannot be rolled out must not become the one to go on from. And where the status is lost, the
+    difference between ``config`` and the base of the spec beside it is what was tuned.
+    """
+    if snapshot.spec_error or dict(config.config) != wanted:
+        return snapshot
+    return replace(snapshot, accepted=AcceptedSpec(snapshot.spec_generation, snapshot.manifest["spec"]))
 
 
 def _start_s(replicas: Iterable[Replica]) -> float:

@@ -22,6 +22,7 @@ from kvpilot_operator.status.conditions import (
     same_but_for_figures,
 )
 from kvpilot_operator.status.snapshot import Snapshot
+from kvpilot_operator.tuning.configuration import DEFAULTS
 from kvpilot_operator.tuning.decision import Decision, Objective, Record
 from kvpilot_operator.tuning.observation import Observation, Promoted
 from kvpilot_operator.tuning.policy import Policy
@@ -49,7 +50,7 @@ def status_of(
             replicas=len(replicas),
             ready_replicas=sum(replica.ready for replica in replicas),
             selector=selector_of(snapshot.key.name),
-            config=_config(observation.promoted, decision.state),
+            config=_config(observation.promoted, decision.state) or before.config,
             objectives=_objectives(decision.objectives, before, observation.at),
             tuning=_with_old_messages(tuning_status(decision.state), before.tuning),
             decisions=_decisions(decision.records, before),
@@ -78,6 +79,22 @@ def _config(promoted: Promoted | None, state: TuningState) -> model.ConfigStatus
         effective=effective,
         overlay=overlay_status(state),
     )
+
+
+def restored_config(status: model.Status, base: Mapping[str, Any]) -> Promoted | None:
+    """The promoted configuration that a status shows; None if it shows none.
+
+    Defaults that neither the base nor the overlay names are left out, as they are in what was promoted.
+    """
+    config = status.config
+    if config is None or config.generation is None or config.effective is None:
+        return None
+    named = {*base, *(entry.knob for entry in config.overlay)}
+    found: dict[str, Any] = {name: None for name in base if name not in config.effective}
+    found |= {
+        name: item for name, item in config.effective.items() if name in named or item != DEFAULTS.get(name)
+    }
+    return Promoted(config.generation, found)
 
 
 def effective_config(given: Mapping[str, Any]) -> dict[str, Any]:

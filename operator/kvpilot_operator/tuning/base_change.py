@@ -37,11 +37,11 @@ def remember(context: Context, draft: Draft) -> Draft:
     )
     if promoted.generation == 1 and not epoch:
         return draft
-    pinned = {(pin.knob, pin.value) for pin in context.observation.pins}
+    pinned = {(pin.knob, pin.value) for pin in seen.pins}
+    # An edit that nothing has adopted yet must not pass for a tuned value: ``adopt_edit`` finds it.
+    base = seen.base if seen.recorded_base is None else seen.recorded_base
     overlay = tuple(
-        entry
-        for entry in overlay_between(context.observation.base, promoted.config)
-        if (entry.knob, entry.value) not in pinned
+        entry for entry in overlay_between(base, promoted.config) if (entry.knob, entry.value) not in pinned
     )
     return draft.with_state(overlay=overlay, cooldown_until=context.now + context.policy.pace.cooldown)
 

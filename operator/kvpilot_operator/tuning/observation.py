@@ -323,6 +323,8 @@ class Observation:
         cache_lost_bytes: cache that pushes have dropped since the last status.
         recorded_decision, recorded_generation: the highest numbers that kept records name; 0 while the
             status knows more.
+        recorded_base: the base that ``promoted`` was made from; None while the status knows more, or if
+            nothing tells it.
         start_s: how long a new replica takes until it serves, s: the slow end of what was seen.
         rolling_out: True while the child workload replaces its pods.
     """
@@ -351,6 +353,7 @@ class Observation:
     cache_lost_bytes: float = 0.0
     recorded_decision: int = 0
     recorded_generation: int = 0
+    recorded_base: Mapping[str, Any] | None = None
     _totals: dict[tuple[str, frozenset[str] | None], Counts] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -328,6 +328,8 @@ class Deployment(Simulation):
 
     def resize(self, replicas: int) -> None:
         """Another field manager writes the number of replicas."""
+        if self.cluster.promoted is None:
+            return
         self.other_manager, self.resized = "kubectl", True
         self.cluster.resize(replicas)
 
@@ -337,6 +339,10 @@ class Deployment(Simulation):
         if document:
             self.cluster.manifest = {**self.cluster.manifest, "status": dict(document)}
         self.effects.lost = True
+
+    def lose_config_map(self) -> None:
+        """The owned ConfigMap is deleted; engines run on, and new pods wait for it."""
+        self.cluster.promoted = self.cluster.accepted = None
 
     def arm(
         self, happen: Callable[[Deployment], None], write: str, moment: Moment, name: str | None = None

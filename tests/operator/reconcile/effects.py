@@ -47,6 +47,7 @@ class Effects:
         lost: the status was lost since the operator last read it.
         least: the least epoch, generation and next decision of the first status after that one.
         tuned: the overlay of the last status, without pins, by knob.
+        base: the user's base in the last decision whose status was written.
         rolled_out: the spec generation whose objects were applied last.
         managed_since: when the operator first saw the other manager of the replicas; None without one.
         overdue: for how many reconciles something has been owed.
@@ -64,6 +65,7 @@ class Effects:
         self.lost = False
         self.least = (0, 0, 0)
         self.tuned: dict[str, OverlayEntry] = {}
+        self.base: Mapping[str, Any] = {}
         self.rolled_out = 0
         self.managed_since: float | None = None
         self.overdue: Counter[str] = Counter()
@@ -127,7 +129,13 @@ class Effects:
                         kept.get(knob) == entry.value,
                         f"{knob}, tuned to {entry.value}, is forgotten with the status",
                     )
+            for entry in (entry for entry in after.overlay if not entry.pinned):
+                mine = entry.based_on != seen.base.get(entry.knob) or entry.based_on == self.base.get(
+                    entry.knob
+                )
+                self._that(mine, f"{entry.knob}, edited by the user, is taken for a tuned value")
         self.tuned = {entry.knob: entry for entry in after.overlay if not entry.pinned}
+        self.base = seen.base
 
     def _managed(self, step: Step) -> None:
         if not step.observation.replicas_managed_by:
@@ -230,6 +238,11 @@ class Effects:
             ends = {(item.id, item.outcome) for item in self.intent.decisions}
             proven = {(change.id, "Promoted"), (change.id, "Reverted")} & ends
             self._that(bool(proven), f"{change.id} is promoted without a decision that tells why")
+
+    def _before_roll_out(self, config: Promoted) -> None:
+        """A ConfigMap that was lost comes back under a number of its own, or as what that number names."""
+        if self._deployment.cluster.promoted is None:
+            self._named(config.generation, config.config)
 
     def _before_scale(self, replicas: int) -> None:
         """Replicas are scaled from the number that there is, and in only while nearly all show the truth."""

@@ -87,11 +87,14 @@ def both_actuators(spec: Spec) -> None:
 
 
 CONFIG = ("engine", "config")
-EDITS: tuple[Edit, ...] = (
+BASE_EDITS: tuple[Edit, ...] = (
     *(setting(*CONFIG, "numWorkers", to=number) for number in (2, 4, 16)),
     setting(*CONFIG, "batchSize", to=4),
     *(setting(*CONFIG, "maxTokens", to=number) for number in (2048, 8192)),
     setting(*CONFIG, "gcThreshold", to=0.8),
+)
+EDITS: tuple[Edit, ...] = (
+    *BASE_EDITS,
     setting("objectives", "latency", to={"p50Ms": 500, "p95Ms": 1000, "p99Ms": 3000}),
     setting("objectives", "memory", to="70%"),
     setting("objectives", "hitRate", to="0%"),
@@ -268,12 +271,31 @@ class Histories(Managed):
 
     # The API server, the status, the clock
 
-    @rule(unreadable=st.booleans(), pin=st.none() | st.sampled_from(PINS), then=THEN)
-    def status_is_lost(self, unreadable: bool, pin: tuple[str, Any] | None, then: Then) -> None:
+    @rule(
+        unreadable=st.booleans(),
+        pin=st.none() | st.sampled_from(PINS),
+        edit=st.sampled_from((None, *BASE_EDITS)),
+        then=THEN,
+    )
+    def status_is_lost(
+        self, unreadable: bool, pin: tuple[str, Any] | None, edit: Edit | None, then: Then
+    ) -> None:
+        if edit is not None:
+            self.world.edit(edit)
         self.world.lose_status(UNREADABLE if unreadable else None)
         self.world.took["lost status"] += 1
         if pin is not None:
             self.world.ask(40, pin={"knob": pin[0], "value": pin[1]})
+        self.then(then)
+
+    @rule(status_too=st.booleans(), edit=st.sampled_from((None, *BASE_EDITS)), then=THEN)
+    def config_map_is_lost(self, status_too: bool, edit: Edit | None, then: Then) -> None:
+        if edit is not None:
+            self.world.edit(edit)
+        if status_too:
+            self.world.lose_status()
+        self.world.lose_config_map()
+        self.world.took["lost ConfigMap"] += 1
         self.then(then)
 
     @rule(

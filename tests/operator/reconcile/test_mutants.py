@@ -22,7 +22,7 @@ from kvpilot_operator.tuning import base_change, decide, replicas
 from kvpilot_operator.tuning.context import Context, Draft
 from kvpilot_operator.tuning.decision import Decision, Push, Record, TakeOverReplicas
 from kvpilot_operator.tuning.experiment import canary
-from kvpilot_operator.tuning.observation import Observation, Pin
+from kvpilot_operator.tuning.observation import Observation, Pin, Promoted
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import PIN
 
@@ -41,7 +41,7 @@ def acts_before_the_status_is_written(patch: Patch) -> None:
     async def hasty(
         self: Reconciler, snapshot: Snapshot, policy: Policy, seen: Observation, decision: Decision
     ) -> Snapshot:
-        await act(self, snapshot, seen, decision.actions)
+        await act(self, snapshot, seen, decision)
         return await write(self, snapshot, policy, seen, decision)
 
     async def nothing(*given: Any) -> None:
@@ -140,6 +140,17 @@ def a_stray_candidate_is_left(patch: Patch) -> None:
 
 def a_lost_status_resets_what_is_tuned(patch: Patch) -> None:
     patch.setattr(base_change, "overlay_between", lambda base, config: ())
+
+
+def a_lost_status_hides_an_edit(patch: Patch) -> None:
+    patch.setattr(Reconciler, "_recorded_base", lambda self, snapshot: None)
+
+
+def a_lost_config_map_restarts_the_generations(patch: Patch) -> None:
+    async def first(self: Reconciler, snapshot: Snapshot, base: Mapping[str, Any]) -> Promoted:
+        return Promoted(1, base)
+
+    patch.setattr(Reconciler, "_config_before", first)
 
 
 def a_lost_status_restarts_the_epochs(patch: Patch) -> None:
@@ -325,6 +336,8 @@ MUTANTS = (
     Mutant(a_successor_forgets_the_change_in_flight, "is no longer in flight, and nothing tells why", *TRIED),
     Mutant(a_stray_candidate_is_left, "runs generation", *TRIED),
     Mutant(a_lost_status_resets_what_is_tuned, "is forgotten with the status", *TUNED),
+    Mutant(a_lost_status_hides_an_edit, "is taken for a tuned value", *TUNED),
+    Mutant(a_lost_config_map_restarts_the_generations, "names two configurations", *TUNED),
     Mutant(
         a_lost_status_restarts_the_epochs, "no engine refuses it|fences off|the epoch begins again", *TRIED
     ),
