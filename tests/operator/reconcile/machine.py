@@ -36,9 +36,11 @@ from tests.operator.reconcile.faulty_ports import (
     touch,
 )
 
+from kvpilot_operator.tuning.pace import PACES
+
 REST_TICKS = 120
-"""After the last thing that happens everything is settled within so many ticks, plus a clock that was put
-back."""
+"""After the last thing that happens everything is settled within so many ticks at the fast pace, plus a clock
+that was put back. At the standard pace an experiment that began takes longer."""
 
 PATIENCE = {"recycle": 40}
 """Ticks until a write that was provoked must have come; 3 for the others."""
@@ -192,7 +194,8 @@ class Managed(RuleBasedStateMachine):
         if self.failed:
             return
         world.rest()
-        ticks = REST_TICKS + int(self.back_s / FAST.tick)
+        slower = PACES[world.spec["tuning"]["pace"]].verify / FAST.verify
+        ticks = int(REST_TICKS * slower + self.back_s / FAST.tick)
         for _ in range(ticks):
             world.pass_ticks(1)
             if world.settled:
