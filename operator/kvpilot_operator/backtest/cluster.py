@@ -15,6 +15,7 @@ from kvpilot_operator.ports import Conflict, EngineCallError, MetricsError
 from kvpilot_operator.status.codec import encode_status
 from kvpilot_operator.status.events import Event
 from kvpilot_operator.status.model import Status
+from kvpilot_operator.status.overrides import Overrides
 from kvpilot_operator.status.snapshot import AcceptedSpec, Key, Replica, Snapshot
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import (
@@ -120,12 +121,14 @@ class SimulatedCluster:
             ),
             promoted=self.promoted,
             accepted=self.accepted,
-            paused_by=self.paused_by,
-            scaling_paused=self.scaling_paused,
-            boosts=tuple(boost for boost in self.boosts if boost.expires_at > self.now),
-            pins=tuple(pin for pin in self.pins if pin.expires_at > self.now),
-            approvals=self.approvals,
-            rollback=self.rollback,
+            overrides=Overrides(
+                paused_by=self.paused_by,
+                scaling_paused=self.scaling_paused,
+                boosts=tuple(boost for boost in self.boosts if boost.expires_at > self.now),
+                pins=tuple(pin for pin in self.pins if pin.expires_at > self.now),
+                approvals=self.approvals,
+                rollback=self.rollback,
+            ),
         )
         if self._last is None or found != self._last:
             self._last = found

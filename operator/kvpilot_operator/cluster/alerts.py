@@ -168,7 +168,7 @@ class AlertReceiver:
             return Result.UNKNOWN_RESOURCE
         identity = f"{alert.fingerprint}@{alert.starts_at}"
         name = self._cluster.boost_name(key, identity)
-        held = next((boost for boost in snapshot.boosts if boost.name == name), None)
+        held = next((boost for boost in snapshot.overrides.boosts if boost.name == name), None)
         now = self._clock()
         why = f"alert {alert.labels.get('alertname', alert.fingerprint)}"
         if alert.status == "resolved":
@@ -198,7 +198,7 @@ class AlertReceiver:
             # Several alerts of one incident are one step: replicas that are starting count as capacity.
             starting = len(observation.ready) < observation.desired_replicas
             minimum = observation.desired_replicas if starting else observation.desired_replicas + 1
-        renewed = any(boost.min_replicas >= minimum for boost in reconcile.snapshot.boosts)
+        renewed = any(boost.min_replicas >= minimum for boost in reconcile.snapshot.overrides.boosts)
         until = self._clock() + self._ttl_s
         override = await self._cluster.boost(reconcile.snapshot, identity, minimum, until, why)
         if not renewed:

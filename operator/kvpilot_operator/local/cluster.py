@@ -145,7 +145,6 @@ class LocalCluster:
         """The resource and its replicas as they are now; None for another key."""
         if key != self.key:
             return None
-        asked = self._overrides()
         return Snapshot(
             key=key,
             manifest=self._manifest,
@@ -154,14 +153,7 @@ class LocalCluster:
             promoted=self._promoted,
             accepted=AcceptedSpec(self._manifest["metadata"]["generation"], self._manifest["spec"]),
             rolling_out=self.replica_set.rolling_out,
-            paused_by=asked.paused_by,
-            scaling_paused=asked.scaling_paused,
-            boosts=asked.boosts,
-            pins=asked.pins,
-            approvals=asked.approvals,
-            rollback=asked.rollback,
-            overrides=asked.names,
-            refused=asked.refused,
+            overrides=self._overrides(),
         )
 
     def _overrides(self) -> Overrides:

@@ -255,7 +255,7 @@ class Reconciler:
     async def _gather(
         self, snapshot: Snapshot, base: Mapping[str, Any], policy: Policy, state: TuningState
     ) -> Observation:
-        now = self._clock()
+        now, asked = self._clock(), snapshot.overrides
         windows = windows_of(state, policy.pace, now)
         engines, (samples, problem) = await asyncio.gather(
             self._describe(snapshot.replicas), self._measure(snapshot.key, windows)
@@ -280,12 +280,12 @@ class Reconciler:
             autoscaler=snapshot.autoscaler,
             conflict_since=_conflict_since(snapshot),
             metrics_problem=problem,
-            paused_by=snapshot.paused_by,
-            scaling_paused=snapshot.scaling_paused,
-            boosts=snapshot.boosts,
-            pins=snapshot.pins,
-            approvals=snapshot.approvals,
-            rollback=snapshot.rollback,
+            paused_by=asked.paused_by,
+            scaling_paused=asked.scaling_paused,
+            boosts=asked.boosts,
+            pins=asked.pins,
+            approvals=asked.approvals,
+            rollback=asked.rollback,
             rolling_out=snapshot.rolling_out,
             spec_error=snapshot.spec_error,
             start_s=_start_s(snapshot.replicas),

@@ -248,9 +248,9 @@ def _paused(observation: Observation) -> Condition:
 
 
 def _overrides_obeyed(snapshot: Snapshot) -> Condition:
-    if snapshot.refused:
-        reported = "; ".join(f"{item.name}: {item.message}" for item in snapshot.refused)
-        return Condition("OverridesObeyed", "False", snapshot.refused[0].reason, reported)
+    if refused := snapshot.overrides.refused:
+        reported = "; ".join(f"{item.name}: {item.message}" for item in refused)
+        return Condition("OverridesObeyed", "False", refused[0].reason, reported)
     return Condition("OverridesObeyed", "True", "AllObeyed", "No override is refused or limited.")
 
 

@@ -54,7 +54,7 @@ def status_of(
             objectives=_objectives(decision.objectives, before, observation.at),
             tuning=_with_old_messages(tuning_status(decision.state), before.tuning),
             decisions=_decisions(decision.records, before),
-            overrides=snapshot.overrides,
+            overrides=snapshot.overrides.names,
             conditions=dated(found, before.conditions, generation, observation.at),
         )
     )

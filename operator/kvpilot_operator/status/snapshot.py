@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.status.codec import decode_status
 from kvpilot_operator.status.model import Status
-from kvpilot_operator.status.overrides import Verdict
-from kvpilot_operator.tuning.observation import Approval, Boost, Pin, Promoted, Rollback
+from kvpilot_operator.status.overrides import Overrides
+from kvpilot_operator.tuning.observation import Promoted
 
 
 class Key(NamedTuple):
@@ -60,9 +60,7 @@ class Snapshot:
         manifest: the object as the API server holds it.
         desired_replicas: number of replicas that the child workload asks for; None before it exists.
         replicas_managed_by, autoscaler: see ``Observation``.
-        paused_by, scaling_paused, boosts, pins, approvals, rollback: see ``Observation``.
-        overrides: names of those in force.
-        refused: overrides of which not everything is obeyed.
+        overrides: what they ask for now.
         promoted: content of the owned ConfigMap; None before it exists.
         token_lost: the Secret with the engines' admin token is missing or was edited.
         replica_failure: why the workload cannot create the pods that it wants; "" while it can.
@@ -78,14 +76,7 @@ class Snapshot:
     replicas_managed_by: str = ""
     autoscaler: str = ""
     rolling_out: bool = False
-    paused_by: str = ""
-    scaling_paused: bool = False
-    boosts: tuple[Boost, ...] = ()
-    pins: tuple[Pin, ...] = ()
-    approvals: tuple[Approval, ...] = ()
-    rollback: Rollback | None = None
-    overrides: tuple[str, ...] = ()
-    refused: tuple[Verdict, ...] = ()
+    overrides: Overrides = field(default_factory=Overrides)
     token_lost: bool = False
     replica_failure: str = ""
     accepted: AcceptedSpec | None = None

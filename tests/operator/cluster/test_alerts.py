@@ -14,6 +14,7 @@ from aiohttp import web
 
 from kvpilot_operator.cluster.alerts import AlertReceiver
 from kvpilot_operator.reconcile.reconciler import Reconciliation
+from kvpilot_operator.status.overrides import Overrides
 from kvpilot_operator.status.snapshot import Key, Snapshot
 from kvpilot_operator.tuning.decision import Decision, Objective
 from kvpilot_operator.tuning.observation import (
@@ -61,7 +62,12 @@ class World:
         if key != CHAT:
             return None
         return Snapshot(
-            CHAT, {"metadata": {"uid": "u"}}, self.replicas, (), None, boosts=tuple(self.boosts.values())
+            CHAT,
+            {"metadata": {"uid": "u"}},
+            self.replicas,
+            (),
+            None,
+            overrides=Overrides(boosts=tuple(self.boosts.values())),
         )
 
     async def result(self, key: Key) -> Reconciliation | None:

@@ -59,7 +59,7 @@ async def test_pin_pause_boost_and_their_ends(tmp_path: Path) -> None:
         # What cannot be done is reported once, and is over.
         await kvpilot("rollback", "cured", "--to", "1", "--by", "ana")
         await deployment.until(lambda _: deployment.records[-1].outcome == "Refused", 60)
-        await deployment.until(lambda result: not result.snapshot.rollback, 60)
+        await deployment.until(lambda result: not result.snapshot.overrides.rollback, 60)
         assert any("has no effect: the tuned knobs are those" in line for line in deployment.reported)
         assert "  Overrides   boost until " in await kvpilot("status", "cured")
         assert "Refused" in await kvpilot("history", "cured", "--last", "1")

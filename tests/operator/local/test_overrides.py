@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.operator.local.test_local_cluster import KEY, MANIFEST
 from kvpilot_operator.local.cluster import LocalCluster
 from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.local.watch import watch_overrides
+from kvpilot_operator.status.overrides import Overrides
 from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning.observation import Boost, Pin
 
@@ -74,14 +76,14 @@ async def test_overrides_reach_the_snapshot_until_they_expire(local: Local) -> N
     local.state.overrides.write(override("stop", pause={"scaling": True}))
     local.state.overrides.write(override("more", boost={"minReplicas": 3}))
     local.state.overrides.write(override("keep", pin={"knob": "numWorkers", "value": 8}))
-    seen, until = await local.read(), NOW + 540
+    seen, until = (await local.read()).overrides, NOW + 540
     assert (seen.paused_by, seen.scaling_paused) == ("stop", True)
     assert seen.boosts == (Boost("more", 3, until),)
     assert seen.pins == (Pin("keep", "numWorkers", 8, until),)
-    assert (seen.overrides, seen.refused) == (("keep", "more", "stop"), ())
+    assert (seen.names, seen.refused) == (("keep", "more", "stop"), ())
     local.now = until
-    after = await local.read()
-    assert (after.paused_by, after.boosts, after.pins, after.overrides) == ("", (), (), ())
+    after = (await local.read()).overrides
+    assert (replace(after, verdicts=()), after.names) == (Overrides(), ())
     assert [*(local.state.path / "overrides").iterdir()] == []
     assert sorted(local.reported) == [
         "boost of chat ended at 2026-11-23T02:09:00Z",
@@ -95,7 +97,10 @@ async def test_a_file_that_is_no_override_is_shown_and_kept(local: Local) -> Non
     local.write("other.json", override("other", target="code", pause={}))
     local.write("pin.json", override("pin", pin={"knob": "numWorkers", "value": 500}))
     local.write("notes.txt", "not read")
-    found = {item.name: (item.in_force, item.reason, item.message) for item in (await local.read()).refused}
+    found = {
+        item.name: (item.in_force, item.reason, item.message)
+        for item in (await local.read()).overrides.refused
+    }
     assert found["wrong"][:2] == (False, "Invalid")
     assert found["wrong"][2].startswith("wrong.yaml: not valid YAML: line 1")
     assert found["other"] == (False, "NoSuchTarget", "its target is code")
@@ -110,8 +115,8 @@ async def test_examples_are_taken_as_they_are(local: Local) -> None:
         assert yaml.safe_load(path.read_text())["spec"]["target"] == "chat"
     local.now = written.stat().st_mtime + 1
     seen = await local.read()
-    assert seen.paused_by == "override-pause"
-    assert [(boost.name, boost.min_replicas) for boost in seen.boosts] == [("override-boost", 6)]
+    assert seen.overrides.paused_by == "override-pause"
+    assert [(boost.name, boost.min_replicas) for boost in seen.overrides.boosts] == [("override-boost", 6)]
     assert local.reported == []
 
 

@@ -254,17 +254,7 @@ class Deployment(Simulation):
             asked = self.asked()
             gone = {verdict.name for verdict in asked.verdicts if verdict.over}
             self.overrides = [item for item in self.overrides if item["metadata"]["name"] not in gone]
-            found = replace(
-                found,
-                paused_by=asked.paused_by,
-                scaling_paused=asked.scaling_paused,
-                boosts=asked.boosts,
-                pins=asked.pins,
-                approvals=asked.approvals,
-                rollback=asked.rollback,
-                overrides=asked.names,
-                refused=asked.refused,
-            )
+            found = replace(found, overrides=asked)
         return found
 
     def asked(self) -> Overrides:

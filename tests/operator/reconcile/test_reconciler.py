@@ -13,7 +13,7 @@ from kvpilot_operator.ports import Conflict, EngineCallError
 from kvpilot_operator.reconcile.reconciler import MAX_PASSES, Reconciler
 from kvpilot_operator.status.codec import encode_status
 from kvpilot_operator.status.model import Status
-from kvpilot_operator.status.overrides import Verdict
+from kvpilot_operator.status.overrides import Overrides, Verdict
 from kvpilot_operator.status.snapshot import Key, Replica, Snapshot
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Approval, Boost, Gauges, Pin, Promoted, Rollback, Sample
@@ -263,7 +263,7 @@ async def test_replicas_follow_the_spec_in_every_mode(
 ) -> None:
     assert world.snapshot is not None
     world.snapshot.manifest["spec"] = spec
-    world.snapshot = replace(world.snapshot, paused_by=paused_by)
+    world.snapshot = replace(world.snapshot, overrides=Overrides(paused_by=paused_by))
     await loop.run_once(CHAT)
     assert (world.snapshot.desired_replicas, world.records) == (5, [])
 
@@ -306,7 +306,7 @@ async def test_what_overrides_ask_for_reaches_the_tuner_and_what_is_refused_the_
         "rollback": Rollback("back", 1, "ana"),
     }
     refused = Verdict("lost", "pin", False, "Contradicts", "newer is newer", world.now + 60)
-    world.snapshot = replace(world.snapshot, refused=(refused,), **asked)
+    world.snapshot = replace(world.snapshot, overrides=Overrides(verdicts=(refused,), **asked))
     result = await Reconciler(world, world, world, clock=lambda: world.now).run_once(CHAT)
     assert result is not None
     assert {name: getattr(result.observation, name) for name in asked} == asked

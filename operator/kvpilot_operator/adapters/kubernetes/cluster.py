@@ -137,7 +137,6 @@ class KubernetesCluster:
         conflicting = objects.conflicting_manager(workload) if workload is not None and scaled else ""
         config = config if _owned_by(config, uid) else None
         token = objects.admin_token(self._key, uid)
-        asked = overrides_of(override_items, name, manifest, self._clock())
         replicas = (objects.replica_of(pod, token) for pod in pods)
         return Snapshot(
             key=key,
@@ -149,14 +148,7 @@ class KubernetesCluster:
             replicas_managed_by=autoscaler or conflicting,
             autoscaler=autoscaler,
             rolling_out=workload is not None and objects.replacing_pods(workload),
-            paused_by=asked.paused_by,
-            scaling_paused=asked.scaling_paused,
-            boosts=asked.boosts,
-            pins=asked.pins,
-            approvals=asked.approvals,
-            rollback=asked.rollback,
-            overrides=asked.names,
-            refused=asked.refused,
+            overrides=overrides_of(override_items, name, manifest, self._clock()),
             token_lost=token_lost,
             replica_failure="" if workload is None else objects.replica_failure(workload),
         )

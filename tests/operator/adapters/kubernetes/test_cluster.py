@@ -200,8 +200,8 @@ async def test_overrides_in_force_are_read_with_the_resource(api: Api, cluster: 
     items = [override("stop", "2026-11-23T03:00:00Z"), override("gone", "2026-11-23T01:00:00Z")]
     items[0]["spec"]["pause"] = {"scaling": True}
     api.lists[path_of("kvpilot.io/v1alpha1", "KVCacheOverride", "team-a")] = items
-    snapshot = await read(cluster)
-    assert (snapshot.paused_by, snapshot.scaling_paused, snapshot.overrides) == ("stop", True, ("stop",))
+    asked = (await read(cluster)).overrides
+    assert (asked.paused_by, asked.scaling_paused, asked.names) == ("stop", True, ("stop",))
 
 
 async def test_sweep_tells_the_end_of_an_override_and_why_another_is_not_obeyed(
