@@ -11,7 +11,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.configuration import effective, kept_overlay, overlay_between, overlay_with
 from kvpilot_operator.tuning.context import Context, Draft, format_value, sentence
 from kvpilot_operator.tuning.decision import DecisionOutcome, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import STANDING, abort, watch_of
+from kvpilot_operator.tuning.experiment.ends import STANDING, abort, watch_of
 from kvpilot_operator.tuning.experiment.watch import watch_of_edit
 from kvpilot_operator.tuning.state import MAX_GENERATIONS, Generation, KnobChange, OverlayEntry, Watch
 

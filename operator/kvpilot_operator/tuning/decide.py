@@ -30,8 +30,9 @@ from kvpilot_operator.tuning.context import (
     Proposal,
 )
 from kvpilot_operator.tuning.decision import Decision, Objective, Push, Rejected, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, advance, enough_exposure, start
+from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, advance
 from kvpilot_operator.tuning.experiment.emergency import begin_emergency
+from kvpilot_operator.tuning.experiment.start import enough_exposure, start
 from kvpilot_operator.tuning.experiment.watch import watch
 from kvpilot_operator.tuning.observation import Observation, ObservedReplica
 from kvpilot_operator.tuning.permission.approval import review

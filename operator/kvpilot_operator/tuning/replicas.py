@@ -15,7 +15,7 @@ from kvpilot_operator.tuning.assess.diagnosis import busy_share
 from kvpilot_operator.tuning.assess.objectives import rates
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.decision import Recycle, Scale, TakeOverReplicas
-from kvpilot_operator.tuning.experiment.canary import TRIED, abort
+from kvpilot_operator.tuning.experiment.ends import TRIED, abort
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.permission.modes import carry_out

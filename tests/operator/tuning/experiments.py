@@ -9,7 +9,7 @@ from typing import Any
 from tests.operator.tuning.observations import BAD, NOW, observe, replica
 from tests.operator.tuning.policies import policy_of
 
-from kvpilot_operator.tuning.context import Context
+from kvpilot_operator.tuning.context import Context, Draft
 from kvpilot_operator.tuning.decide import assess
 from kvpilot_operator.tuning.observation import Observation, ObservedReplica
 from kvpilot_operator.tuning.state import Change, KnobChange, Phase, ReplicaRef, TuningState
@@ -81,3 +81,9 @@ def verified(
 def restarted(item: ObservedReplica) -> ObservedReplica:
     """The replica after a restart of its container."""
     return replace(item, restarts=item.restarts + 1)
+
+
+def begun(draft: Draft) -> Change:
+    """The change in flight."""
+    assert draft.state.change is not None
+    return draft.state.change

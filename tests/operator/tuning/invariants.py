@@ -17,7 +17,8 @@ from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.context import Context
 from kvpilot_operator.tuning.decide import assess
 from kvpilot_operator.tuning.decision import Decision, Push, Record, Scale, TakeOverReplicas, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, TAKEN_BACK
+from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.rules.order import REMEDIES

@@ -12,9 +12,10 @@ from tests.operator.tuning.worlds import REGIMES, World
 
 from kvpilot_operator.tuning import base_change, decide, reasons, replicas
 from kvpilot_operator.tuning.assess import guards
+from kvpilot_operator.tuning.configuration import candidate
 from kvpilot_operator.tuning.context import Context, Draft, Plan, Proposal
 from kvpilot_operator.tuning.decision import Scale, WriteConfig
-from kvpilot_operator.tuning.experiment import canary
+from kvpilot_operator.tuning.experiment import canary, ends
 from kvpilot_operator.tuning.experiment.verdict import Verdict
 from kvpilot_operator.tuning.rules import bounds, order
 from kvpilot_operator.tuning.rules.bounds import Room
@@ -70,7 +71,7 @@ def promotion_without_evidence(patch: Patch) -> None:
 
 def promotion_to_half_without_a_look_for_harm(patch: Patch) -> None:
     def blind(context: Context, draft: Draft, change: Change, verdict: Verdict) -> Draft:
-        return canary._accept(context, draft, change, replace(verdict, name=reasons.PROMOTED, aborted=False))
+        return ends.accept(context, draft, change, replace(verdict, name=reasons.PROMOTED, aborted=False))
 
     patch.setattr(canary, "_verified_widely", blind)
     patch.setattr(
@@ -195,7 +196,8 @@ def capacity_is_never_added(patch: Patch) -> None:
 
 
 def never_reverting(patch: Patch) -> None:
-    patch.setattr(canary, "_give_up", lambda context, draft, verdict: draft)
+    for module in (canary, ends):
+        patch.setattr(module, "give_up", lambda context, draft, verdict: draft)
 
 
 def written_before_all_run_it(patch: Patch) -> None:
@@ -205,7 +207,7 @@ def written_before_all_run_it(patch: Patch) -> None:
         promoted = context.observation.promoted
         if promoted is None or promoted.generation == change.generation:
             return plain(context, draft, change)
-        return draft.acting(WriteConfig(change.generation, canary.candidate(promoted.config, change.values)))
+        return draft.acting(WriteConfig(change.generation, candidate(promoted.config, change.values)))
 
     patch.setattr(canary, "_promoted", hasty)
 

@@ -20,7 +20,7 @@ from tests.operator.tuning.policies import CATALOGUE_BOUNDS, PRODUCTION, policy_
 from kvpilot_operator.status.history import last_numbers
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, Push, Scale, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import (
     Counts,
     EngineView,

@@ -6,61 +6,24 @@ report, so a crash at any point loses nothing. The replicas of both arms are fix
 
 from __future__ import annotations
 
-import random
-import zlib
 from dataclasses import replace
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.guards import DAY
-from kvpilot_operator.tuning.assess.objectives import MIN_JUDGED, backlog_gone, rates
-from kvpilot_operator.tuning.configuration import candidate, overlay_with, runs, value
-from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_changes, sentence
-from kvpilot_operator.tuning.decision import DecisionOutcome, Rejected, WriteConfig
-from kvpilot_operator.tuning.experiment.capacity_verdict import (
-    is_calm,
-    judge_capacity,
-    load_is_elsewhere,
-    rates_before,
-)
-from kvpilot_operator.tuning.experiment.evidence import CAPACITY, FAULTS, MEMORY, WORK, arm
-from kvpilot_operator.tuning.experiment.measure_verdict import (
-    difference_before,
-    judge_measure,
-    judge_memory,
-    with_interval,
-)
-from kvpilot_operator.tuning.experiment.verdict import (
-    EXPOSURE_LIMIT,
-    OPEN,
-    Verdict,
-    arms,
-    deadline_of,
-    overdue,
-)
+from kvpilot_operator.tuning.assess.objectives import MIN_JUDGED, backlog_gone
+from kvpilot_operator.tuning.configuration import candidate, runs, value
+from kvpilot_operator.tuning.context import Context, Draft
+from kvpilot_operator.tuning.decision import WriteConfig
+from kvpilot_operator.tuning.experiment.capacity_verdict import is_calm, judge_capacity, load_is_elsewhere
+from kvpilot_operator.tuning.experiment.ends import STANDING, TRIED, abort, accept, enter, finish, give_up
+from kvpilot_operator.tuning.experiment.evidence import CAPACITY, MEMORY
+from kvpilot_operator.tuning.experiment.measure_verdict import judge_measure, judge_memory, with_interval
+from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict, arms, overdue
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.pace import MIN_SCRAPES
-from kvpilot_operator.tuning.state import (
-    MAX_BLOCKED_VALUES,
-    MAX_CONTROLS,
-    MAX_REVERSALS,
-    BlockedValue,
-    Change,
-    Measure,
-    Phase,
-    ReplicaRef,
-    Reversal,
-    TuningState,
-    Watch,
-)
-
-TRIED = frozenset({Phase.CANARY, Phase.SETTLE, Phase.VERIFY})
-"""Phases in which a change can be aborted without a verdict."""
+from kvpilot_operator.tuning.state import Change, Phase, ReplicaRef
 
 SETTLE_LIMIT = 3
 """The canary's backlog prolongs settling up to so many times its length."""
-
-INCONCLUSIVE_COOLDOWNS = 10
-"""A value that showed nothing, or that an engine did not take, is blocked for so many cooldowns."""
 
 LIFE_LIMIT = 8
 """An experiment that cannot be observed is given up so many verify times after its start."""
@@ -68,92 +31,8 @@ LIFE_LIMIT = 8
 PUSH_LIMIT = 4
 """Engines have so many settle times to take a configuration."""
 
-TAKEN_BACK = "TakenBack"
-"""Verdict of a change that restores on all replicas what was before another one."""
-
-STANDING = frozenset({TAKEN_BACK, reasons.EMERGENCY})
-"""Verdicts of what stands on the replicas that took it: one that takes nothing keeps it from no other."""
-
 CROSSOVER_INTERVALS = 6
 """Two replicas swap their arms after so many intervals without a verdict."""
-
-
-def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Rejected, ...]) -> Draft:
-    """Begin an experiment on one replica; the state keeps everything that later decisions need."""
-    seed = zlib.crc32(f"{draft.next_id}:{context.now:.3f}".encode())
-    canary, controls = _drawn(context.ready, seed)
-    others = frozenset(replica.uid for replica in controls)
-    before = _before(context, canary, proposal.objective) if not controls else ()
-    measure = proposal.measure or (CAPACITY if proposal.ratio else proposal.objective)
-    errors = errors_of(context)
-    rate, differ = rates_before(context, proposal.values, canary.uid, others)
-    longer = None
-    if measure != CAPACITY:
-        differ = difference_before(context, measure, canary.uid, others)
-        longer = difference_before(context, WORK, canary.uid, others)
-    change = draft.new_change(
-        context,
-        proposal,
-        canary=ReplicaRef(canary.uid, canary.name),
-        controls=tuple(ReplicaRef(replica.uid, replica.name) for replica in controls),
-        restarts=sum(replica.restarts for replica in (canary, *controls)),
-        before=before,
-        why=proposal.message,
-        measure=measure,
-        seed=seed,
-        rate_before=rate,
-        errors_before=errors.share or 0.0,
-        judged_before=errors.of,
-        difference_before=differ,
-        work_before=longer,
-    )
-    against = ", ".join(replica.name for replica in controls) or "its own past (one replica, unproven)"
-    return draft.recorded(
-        context,
-        rule=proposal.rule,
-        outcome="Started",
-        summary=f"{proposal.sentence}; trying {proposal.summary} on {canary.name} against {against}; "
-        f"predicted gain {proposal.predicted_gain:.0%}.",
-        changes=proposal.values,
-        generation=change.generation,
-        canary=canary.name,
-        controls=tuple(item.name for item in change.controls),
-        rejected=rejected,
-        evidence={
-            "seed": seed,
-            "measure": measure,
-            "why": proposal.message,
-            "predictedGain": round(proposal.predicted_gain, 4),
-            "predictedRatio": round(proposal.ratio, 3),
-        },
-    ).beginning(Phase.CANARY, change)
-
-
-def _drawn(
-    replicas: tuple[ObservedReplica, ...], seed: int
-) -> tuple[ObservedReplica, tuple[ObservedReplica, ...]]:
-    """The canary and its controls, drawn at random so that no name is favoured.
-
-    The canary is one of the replicas with the fewest restarts. The controls are all others, or MAX_CONTROLS.
-    """
-    draw, fewest = random.Random(seed), min(replica.restarts for replica in replicas)
-    by_uid = sorted(replicas, key=lambda replica: replica.uid)
-    canary = draw.choice([replica for replica in by_uid if replica.restarts == fewest])
-    if len(replicas) <= MAX_CONTROLS + 1:
-        return canary, tuple(replica for replica in replicas if replica.uid != canary.uid)
-    return canary, tuple(draw.sample([r for r in by_uid if r.uid != canary.uid], MAX_CONTROLS))
-
-
-def errors_of(context: Context) -> Measure:
-    """Requests of the long window that failed by a fault of the engine, of those that were not shed."""
-    return Measure(FAULTS, context.long.errors, context.long.admitted)
-
-
-def enough_exposure(context: Context) -> bool:
-    """True if one replica gets enough requests for a verdict within the time allowed."""
-    arrivals = rates(context.measured, "long")[0] / len(context.ready)
-    pace = context.policy.pace
-    return arrivals * EXPOSURE_LIMIT * pace.verify >= pace.requests_per_arm
 
 
 def advance(context: Context, draft: Draft) -> Draft:  # noqa: PLR0911 - one return per phase
@@ -166,7 +45,7 @@ def advance(context: Context, draft: Draft) -> Draft:  # noqa: PLR0911 - one ret
     if draft.state.phase in {Phase.SETTLE, Phase.VERIFY}:
         if _stalled(context, change):
             text = "requests arrive at the candidate and none is completed"
-            return _give_up(context, draft, Verdict(reasons.CANARY_STALLED, text))
+            return give_up(context, draft, Verdict(reasons.CANARY_STALLED, text))
         change = _seen(context, change)
         draft = draft.with_state(change=change)
         if change.unseen_since:
@@ -182,11 +61,6 @@ def advance(context: Context, draft: Draft) -> Draft:  # noqa: PLR0911 - one ret
             return _reverted(context, draft, change)
         case _:
             return _promoted(context, draft, change)
-
-
-def abort(context: Context, draft: Draft, reason: str, message: str) -> Draft:
-    """Abort the change in flight: nothing was proven, so no value is blocked."""
-    return _give_up(context, draft, Verdict(reason, message, aborted=True))
 
 
 def _interruption(  # noqa: PLR0911 - one return per reason
@@ -257,8 +131,8 @@ def _pushed(context: Context, draft: Draft, change: Change) -> Draft:
     if not behind:
         # A step rate has no memory, so there is nothing to settle; once widened, only harm is looked for.
         if change.measure == CAPACITY or change.widened:
-            return _enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
-        return _enter(context, draft, change, Phase.SETTLE)
+            return enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
+        return enter(context, draft, change, Phase.SETTLE)
     if context.now - change.phase_since > PUSH_LIMIT * context.policy.pace.settle:
         message = f"{', '.join(behind)} did not take the configuration"
         return abort(context, draft, reasons.PUSH_FAILED, message)
@@ -276,7 +150,7 @@ def _settled(context: Context, draft: Draft, change: Change) -> Draft:
     queued = canary.sample is None or not backlog_gone(canary.sample.gauges.waiting, 1, workers)
     if (busy or queued) and elapsed < SETTLE_LIMIT * settle:
         return draft
-    return _enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
+    return enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
 
 
 def _verified(context: Context, draft: Draft, change: Change) -> Draft:
@@ -287,19 +161,19 @@ def _verified(context: Context, draft: Draft, change: Change) -> Draft:
     if verdict.name == OPEN:
         return _spread(context, draft, change) or _crossed(context, draft, change)
     if verdict.name != reasons.PROMOTED:
-        return _give_up(context, draft, verdict)
+        return give_up(context, draft, verdict)
     if not change.widened and (half := _half(context, change)):
-        return _enter(context, draft, replace(change, widened=half, measured_from=0.0), Phase.CANARY)
-    return _accept(context, draft, change, verdict)
+        return enter(context, draft, replace(change, widened=half, measured_from=0.0), Phase.CANARY)
+    return accept(context, draft, change, verdict)
 
 
 def _verified_widely(context: Context, draft: Draft, change: Change, verdict: Verdict) -> Draft:
     """On half of the controls a change is not asked again whether it helps, only whether it harms."""
     if verdict.name in {reasons.HARMFUL, reasons.TOO_FEW_REQUESTS}:
-        return _give_up(context, draft, verdict)
+        return give_up(context, draft, verdict)
     if not verdict.evidence or context.now - change.measured_from < _stage_s(context):
         return draft
-    return _accept(context, draft, change, replace(verdict, name=reasons.PROMOTED, aborted=False))
+    return accept(context, draft, change, replace(verdict, name=reasons.PROMOTED, aborted=False))
 
 
 def judge_change(context: Context, change: Change) -> tuple[Change, Verdict]:
@@ -334,7 +208,7 @@ def _spread(context: Context, draft: Draft, change: Change) -> Draft | None:
     _, control = arms(context, change)
     before = tuple(control.measures.values())
     everywhere = replace(change, widened=change.controls, before=before, measured_from=0.0, drained=False)
-    return _enter(context, draft, everywhere, Phase.CANARY)
+    return enter(context, draft, everywhere, Phase.CANARY)
 
 
 def _crossed(context: Context, draft: Draft, change: Change) -> Draft:
@@ -348,7 +222,7 @@ def _crossed(context: Context, draft: Draft, change: Change) -> Draft:
         crossed_at=context.now,
         measured_from=0.0,
     )
-    return _enter(context, draft, swapped, Phase.CANARY)
+    return enter(context, draft, swapped, Phase.CANARY)
 
 
 def _half(context: Context, change: Change) -> tuple[ReplicaRef, ...]:
@@ -367,72 +241,13 @@ def _stage_s(context: Context) -> float:
     return MIN_SCRAPES * context.policy.pace.scrape * (1 if context.overloaded else 3)
 
 
-def _accept(context: Context, draft: Draft, change: Change, verdict: Verdict) -> Draft:
-    canary = next(replica for replica in context.everyone if replica.uid == change.canary_uid)
-    unproven = " (before/after on one replica, unproven)" if not change.controls else ""
-    text = (
-        f"{_clause(change.why)}{format_changes(change.values)} on canary {canary.name}; {verdict.effect}; "
-        f"promoted as generation {change.generation}{unproven}."
-    )
-    draft = _record(context, draft, change, verdict, outcome="Promoted", text=text)
-    return _enter(context, draft, replace(change, verdict=verdict.name), Phase.PROMOTE)
-
-
-def _give_up(context: Context, draft: Draft, verdict: Verdict) -> Draft:
-    """Revert the change and block its value for a while, unless it was aborted."""
-    change = draft.state.change
-    if change is None or draft.state.phase is Phase.REVERT:
-        return draft
-    draft = _without_promotion(draft, change)
-    changed = format_changes(change.values)
-    if verdict.aborted:
-        text = (
-            f"{changed} was aborted ({verdict.name}: {verdict.effect}); back to generation {_known(context)}."
-        )
-        draft = _record(context, draft, change, verdict, outcome="Aborted", text=text)
-        named = f"Aborted({verdict.name})"
-        if verdict.name == reasons.PUSH_FAILED:  # nor would the same push be taken a moment later
-            draft = _blocked(context, draft, change, INCONCLUSIVE_COOLDOWNS * context.policy.pace.cooldown)
-    else:
-        text = (
-            f"{changed} was reverted ({verdict.name}): {verdict.effect}; "
-            f"back to generation {_known(context)}."
-        )
-        draft = _record(context, draft, change, verdict, outcome="Reverted", text=text)
-        named = verdict.name
-        draft = _remember_failure(context, draft, change, verdict.name)
-    return _enter(context, draft, replace(change, verdict=named), Phase.REVERT)
-
-
-def _without_promotion(draft: Draft, change: Change) -> Draft:
-    """The draft without the write of the change, which a step before may have asked for."""
-    kept = (
-        a for a in draft.actions if not (isinstance(a, WriteConfig) and a.generation == change.generation)
-    )
-    return replace(draft, actions=tuple(kept))
-
-
-def _remember_failure(context: Context, draft: Draft, change: Change, verdict: str) -> Draft:
-    reversals = (*draft.state.reversals, Reversal(change.values[0].knob, context.now))[-MAX_REVERSALS:]
-    # What showed nothing may show more under another load, but first it is the turn of the next remedy.
-    proven = verdict in {reasons.HARMFUL, reasons.NO_GAIN}
-    seconds = DAY if proven else INCONCLUSIVE_COOLDOWNS * context.policy.pace.cooldown
-    return _blocked(context, draft.with_state(reversals=reversals), change, seconds)
-
-
-def _blocked(context: Context, draft: Draft, change: Change, seconds: float) -> Draft:
-    leading = change.values[0]
-    blocked = BlockedValue(leading.knob, leading.after, context.now + seconds)
-    return draft.with_state(blocked_values=(*draft.state.blocked_values, blocked)[-MAX_BLOCKED_VALUES:])
-
-
 def _promoted(context: Context, draft: Draft, change: Change) -> Draft:
     """Push to all replicas, then write the ConfigMap; done when that is observed."""
     promoted = context.observation.promoted
     if promoted is None:
         return draft
     if promoted.generation == change.generation:
-        return _finish(context, draft, change, overlaid=True)
+        return finish(context, draft, change, overlaid=True)
     late = context.now - change.phase_since > PUSH_LIMIT * context.policy.pace.settle
     behind = [replica for replica in context.everyone if not _runs(context, change, replica)]
     if any(replica.engine is not None or not late for replica in behind):
@@ -453,105 +268,10 @@ def _reverted(context: Context, draft: Draft, change: Change) -> Draft:
         for replica in context.everyone
         if replica.engine is None or replica.engine.generation == change.generation
     ]
-    return draft if pending and not late else _finish(context, draft, change, overlaid=False)
-
-
-def _finish(context: Context, draft: Draft, change: Change, *, overlaid: bool) -> Draft:
-    """End the change: promoted values join the overlay, and a cooldown begins."""
-    state = draft.state
-    pace = context.policy.pace
-    if overlaid:
-        base = context.observation.base
-        if change.verdict != TAKEN_BACK and _turns_back(state, change, context):
-            back = Reversal(change.values[0].knob, context.now)
-            state = replace(state, reversals=(*state.reversals, back)[-MAX_REVERSALS:])
-        overlay = overlay_with(base, state.overlay, change.values, change.id)
-        state = replace(state, overlay=overlay)
-        if change.verdict in {reasons.PROMOTED, reasons.EMERGENCY}:
-            state = replace(state, watch=watch_of(context, change))
-    # After a change of capacity it is enough that the short window holds nothing from before it: a backlog
-    # that drains holds the next change up, and the flap budget bounds the way back.
-    until = context.now + (pace.short + pace.scrape if change.measure == CAPACITY else pace.cooldown)
-    return replace(draft, state=replace(state, change=None, phase=Phase.COOLDOWN, cooldown_until=until))
-
-
-def watch_of(context: Context, change: Change) -> Watch:
-    """The watch over a change that runs on all replicas from now on."""
-    memory = next((item.bad for item in change.before if change.verdict == reasons.EMERGENCY), 0.0)
-    pace = context.policy.pace
-    return Watch(
-        change.id,
-        change.rule,
-        change.values,
-        context.now,
-        context.now + (pace.settle if memory else pace.verify),
-        change.rate_before,
-        change.errors_before,
-        change.judged_before,
-        ratio=change.ratio,
-        memory_before=memory,
-    )
-
-
-def _turns_back(state: TuningState, change: Change, context: Context) -> bool:
-    """True if a promotion moves a knob back towards the user's value: it counts as a reversal."""
-    leading = change.values[0]
-    entry = next((item for item in state.overlay if item.knob == leading.knob), None)
-    if entry is None or isinstance(leading.after, bool) or not isinstance(leading.after, int | float):
-        return entry is not None and not isinstance(leading.after, int | float)
-    user = entry.based_on if entry.based_on is not None else value({}, leading.knob)
-    if user is None:
-        return False
-    return bool((entry.value - user) * (leading.after - leading.before) < 0)
-
-
-def _enter(context: Context, draft: Draft, change: Change, phase: Phase) -> Draft:
-    if phase is Phase.VERIFY and not change.deadline:
-        change = replace(change, deadline=deadline_of(context, context.now))
-    return draft.with_state(phase=phase, change=replace(change, phase_since=context.now))
+    return draft if pending and not late else finish(context, draft, change, overlaid=False)
 
 
 def _runs(context: Context, change: Change, replica: ObservedReplica) -> bool:
     return replica.engine is not None and runs(
         replica.engine, change.generation, candidate(context.config, change.values)
     )
-
-
-def _before(context: Context, replica: ObservedReplica, objective: str) -> tuple[Measure, ...]:
-    """What a change on the only replica is compared with: the measures during the breach.
-
-    Only the measure that it should cure and the errors are tested for harm, as load changes all others.
-    The short window is used, unless it holds too few requests for a verdict.
-    """
-    wanted = context.policy.objectives
-    window = "short" if context.short.judged >= context.policy.pace.requests_per_arm else "long"
-    measured = arm(context.measured, window, frozenset({replica.uid}), wanted)
-    return tuple(
-        item for name, item in measured.measures.items() if name == objective or name not in wanted.latency
-    )
-
-
-def _record(
-    context: Context, draft: Draft, change: Change, verdict: Verdict, *, outcome: DecisionOutcome, text: str
-) -> Draft:
-    return draft.recorded(
-        context,
-        id=change.id,
-        rule=change.rule,
-        outcome=outcome,
-        summary=text,
-        changes=change.values,
-        generation=change.generation if outcome == "Promoted" else _known(context),
-        canary="" if change.canary is None else change.canary.name,
-        controls=tuple(item.name for item in change.controls),
-        evidence={"verdict": verdict.name, "effect": verdict.effect, **verdict.evidence},
-    )
-
-
-def _known(context: Context) -> int:
-    """The generation that stays in force when a change is reverted."""
-    return context.observation.promoted.generation if context.observation.promoted is not None else 0
-
-
-def _clause(why: str) -> str:
-    return f"{sentence(why)}; " if why else ""

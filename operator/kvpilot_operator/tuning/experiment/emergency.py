@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
-from kvpilot_operator.tuning.experiment.canary import abort
+from kvpilot_operator.tuning.experiment.ends import abort
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
 from kvpilot_operator.tuning.state import Measure, Phase
 

@@ -14,9 +14,10 @@ from typing import Any
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_changes
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK, errors_of
 from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, error_evidence
+from kvpilot_operator.tuning.experiment.start import errors_of
 from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
 from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT

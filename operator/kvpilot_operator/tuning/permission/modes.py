@@ -8,7 +8,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.configuration import within
 from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_value
 from kvpilot_operator.tuning.decision import Rejected
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK, TRIED, abort
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK, TRIED, abort
 from kvpilot_operator.tuning.permission.approval import await_approval
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import Change, Phase

@@ -10,7 +10,7 @@ from tests.operator.tuning.experiments import canary, context, controls, in_phas
 from tests.operator.tuning.policies import CATALOGUE_BOUNDS
 
 from kvpilot_operator.tuning.context import Draft
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Promoted
 from kvpilot_operator.tuning.permission.modes import revoke
 from kvpilot_operator.tuning.policy import KnobBounds, Mode
