@@ -20,7 +20,7 @@ from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.snapshot import Replica, Snapshot
 from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.decision import Record, Scale, WriteConfig
-from kvpilot_operator.tuning.experiment.canary import TAKEN_BACK
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Promoted
 from kvpilot_operator.tuning.state import PIN, OverlayEntry, Phase, TuningState
 
@@ -177,7 +177,8 @@ class Effects:
             after = self._state
             self._that(after.epoch >= before.epoch, "an epoch never decreases")
             self._that(after.last_generation >= before.last_generation, "a generation is never forgotten")
-            self._begins_where_it_was(after)
+            if self.intent.tuning is not None:  # a refused spec leaves the rest of the status as it is
+                self._begins_where_it_was(after)
             self._ends(before, after)
             self.committed()
 
