@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import Any, Literal
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.capacity import Capacity, measured
+from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.assess.forecast import offered
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
 from kvpilot_operator.tuning.assess.outliers import Outlier
@@ -42,6 +41,7 @@ class Context:
 
     Attributes:
         measured: the observation with the replicas that can be compared: trusted ones without outliers.
+        capacity: what a mean one of them completes; None without a curve of step time or without work.
         now: s since the epoch.
         trust: which replicas can be trusted, and what that permits.
         outliers: replicas that differ from the others by themselves.
@@ -52,6 +52,7 @@ class Context:
 
     observation: Observation
     measured: Observation
+    capacity: Capacity | None
     policy: Policy
     now: float
     trust: Trust
@@ -62,11 +63,6 @@ class Context:
     diagnosis: Diagnosis
     stalled: str = ""
     infeasible: str = ""
-
-    @cached_property
-    def capacity(self) -> Capacity | None:
-        """What a mean comparable replica completes; None without a curve of step time or without work."""
-        return measured(self.measured)
 
     @property
     def everyone(self) -> tuple[ObservedReplica, ...]:

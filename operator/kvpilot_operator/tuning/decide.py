@@ -90,7 +90,8 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
     apart = outliers(alike)
     measured = _with_replicas(trusted, {r.uid for r in found.trusted} - {item.uid for item in apart})
     counts = measured.counts(judged_window(measured))
-    beyond = unreachable(counts, capacity_of(measured), policy.objectives) if found.nothing is None else ()
+    capacity = capacity_of(measured)
+    beyond = unreachable(counts, capacity, policy.objectives) if found.nothing is None else ()
     objectives, curable = (
         _with_unreachable(judge(seen, policy.objectives, trusted=found.nothing is None), beyond)
         for seen in (trusted, measured)
@@ -100,6 +101,7 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
     return Context(
         observation=observation,
         measured=measured,
+        capacity=capacity,
         policy=policy,
         now=now,
         trust=found,
