@@ -35,7 +35,7 @@ DECISION_BYTES = 512
 STATUS_BYTES, KEPT_GENERATIONS = 16 * 1024, 2
 """A larger status drops its oldest decisions, then its oldest generations, of which it keeps so many."""
 
-TEXT_LIMITS = (256, 128, 64)
+TEXT_LIMITS = (256, 128, 56)
 """Then it cuts texts for people to so many characters, the first number that suffices."""
 
 
@@ -149,6 +149,8 @@ class StepRateStatus(_Status):
     rate: Number = Field(0.0, description="Row-steps per second of stepping; 0 if unknown.")
     requests: Number = Field(0.0, description="Requests' worth of row-steps that it rests on.")
     rows: Number = Field(0.0, description="Most rows at once that were seen long enough.")
+    computed: Number = Field(0.0, description="Computed prompt tokens per row-step.")
+    prefill_s: Number = Field(0.0, description="Seconds that they took.")
 
 
 class TallyStatus(_Status):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from tests.operator.backtest.simulations import (
     SMALL,
     assert_settled,
@@ -9,6 +12,8 @@ from tests.operator.backtest.simulations import (
 )
 
 from kvpilot_operator.backtest.model import EngineModel
+from kvpilot_operator.backtest.planted import Planted, play, runs_of
+from kvpilot_operator.resource.load import load_document
 from kvpilot_operator.tuning.state import Phase
 
 
@@ -47,3 +52,16 @@ def test_before_window_is_as_long_as_a_verdict_needs() -> None:
     sim.run(400, until=lambda s: s.state.phase is Phase.COOLDOWN)
     assert sim.outcomes() == ["Started", "Promoted"], sim.report()
     assert sim.records[1].evidence["control"]["judged"] >= 100, "ten seconds hold 50 requests"
+
+
+@pytest.mark.parametrize(
+    ("planted", "factor", "promoted"), [("gain", 1.5, 6), ("aa", 1.0, 0), ("regression", 1.5, 0)]
+)
+def test_one_replica_proves_a_planted_gain_against_its_past(
+    planted: Planted, factor: float, promoted: int
+) -> None:
+    manifest = load_document(Path("examples/production.yaml"))
+    manifest["spec"]["tuning"] = {"singleReplica": "BeforeAfter"}
+    jobs = runs_of(manifest, planted, factor, 6, replicas=1, pace="Fast", sticky=False, seed=1)
+    found = [play(job) for job in jobs]
+    assert sum(result.outcome == "Promoted" for result in found) == promoted, [item.report for item in found]

@@ -40,6 +40,7 @@ from kvpilot_operator.tuning.state import (
 )
 
 TIMES = st.integers(min_value=1, max_value=4_000_000_000_000).map(lambda ms: ms / 1000)
+RATES = st.builds(StepRate, *(st.floats(0, limit) for limit in (1e6, 1e6, 256, 1e6, 1e3)))
 NAMES = st.text(alphabet="abcdefghij0123456789-", min_size=1, max_size=20)
 VALUES = {
     "numWorkers": st.integers(1, 128),
@@ -84,7 +85,7 @@ CHANGES = st.builds(
     measured_from=st.just(0.0) | TIMES,
     widened=st.lists(REPLICAS, max_size=4).map(tuple),
     drained=st.booleans(),
-    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 256)),
+    rate_before=RATES,
     errors_before=st.floats(0, 1),
     judged_before=st.floats(0, 1e6),
     difference_before=st.none() | EFFECTS,
@@ -102,7 +103,7 @@ WATCHES = st.builds(
     values=st.lists(knob_changes(), min_size=1, max_size=3).map(tuple),
     since=TIMES,
     until=TIMES,
-    rate_before=st.builds(StepRate, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 256)),
+    rate_before=RATES,
     errors_before=st.floats(0, 1),
     judged_before=st.floats(0, 1e6),
     own=st.booleans(),

@@ -67,7 +67,9 @@ def change(replicas: int) -> Change:
         (POD,) * min(replicas - 1, MAX_CONTROLS), 3, "throughput", 0.71,
         verdict="Promoted", why=SENTENCE, approved_by="ada.lovelace@example.org", measure="capacity",
         ratio=1.2345678901234567, seed=2**32, measured_from=NOW, drained=True,
-        rate_before=StepRate(1.2345678901234567, 123.45678901234567, 256.0),
+        rate_before=StepRate(
+            1.2345678901234567, 123.45678901234567, 256.0, 12.345678901234567, 0.012345678901234567
+        ),
         errors_before=0.12345678901234567, judged_before=123.45678901234567,
         difference_before=Effect(0.12345678901234567, 0.0123456789012345),
         tally=Tally(12, 0.12345678901234567, 0.12345678901234567, 1234.0, NOW), crossed_at=NOW,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kvpilot_engine.contract.step_curve import time_of
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
-from kvpilot_operator.tuning.observation import Observation
+from kvpilot_operator.tuning.observation import Counts, Observation
 from kvpilot_operator.tuning.policy import Objectives
 
 USE = 0.8
@@ -110,8 +110,13 @@ def measured(observation: Observation) -> Capacity | None:
     if not curve or min(curve.values()) <= 0:
         return None
     rows = max(1.0, counts.step_rows / counts.steps)
-    prefill_s = max(0.0, counts.busy_seconds / counts.steps - _time_of(curve, rows))
-    return Capacity(counts.step_rows / ended, rows, prefill_s, curve)
+    return Capacity(counts.step_rows / ended, rows, prefill_s(counts, curve) / counts.steps, curve)
+
+
+def prefill_s(counts: Counts, curve: Mapping[int, float]) -> float:
+    """Seconds of prefill: what steps took beyond decode steps with as many rows in the mean."""
+    rows = max(1.0, counts.step_rows / max(1.0, counts.steps))
+    return max(0.0, counts.busy_seconds - counts.steps * _time_of(curve, rows))
 
 
 def max_work_s(objectives: Objectives) -> float:

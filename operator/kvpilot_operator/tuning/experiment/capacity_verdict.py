@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpilot_operator.tuning import reasons
@@ -22,7 +22,14 @@ from kvpilot_operator.tuning.experiment.evidence import (
     errors_bounded,
 )
 from kvpilot_operator.tuning.experiment.statistics import Z95, mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import (
+    as_loaded,
+    corrected,
+    difference,
+    of_equal_prompts,
+    of_other_times,
+    step_rate,
+)
 from kvpilot_operator.tuning.experiment.verdict import (
     GAIN_SHARE,
     OPEN,
@@ -52,9 +59,12 @@ def judge_capacity(context: Context, change: Change) -> Verdict:
     """The verdict on a change of capacity."""
     elapsed = context.now - change.measured_from
     canary, control = arms(context, change)
-    effect = capacity_effect(context, change)
+    rates = step_rates(context, change)
+    effect, real = _at_equal_prompts(change, rates), _as_it_is(change, rates)
     failed = error_evidence(canary, control)
-    slower = 0.0 if effect is None else _slower(context, change, effect)
+    slower = 0.0
+    if real is not None and as_loaded(*rates, change.values):
+        slower = mixture_evidence(real, harm_below(change.ratio), above=False)
     evidence = _evidence(change, canary, control, effect, max(failed, slower))
     text = format_effect(change, canary, control, context.policy.objectives)
 
@@ -63,8 +73,8 @@ def judge_capacity(context: Context, change: Change) -> Verdict:
 
     if max(failed, slower) >= HARM_EVIDENCE or _works_too_long(context, canary, control):
         return verdict(reasons.HARMFUL)
-    if effect is not None:
-        if _proven(context, change, effect, (canary, control), elapsed):
+    if effect is not None and real is not None:
+        if real.log_ratio >= BETTER and _proven(context, change, effect, (canary, control), elapsed):
             return verdict(reasons.PROMOTED)
         half = max(BETTER, GAIN_SHARE * _log(change.ratio))
         if not change.drained and mixture_evidence(effect, half, above=False) >= GAIN_EVIDENCE:
@@ -85,35 +95,45 @@ def harm_below(ratio: float) -> float:
 
 
 def capacity_effect(context: Context, change: Change) -> Effect | None:
-    """Log ratio of the capacities that both arms showed, without what the machines differed by before."""
-    found = difference(*step_rates(context, change))
-    before = change.difference_before if change.others else None
-    return None if found is None else corrected(found, before)
+    """Log ratio of the capacities that both arms showed for equal prompts, as far as the change makes it."""
+    return _at_equal_prompts(change, step_rates(context, change))
+
+
+def _at_equal_prompts(change: Change, rates: tuple[StepRate, StepRate]) -> Effect | None:
+    found = of_equal_prompts(*rates)
+    if found is None:
+        return None
+    return corrected(found, change.difference_before) if change.others else of_other_times(found)
+
+
+def _as_it_is(change: Change, rates: tuple[StepRate, StepRate]) -> Effect | None:
+    """The same with the prompts that each arm really computed: a change may cost hits, which is its harm."""
+    found = difference(*rates)
+    return None if found is None else corrected(found, change.difference_before if change.others else None)
 
 
 def step_rates(context: Context, change: Change) -> tuple[StepRate, StepRate]:
     """Step rates of candidate and controls, or of what was before where there are none."""
 
     def rate(uids: frozenset[str]) -> StepRate:
-        return step_rate(context.measured.counts("verify", uids), change.values)
+        return step_rate(context.measured.counts("verify", uids), change.values, _curve(context))
 
     return rate(change.candidates), rate(change.others) if change.others else change.rate_before
 
 
-def _slower(context: Context, change: Change, effect: Effect) -> float:
-    """E-value against "the candidate does as much work per second as it leaves by its prediction"."""
-    if not as_loaded(*step_rates(context, change), change.values):
-        return 0.0
-    return mixture_evidence(effect, harm_below(change.ratio), above=False)
+def _curve(context: Context) -> Mapping[int, float] | None:
+    return None if context.capacity is None else context.capacity.curve
 
 
 def rates_before(
     context: Context, values: Sequence[KnobChange], canary: str, controls: frozenset[str]
 ) -> tuple[StepRate, Effect | None]:
     """Step rate of all replicas before a change, and what the two arms differ by; over the long window."""
-    seen = context.measured
-    one, other = (step_rate(seen.counts("long", uids), values) for uids in (frozenset({canary}), controls))
-    return step_rate(seen.counts("long"), values), difference(one, other) if controls else None
+    seen, curve = context.measured, _curve(context)
+    one, other = (
+        step_rate(seen.counts("long", uids), values, curve) for uids in (frozenset({canary}), controls)
+    )
+    return step_rate(seen.counts("long"), values, curve), of_equal_prompts(one, other) if controls else None
 
 
 def load_is_elsewhere(context: Context, change: Change) -> bool:

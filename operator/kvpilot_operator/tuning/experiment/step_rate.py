@@ -8,9 +8,10 @@ depend on the load: a replica shows what it can do as soon as it has worked with
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from kvpilot_operator.tuning.assess.capacity import prefill_s
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
 
@@ -21,6 +22,10 @@ trace, 0.5 with log-normal sizes (sd 0.8) that a session shares."""
 MACHINES_DIFFER, SPEED_WANDERS = 0.15, 0.05
 """Standard deviations of the log ratio of two equal engines: of their machines, and of one within minutes."""
 
+TIMES_DIFFER = 0.1
+"""Standard deviation of the log ratio of the same engines now and before: they wander, and so does what they
+are asked, beyond the prompt tokens that they compute."""
+
 MIN_SECONDS, MIN_REQUESTS = 1.0, 4.0
 """A bucket of rows shows a rate after so many seconds and so many requests' worth of row-steps."""
 
@@ -28,12 +33,15 @@ CHUNK = "maxStepTokens"
 """Knob that changes the row-steps of a request: a prompt in larger chunks takes fewer and longer ones."""
 
 
-def step_rate(counts: Counts, values: Sequence[KnobChange]) -> StepRate:
+def step_rate(
+    counts: Counts, values: Sequence[KnobChange], curve: Mapping[int, float] | None = None
+) -> StepRate:
     """The best rate that a window shows, over the buckets of rows; zeros without one.
 
     Args:
         values: the change that is judged. If it alters the row-steps of a request, the rate is requests per
             second of stepping, else row-steps per second.
+        curve: seconds of a decode step by its rows. What steps take beyond it is prefill.
     """
     ended = counts.ended
     if ended <= 0 or counts.step_rows <= 0:
@@ -48,8 +56,14 @@ def step_rate(counts: Counts, values: Sequence[KnobChange]) -> StepRate:
         if (seconds := counts.bucket_seconds.get(bucket, 0.0)) >= MIN_SECONDS
         and rows / row_steps >= MIN_REQUESTS
     ]
-    best = max(shown, key=lambda item: item.rate, default=StepRate())
-    return replace(best, rows=max((item.rows for item in shown), default=0.0))
+    if not shown:
+        return StepRate()
+    return replace(
+        max(shown, key=lambda item: item.rate),
+        rows=max(item.rows for item in shown),
+        computed=unit * max(0.0, counts.query_tokens - counts.hit_tokens) / counts.step_rows,
+        prefill_s=unit * prefill_s(counts, curve) / counts.step_rows if curve else 0.0,
+    )
 
 
 def as_loaded(now: StepRate, before: StepRate, values: Sequence[KnobChange]) -> bool:
@@ -71,6 +85,30 @@ def difference(one: StepRate, other: StepRate) -> Effect | None:
     if min(one.rate, other.rate) <= 0:
         return None
     return Effect(math.log(one.rate / other.rate), SIZE_VARIANCE * (1 / one.requests + 1 / other.requests))
+
+
+def of_equal_prompts(one: StepRate, other: StepRate) -> Effect | None:
+    """``difference`` as it would be if both computed equally many prompt tokens per row-step.
+
+    What the caches of the arms hold differs, by chance and by the queue: a prompt that waits is often one
+    that is being computed. A row-step takes 1 / rate, and a computed prompt token b seconds of it, as both
+    show together; half of what their tokens differ by is taken off the one and added to the other. The more
+    that moves, the less is known: half of it counts as a standard deviation.
+    """
+    found = difference(one, other)
+    tokens = one.computed + other.computed
+    if found is None or tokens <= 0:
+        return found
+    token_s = (one.prefill_s + other.prefill_s) / tokens
+    moved_s = token_s * (one.computed - other.computed) / 2
+    first, second = 1 / one.rate, 1 / other.rate
+    equal = math.log(max(second + moved_s, second / 2) / max(first - moved_s, first / 2))
+    return Effect(equal, found.variance + ((equal - found.log_ratio) / 2) ** 2)
+
+
+def of_other_times(now: Effect) -> Effect:
+    """The effect of a change on the same engines, where ``now`` compares them with their own past."""
+    return Effect(now.log_ratio, now.variance + TIMES_DIFFER**2)
 
 
 def corrected(now: Effect, before: Effect | None) -> Effect:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from tests.operator.tuning.experiments import CURED, canary, change, context, controls, seen
-from tests.operator.tuning.observations import BAD, GOOD, gauges, replica
+from tests.operator.tuning.observations import BAD, GOOD, curve, gauges, replica
 
 from kvpilot_operator.tuning.experiment.canary import judge_change
 from kvpilot_operator.tuning.experiment.capacity_verdict import capacity_effect, is_calm, rates_before
 from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict
 from kvpilot_operator.tuning.observation import Observation
-from kvpilot_operator.tuning.state import Change, Effect, Measure, StepRate
+from kvpilot_operator.tuning.state import Change, Effect, Measure, ReplicaRef, StepRate
 
 VERIFY_S, LONG_S = 45.0, 60.0
 QUEUED = gauges(waiting=40.0)
@@ -164,6 +164,54 @@ def test_one_replica_is_compared_with_its_past_and_said_to_be_unproven() -> None
     assert judged(faster, tried).evidence["unproven"] is True
     slower = seen(canary(verify={"row_rate": 50.0}, gauges=QUEUED, seconds=20.0))
     assert judged(slower, tried).name == "Harmful"
+
+
+@pytest.mark.parametrize(("rate", "verdict"), [(148.0, "Promoted"), (120.0, OPEN)])
+def test_what_all_replicas_run_is_compared_with_their_own_past(rate: float, verdict: str) -> None:
+    """As after the load stayed on the controls: half as fast again is a proof, since no machine changed."""
+    tried = change(
+        since=60.0,
+        widened=(ReplicaRef("uid-chat-1", "chat-1"), ReplicaRef("uid-chat-2", "chat-2")),
+        before=(Measure("faults", 0.0, 1200.0), Measure("p95", 700.0, 1200.0)),
+        rate_before=StepRate(100.0, 1200.0),
+    )
+    figures = {"verify": {"row_rate": rate}, "gauges": QUEUED, "seconds": 60.0}
+    assert judged(seen(canary(**figures), *controls(**figures)), tried).name == verdict
+
+
+MEASURED = gauges(waiting=40.0, curve=curve())
+
+
+def test_a_gain_is_seen_through_the_hits_of_controls_whose_queue_shares_prompts() -> None:
+    """Measured on real engines: 62% hits where requests wait, 44% on the canary."""
+    tried = change(since=20.0, difference_before=Effect(0.0, 0.005))
+    one = {"row_rate": 138.0, "busy": 0.3 / 1.38, "rows": 4, "hit": 0.44}  # the same requests in less time
+    other = {"rows": 4, "hit": 0.62}
+    alike = judged(arms(one, {**other, "hit": 0.44}, gauges=MEASURED), tried)
+    through = judged(arms(one, other, gauges=MEASURED), tried)
+    assert (alike.name, through.name) == (OPEN, "Promoted")
+    assert through.evidence["ratio"] > alike.evidence["ratio"] == 1.38
+
+
+def test_a_gain_that_costs_as_many_hits_is_none() -> None:
+    """The canary meets its objectives and would be faster for equal prompts, but it does no more work."""
+    tried = change(since=VERIFY_S, difference_before=Effect(0.0, 0.001))
+    figures = {"gauges": MEASURED, "seconds": 50.0}
+    lost = seen(
+        canary(verify={**ALIKE, "rows": 4, "hit": 0.2}, **figures, attained=CURED),
+        *controls(verify={**ALIKE, "rows": 4, "hit": 0.8}, **figures),
+    )
+    verdict = judged(lost, tried)
+    assert 3 <= verdict.evidence["gainEValue"] < 20
+    assert verdict.name == OPEN
+
+
+def test_hits_that_a_change_loses_are_harm() -> None:
+    tried = change(since=20.0, difference_before=Effect(0.0, 0.001))
+    lost = arms(
+        {"row_rate": 60.0, "busy": 0.5, "rows": 4, "hit": 0.2}, {"rows": 4, "hit": 0.8}, gauges=MEASURED
+    )
+    assert judged(lost, tried).name == "Harmful"
 
 
 def test_rates_before_are_those_of_the_long_window() -> None:

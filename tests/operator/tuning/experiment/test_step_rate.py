@@ -9,12 +9,19 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tests.operator.tuning.observations import counts
+from tests.operator.tuning.observations import counts, curve
 
 from kvpilot_operator.tuning.experiment.capacity_verdict import BETTER, WORSE
 from kvpilot_operator.tuning.experiment.evidence import GAIN_EVIDENCE, HARM_EVIDENCE
 from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import (
+    as_loaded,
+    corrected,
+    difference,
+    of_equal_prompts,
+    of_other_times,
+    step_rate,
+)
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import Effect, KnobChange, StepRate
 
@@ -180,3 +187,60 @@ def test_most_rows_are_told_beside_the_best_rate() -> None:
     )
     found = step_rate(seen, ())
     assert (found.rate, found.rows) == (600.0, 16)
+
+
+PROMPT, ANSWER, TOKEN_S = 256, 8, 0.005
+CURVE = curve()
+
+
+def answered(rows: int, hit: float, *, speed: float = 1.0, requests: int = 400) -> StepRate:
+    """What an engine shows that answers long prompts in steps of ``rows`` rows."""
+    computed, row_steps = requests * PROMPT * (1 - hit), requests * (ANSWER + 1.0)
+    busy_s = (row_steps / rows * CURVE[rows] + computed * TOKEN_S) / speed
+    shown = Counts(
+        outcomes={"ok": float(requests)},
+        query_tokens=float(requests * PROMPT),
+        hit_tokens=requests * PROMPT - computed,
+        busy_seconds=busy_s,
+        steps=row_steps / rows,
+        step_rows=row_steps,
+        bucket_rows={rows: row_steps},
+        bucket_seconds={rows: busy_s},
+    )
+    return step_rate(shown, (), CURVE)
+
+
+@pytest.mark.parametrize(("hit", "other_hit"), [(0.43, 0.64), (0.64, 0.43), (0.1, 0.9), (0.0, 1.0)])
+def test_what_the_caches_hold_is_no_difference_of_the_engines(hit: float, other_hit: float) -> None:
+    arms = answered(4, hit), answered(4, other_hit)
+    raw, equal = difference(*arms), of_equal_prompts(*arms)
+    assert raw is not None and equal is not None
+    assert abs(raw.log_ratio) > 0.25
+    assert abs(equal.log_ratio) < 1e-6
+    assert equal.variance == pytest.approx(raw.variance + (raw.log_ratio / 2) ** 2), "and less is known"
+
+
+@pytest.mark.parametrize("hit", [0.3, 0.5, 0.7])
+def test_a_gain_shows_for_equal_prompts_whatever_the_caches_hold(hit: float) -> None:
+    found = of_equal_prompts(answered(4, hit), answered(1, 1 - hit))
+    true = difference(answered(4, 0.5), answered(1, 0.5))
+    assert found is not None and true is not None
+    assert found.log_ratio == pytest.approx(true.log_ratio, abs=1e-6)
+
+
+def test_a_slower_engine_is_slower_for_equal_prompts_too() -> None:
+    found = of_equal_prompts(answered(4, 0.7, speed=0.5), answered(4, 0.3))
+    assert found is not None and found.log_ratio < math.log(0.6)
+
+
+def test_without_a_curve_or_prompts_rates_are_compared_as_they_are() -> None:
+    one, other = StepRate(120.0, 100.0, computed=30.0), StepRate(100.0, 100.0, computed=10.0)
+    assert of_equal_prompts(one, other) == difference(one, other)
+    assert of_equal_prompts(StepRate(120.0, 100.0), StepRate(100.0, 100.0)) is not None
+    assert of_equal_prompts(StepRate(), other) is None
+
+
+def test_the_past_of_the_same_engines_needs_no_prior_of_machines() -> None:
+    now = Effect(math.log(1.5), 0.001)
+    assert of_other_times(now).log_ratio == now.log_ratio
+    assert now.variance < of_other_times(now).variance < corrected(now, None).variance
