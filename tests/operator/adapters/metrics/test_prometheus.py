@@ -86,10 +86,15 @@ def counts(found: Mapping[Key, Mapping[str, Sample]], uid: str, window: str) -> 
 def whole(
     found: Mapping[Key, Mapping[str, Sample]], uid: str, windows: Mapping[str, float], scrape_s: float
 ) -> bool:
-    """No scrape of the windows is missing: a crowded machine scrapes late."""
-    return all(
-        abs(counts(found, uid, name).replica_seconds - length) <= 2 * scrape_s
-        for name, length in windows.items()
+    """Hardly a scrape is missing, and none of the shortest window: a crowded machine scrapes late."""
+    sample = found.get(CHAT, {}).get(uid)
+    return (
+        sample is not None
+        and sample.scrape_s < 1.1 * scrape_s
+        and all(
+            abs(counts(found, uid, name).replica_seconds - length) <= 2 * scrape_s
+            for name, length in windows.items()
+        )
     )
 
 
@@ -133,7 +138,7 @@ async def test_counts_resets_and_staleness(prometheus: Scraping, metrics: Promet
     sample = (await burst(read, pod, WINDOWS))[pod.uid]
     for window, length in WINDOWS.items():
         seen = sample.windows[window]
-        assert seen.completed == pytest.approx(100, rel=SCRAPE_S / length + 0.05), window
+        assert seen.completed == pytest.approx(100, rel=2 * SCRAPE_S / length + 0.05), window
         assert seen.attainment("request", 0.25) == 0.0
         assert seen.attainment("request", 0.3) == pytest.approx(1.0)
     assert sample.gauges.generation == 7
