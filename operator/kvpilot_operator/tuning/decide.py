@@ -92,10 +92,12 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
     counts = measured.counts(judged_window(measured))
     capacity = capacity_of(measured)
     beyond = unreachable(counts, capacity, policy.objectives) if found.nothing is None else ()
-    objectives, curable = (
-        _with_unreachable(judge(seen, policy.objectives, trusted=found.nothing is None), beyond)
-        for seen in (trusted, measured)
-    )
+
+    def judged(seen: Observation) -> tuple[Objective, ...]:
+        return _with_unreachable(judge(seen, policy.objectives, trusted=found.nothing is None), beyond)
+
+    objectives = judged(trusted)
+    curable = judged(measured) if apart else objectives
     stalled = sorted(r.name for r in observation.ready if is_stalled(r)) if found.nothing is None else []
     idle = found.nothing is None and not stalled and no_traffic(trusted)
     return Context(
