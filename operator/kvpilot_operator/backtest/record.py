@@ -61,16 +61,19 @@ class RecordOptions:
 
 
 def run_record(options: RecordOptions) -> int:
-    """Write the recording; exit code 2 for invalid input or no data, 1 if the source does not answer."""
+    """Write the recording. Exit code 0 with one, gaps included; 1 if the source never answers or the file
+    cannot be written; 2 for invalid input, and if the source has no data of the resource."""
     try:
         check_files({}, {"--out": options.out})
         for option, path in (("--token-file", options.token_file), ("--ca-file", options.ca_file)):
             _check_readable(option, path)
         start, end = _span(options, time.time())
-        recording = asyncio.run(record(options, start, end))
+        recording, silent = asyncio.run(record(options, start, end))
     except (OptionError, MetricsError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1 if isinstance(error, MetricsError) else 2
+    if silent is not None:
+        print(f"{PROGRAM}: {silent}; what it did not answer for is a gap", file=sys.stderr)
     print("\n".join(_reported(recording)))
     if not write_file(PROGRAM, options.out, "".join(f"{line}\n" for line in lines_of(recording))):
         return 1
@@ -128,12 +131,15 @@ def _moment(option: str, text: str, now: float) -> float:
         ) from None
 
 
-async def record(options: RecordOptions, start: float, end: float) -> Recording:
+async def record(options: RecordOptions, start: float, end: float) -> tuple[Recording, MetricsError | None]:
     """Read the counters of all engines of the resource.
+
+    Returns:
+        the recording, and why the source did not answer for a part of it; None if it always did.
 
     Raises:
         OptionError: the URL is invalid, or there is no data of the resource.
-        MetricsError: the source does not answer.
+        MetricsError: the source never answers.
     """
     try:
         given = source_of("prometheus", options.url, options.token_file, options.ca_file)
@@ -142,28 +148,40 @@ async def record(options: RecordOptions, start: float, end: float) -> Recording:
         raise OptionError(f"--url: {why}") from None
     source = PrometheusSource(given, TIMEOUT_S)
     try:
-        totals = await _totals(source, Key(options.namespace, options.name), start, end, options.step)
+        totals, silent = await _totals(source, Key(options.namespace, options.name), start, end, options.step)
     finally:
         source.close()
     resource = f"{options.namespace}/{options.name}"
     intervals = _intervals(totals, start, end, options.step)
     if all(interval.gap for interval in intervals):
         raise OptionError(f"{resource}: {options.url} has no data of its engines in that time")
-    return recording_of(resource, start, options.step, intervals)
+    return recording_of(resource, start, options.step, intervals), silent
 
 
-async def _totals(source: PrometheusSource, key: Key, start: float, end: float, step: float) -> Totals:
-    found: Totals = {}
-    for figure, query in _queries(key, step).items():
-        by_time: dict[float, float] = {}
-        at = start + step
-        while at <= end + 1e-6:
-            last = min(end, at + (POINTS - 1) * step)
-            for row in await source.query_range(query, at, last, step):
-                by_time |= {round(float(when), 3): float(value) for when, value in row["values"]}
-            at = last + step
-        found[figure] = by_time
-    return found
+async def _totals(
+    source: PrometheusSource, key: Key, start: float, end: float, step: float
+) -> tuple[Totals, MetricsError | None]:
+    """The increases of each figure; those of a part of the time for which the source is silent are absent.
+
+    Raises:
+        MetricsError: it is silent for all of it.
+    """
+    queries = _queries(key, step)
+    found: Totals = {figure: {} for figure in queries}
+    silent, answered, at = None, False, start + step
+    while at <= end + 1e-6:
+        last = min(end, at + (POINTS - 1) * step)
+        try:
+            for figure, query in queries.items():
+                for row in await source.query_range(query, at, last, step):
+                    found[figure] |= {round(float(when), 3): float(value) for when, value in row["values"]}
+            answered = True
+        except MetricsError as error:
+            silent = error
+        at = last + step
+    if silent is not None and not answered:
+        raise silent
+    return found, silent
 
 
 def _queries(key: Key, step: float) -> dict[str, str]:

@@ -16,7 +16,10 @@ def register(app: typer.Typer) -> None:
         "recording that `kvpilot backtest --trace` replays.",
         epilog="Examples: `kvpilot record chat -n team-a --url http://prometheus:9090 --out chat.jsonl`; "
         "`kvpilot record chat --url http://prometheus:9090 --since 2026-01-05T08:00:00Z "
-        "--until 2026-01-05T20:00:00Z --out monday.jsonl`",
+        "--until 2026-01-05T20:00:00Z --out monday.jsonl`. "
+        "Exit code: 0 with a recording, also where Prometheus did not answer for a part of the time, which "
+        "is then a gap; 1 if it never answers, or the file cannot be written; 2 for invalid input, and if it "
+        "has no data of the deployment.",
     )
     def record(
         name: Annotated[str, typer.Argument(help="The KVCacheDeployment.")],

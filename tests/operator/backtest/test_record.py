@@ -13,6 +13,8 @@ from tests.operator.adapters.metrics.scraping import Exporter, Scraping, binary
 from tests.operator.cli.runs import kvpilot, started
 
 from kvpilot_engine.contract import metrics as names
+from kvpilot_operator.adapters.metrics.sources import Source
+from kvpilot_operator.backtest import record
 from kvpilot_operator.backtest.record import RecordOptions, run_record
 from kvpilot_operator.backtest.recording import (
     Interval,
@@ -24,6 +26,7 @@ from kvpilot_operator.backtest.recording import (
 from kvpilot_operator.backtest.scenes import LoadSpec, scene_of
 from kvpilot_operator.backtest.traces import recorded
 from kvpilot_operator.load.workload import LoadError
+from kvpilot_operator.ports import MetricsError
 from kvpilot_operator.resource.load import load_document
 from kvpilot_operator.status.snapshot import Key
 
@@ -94,6 +97,66 @@ def test_recording_without_any_data_is_refused(
         time.sleep(0.2)  # Prometheus starts
     assert code == 2
     assert "team-a/no-such" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+class Silent:
+    """A source that answers for a part of the time only: ``POINTS`` is 2, and each part is 120 s long."""
+
+    parts: tuple[bool, ...] = ()
+
+    def __init__(self, source: Source, timeout_s: float) -> None:
+        self.asked: list[float] = []
+
+    async def query_range(self, promql: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        self.asked += [start] if start not in self.asked else []
+        if not self.parts[len(self.asked) - 1]:
+            raise MetricsError("metrics source prometheus did not answer within 60 s")
+        return [{"values": [(start + index * step, "7") for index in range(round((end - start) / step) + 1)]}]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize(
+    ("parts", "gaps"),
+    [
+        ((True, True), []),
+        ((False, True), ["gap         no data from 0 s to 120 s"]),
+        ((True, False), ["gap         no data from 120 s to 240 s"]),
+    ],
+)
+def test_time_for_which_the_source_is_silent_is_a_gap_of_the_recording(
+    parts: tuple[bool, ...],
+    gaps: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Silent, "parts", parts)
+    monkeypatch.setattr(record, "PrometheusSource", Silent)
+    monkeypatch.setattr(record, "POINTS", 2)
+    out = tmp_path / "chat.jsonl"
+    assert run_record(RecordOptions("chat", "team-a", "http://p", out, since="240s")) == 0
+    assert [item.gap for item in read_recording(out).intervals] == [not part for part in parts for _ in "ab"]
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if line.startswith("gap")] == gaps
+    why = "metrics source prometheus did not answer within 60 s"
+    told = f"kvpilot record: {why}; what it did not answer for is a gap"
+    assert printed.err.splitlines() == [told] * len(gaps)
+
+
+def test_source_that_is_silent_from_start_to_end_gives_no_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Silent, "parts", (False, False))
+    monkeypatch.setattr(record, "PrometheusSource", Silent)
+    monkeypatch.setattr(record, "POINTS", 2)
+    out = tmp_path / "chat.jsonl"
+    assert run_record(RecordOptions("chat", "team-a", "http://p", out, since="240s")) == 1
+    assert capsys.readouterr().err == (
+        "kvpilot record: metrics source prometheus did not answer within 60 s\n"
+    )
     assert not out.exists()
 
 
