@@ -73,14 +73,31 @@ def _time(record: Json) -> Iterator[str]:
         yield f"The time of a request went into {listing(shares)}."
 
 
+def _found(record: Json) -> Iterator[str]:
+    """What speaks for a change, and where the time went."""
+    objective = (record.get("diagnosis") or {}).get("objective")
+    what = f"{objective} missed its target" if objective else "What speaks for a change"
+    yield f"{what}: {clauses(record['evidence']['why'])}."
+    yield from _time(record)
+
+
+def _suggested(record: Json) -> Iterator[str]:
+    """A change that waits for a person; its summary begins with the finding."""
+    why = str((record.get("evidence") or {}).get("why", ""))
+    found, _, left = str(record.get("summary", "")).partition(f"{sentence(why)}; ")
+    if not why or found:
+        yield from _caused(record)
+        return
+    yield from _found(record)
+    yield sentence(left)
+
+
 def _started(record: Json) -> Iterator[str]:
-    evidence, objective = record.get("evidence") or {}, (record.get("diagnosis") or {}).get("objective")
+    evidence = record.get("evidence") or {}
     if "why" not in evidence:
         yield from _caused(record)
         return
-    what = f"{objective} missed its target" if objective else "What speaks for a change"
-    yield f"{what}: {clauses(evidence['why'])}."
-    yield from _time(record)
+    yield from _found(record)
     controls = [str(name) for name in record.get("controls") or ()]
     against = f"with {replicas(controls)} as controls" if controls else "with its own past to compare with"
     gain = f"; it should gain {float(evidence['predictedGain']):.0%}" if "predictedGain" in evidence else ""
@@ -166,8 +183,8 @@ def _left(record: Json) -> Iterator[str]:
 _TELLERS: Mapping[str, Callable[[Json], Iterable[str]]] = MappingProxyType(
     {
         "Started": _started,
-        "Recommended": _caused,
-        "Proposed": _caused,
+        "Recommended": _suggested,
+        "Proposed": _suggested,
         "Promoted": _promoted,
         "Reverted": _reverted,
         "Aborted": _aborted,

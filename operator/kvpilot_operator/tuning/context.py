@@ -305,8 +305,8 @@ class Proposal:
 
     @property
     def promise(self) -> str:
-        """The predicted gain as a clause; "" without one."""
-        return f", predicted gain {self.predicted_gain:.0%}" if self.predicted_gain else ""
+        """What it should do, as the end of a clause."""
+        return f"should gain {self.predicted_gain:.0%}" if self.predicted_gain else "should help"
 
     @property
     def sentence(self) -> str:

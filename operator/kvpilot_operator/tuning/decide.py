@@ -274,7 +274,9 @@ def _no_remedy(context: Context, draft: Draft, plan: Plan) -> Draft:
     causes = [_cause(item) for item in plan.rejected if item.reason not in UNRELATED]
     stage = context.diagnosis.stage_text or context.diagnosis.objective
     more = f" ({'; '.join(filter(None, causes))})" if any(causes) else ""
-    return draft.held(context, reasons.NO_REMEDY, f"no rule promises relief for {stage}{more}")
+    return draft.held(
+        context, reasons.NO_REMEDY, f"kvpilot knows no change that would help with {stage}{more}"
+    )
 
 
 def _cause(item: Rejected) -> str:

@@ -143,7 +143,7 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(DRAINING, "hold", "Completions exceed arrivals, so the backlog drains without a change."),
     Reason(FLAP_BUDGET, "hold", "Changes of the knob were reverted as often in 6 hours as is allowed."),
-    Reason(NO_REMEDY, "hold", "An objective is breached and no rule promises relief."),
+    Reason(NO_REMEDY, "hold", "An objective is breached, and kvpilot knows no change that would help."),
     Reason(TOO_LITTLE_EXPOSURE, "hold", "Too few requests arrive to judge an experiment in time."),
     Reason(SINGLE_REPLICA, "hold", "One replica has no controls, so a change is only recommended."),
     Reason(KILL_SWITCH, "hold", "Tuning is switched off for the whole operator; candidates are taken back."),

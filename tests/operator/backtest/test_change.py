@@ -113,7 +113,7 @@ def test_mode_recommend_records_each_recommendation_once() -> None:
     assert set(sim.outcomes()) == {"Recommended"}
     assert len(keys) == len(set(keys)), "nothing is advised twice"
     assert re.search(
-        r"numWorkers 2 -> \d+, batchSize 2 -> \d+ is recommended, predicted gain \d+%\.$",
+        r"numWorkers 2 -> \d+, batchSize 2 -> \d+ should gain \d+%, which kvpilot leaves to you\.$",
         sim.records[0].summary,
     )
     assert (sim.promoted.config, sim.cluster.desired_replicas) == (SMALL, 3)

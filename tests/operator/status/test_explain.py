@@ -139,10 +139,29 @@ def test_change_that_was_not_kept_does_not_read_like_one_that_was(
     assert action.story == sentences
 
 
-@pytest.mark.parametrize("outcome", ["Started", "Promoted", "Reverted", "Aborted", "Emergency", "ScaledOut"])
+@pytest.mark.parametrize(
+    "outcome",
+    ["Started", "Proposed", "Recommended", "Promoted", "Reverted", "Aborted", "Emergency", "ScaledOut"],
+)
 def test_record_of_an_older_operator_is_told_by_its_summary(outcome: str) -> None:
     record = whole_record(outcome) | {"evidence": {}, "diagnosis": None, "rejected": []}
     assert explain(manifest(), [record]).actions[0].story == ("numWorkers 8 -> 16; p95 met.",)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "left"),
+    [
+        ("Recommended", "numWorkers 8 -> 16 should gain 40%, which kvpilot leaves to you."),
+        ("Proposed", "numWorkers 8 -> 16 should gain 40%. Approve it with `kvpilot approve chat d-0042`."),
+    ],
+)
+def test_what_a_person_has_to_do_follows_from_what_was_found(outcome: str, left: str) -> None:
+    record = {**whole_record(outcome), "summary": f"Workers were short; 4 are needed; {left}"}
+    assert explain(manifest(), [record]).actions[0].story[:3] == (
+        "p95 missed its target: workers were short, and 4 are needed.",
+        "The time of a request went into admission wait (71%) and decode (20%).",
+        left,
+    )
 
 
 def test_who_approved_a_change_is_told() -> None:

@@ -87,7 +87,8 @@ def test_why_no_capacity_is_added(scaling: Scaling | None, reported: str) -> Non
     assert scaled(decision) == []
     holds = {hold.reason: hold.message for hold in decision.state.holds}
     assert holds["NoRemedy"] == (
-        f"no rule promises relief for admission wait (workers-up: DeviceSaturated; {reported})"
+        "kvpilot knows no change that would help with admission wait "
+        f"(workers-up: DeviceSaturated; {reported})"
     )
 
 
@@ -280,7 +281,7 @@ def test_recommend_advises_replicas_once() -> None:
     first = context(seen, mode="Recommend")
     again = context(seen, first.state, mode="Recommend")
     assert [(r.outcome, r.replicas) for r in first.records] == [("Recommended", (3, 6))]
-    assert first.records[0].summary.endswith("replicas 3 -> 6 is recommended.")
+    assert first.records[0].summary.endswith("replicas 3 -> 6 should help, which kvpilot leaves to you.")
     assert (first.actions, again.actions, again.records) == ((), (), ())
 
 

@@ -94,11 +94,12 @@ def _pend(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         context,
         rule=proposal.rule,
         outcome="Proposed",
-        summary=f"{proposal.sentence}; {proposal.summary} waits for an approval{proposal.promise}: "
-        f"`{command}`, before {at_text(expires)}.",
+        summary=f"{proposal.sentence}; {proposal.summary} {proposal.promise}. "
+        f"Approve it with `{command}` before {at_text(expires)}.",
         changes=proposal.values,
         replicas=proposal.replicas,
         rejected=rejected,
+        evidence={"why": proposal.message},
     ).with_state(pending=(*draft.state.pending, pending))
 
 

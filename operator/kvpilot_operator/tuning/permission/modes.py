@@ -47,10 +47,11 @@ def recommend(context: Context, draft: Draft, proposal: Proposal, rejected: tupl
         f"{proposal.rule}:{proposal.summary}",
         rule=proposal.rule,
         outcome="Recommended",
-        summary=f"{proposal.sentence}; {proposal.summary} is recommended{proposal.promise}.",
+        summary=f"{proposal.sentence}; {proposal.summary} {proposal.promise}, which kvpilot leaves to you.",
         changes=proposal.values,
         replicas=proposal.replicas,
         rejected=rejected,
+        evidence={"why": proposal.message},
     )
 
 

@@ -118,4 +118,4 @@ def test_mode_recommend_only_recommends_it() -> None:
     decision = act(full(), mode="Recommend")
     assert [action for action in decision.actions if isinstance(action, Push)] == []
     assert decision.records[0].outcome == "Recommended"
-    assert "batchSize 8 -> 4 is recommended" in decision.records[0].summary
+    assert "batchSize 8 -> 4 should help, which kvpilot leaves to you" in decision.records[0].summary
