@@ -288,6 +288,10 @@ async def test_offered_rate_covers_the_schedule_or_the_time_until_the_stop() -> 
         while whole.tally.offered < 5:  # noqa: ASYNC110 - a plain fact of another task
             await asyncio.sleep(0.01)
         stopped.wind_down()
+        at = 0.0
+        while stopped.offered_seconds != at:  # until it stops to grow
+            at = stopped.offered_seconds
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.3)
         release.set()
         await asyncio.gather(*tasks)

@@ -41,7 +41,7 @@ async def test_knob_cures_the_breach(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 async def test_check_fails_on_a_breach_without_tuning(tmp_path: Path) -> None:
-    arguments = ("--load", "chat", "--check", "--mode", "Off", "--duration", "200")
+    arguments = ("--load", "chat", "--check", "--mode", "Off", "--duration", "150")
     async with up(tmp_path, str(QUICKSTART), *arguments) as run:
         await run.until("p50=Breached", 300)
         run.process.send_signal(signal.SIGINT)
