@@ -28,7 +28,7 @@ def calibrated(windows: Iterable[Counts]) -> Device:
             arrived or ended are left out.
 
     Raises:
-        ValueError: there are fewer windows than costs, or they do not tell the costs apart.
+        ValueError: there are fewer windows than costs, or they do not separate the costs.
     """
     found = [(item, _quantities(item)) for item in windows if item.arrivals > 0 and item.completed > 0]
     if len(found) < len(TERMS):
@@ -84,7 +84,7 @@ def _solved(gram: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
     lines = [[*line, value] for line, value in zip(gram, right, strict=True)]
     for i, line in enumerate(lines):
         if line[i] < MIN_SHARE:
-            raise ValueError(f"windows: they are too alike to tell {', '.join(TERMS)} apart")
+            raise ValueError(f"windows: they are too alike to separate {', '.join(TERMS)}")
         for other in lines:
             if other is not line:
                 factor = other[i] / line[i]

@@ -69,7 +69,7 @@ class Explanation:
         for action in self.actions:
             by = f" by {action.rule}" if action.rule else ""
             lines.append(f"  {action.at}  {action.id}  {action.outcome}{by}")
-            lines += [f"      {told}" for told in action.story or (action.summary,)]
+            lines += [f"      {sentence}" for sentence in action.story or (action.summary,)]
         if self.why_not:
             lines += ["", "Why no change is made:"]
             lines += [f"  {sentence}" for sentence in self.why_not]
@@ -164,7 +164,7 @@ def _why_not(status: Status, mode: str, now: float, ended: bool) -> Iterable[str
 
 def _obstacles(status: Status, now: float) -> Iterable[str]:
     tuning = status.tuning
-    left = {SPEC_INVALID, COOLDOWN}  # which are told by what they follow from
+    left = {SPEC_INVALID, COOLDOWN}  # what they follow from is shown
     holds = [hold for hold in tuning.holds if hold.reason not in left] if tuning else []
     for hold in holds:
         meaning = hold.message or _MEANING.get(hold.reason, "")

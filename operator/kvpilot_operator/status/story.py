@@ -18,7 +18,7 @@ MAX_LINES = 20
 """Lines of one decision, its heading included."""
 
 NAMED = 5
-"""Replicas that are named; of more the number is told."""
+"""Replicas that are named; of more only the number."""
 
 _MEANING = {reason.name: reason.meaning for reason in reasons.REASONS}
 
@@ -36,10 +36,10 @@ _DIAGNOSED = frozenset({"Started", "Recommended", "Proposed", "ScaledOut"})
 
 def story(record: Json) -> tuple[str, ...]:
     """The sentences of a decision, at most ``MAX_LINES`` - 1."""
-    told = [*_TELLERS.get(str(record["outcome"]), _plain)(record)]
+    lines = [*_FORMATS.get(str(record["outcome"]), _plain)(record)]
     if record["outcome"] in _DIAGNOSED:
-        told = [*told, *_left(record)]
-    return tuple(told[: MAX_LINES - 1])
+        lines = [*lines, *_left(record)]
+    return tuple(lines[: MAX_LINES - 1])
 
 
 def _plain(record: Json) -> Iterator[str]:
@@ -176,11 +176,11 @@ def _left(record: Json) -> Iterator[str]:
         if item["reason"] not in _UNRELATED and item["rule"] != "replicas-down":
             by_reason.setdefault(str(item.get("message") or item["reason"]), []).append(str(item["rule"]))
     if by_reason:
-        told = "; ".join(f"{listing(rules)}, because {why}" for why, rules in by_reason.items())
-        yield f"Not chosen: {told}."
+        stated = "; ".join(f"{listing(rules)}, because {why}" for why, rules in by_reason.items())
+        yield f"Not chosen: {stated}."
 
 
-_TELLERS: Mapping[str, Callable[[Json], Iterable[str]]] = MappingProxyType(
+_FORMATS: Mapping[str, Callable[[Json], Iterable[str]]] = MappingProxyType(
     {
         "Started": _started,
         "Recommended": _suggested,

@@ -240,8 +240,12 @@ def _last_word(known: Known, remedy: Remedy, name: str) -> str:
 
 def _in_short(entry: Entry) -> str:
     """What a decision did, in a sentence."""
-    told = () if entry.record is None else story(entry.record)
-    return told[0] if told and entry.outcome not in {"Started", "Proposed"} else punctuated(entry.summary)
+    sentences = () if entry.record is None else story(entry.record)
+    return (
+        sentences[0]
+        if sentences and entry.outcome not in {"Started", "Proposed"}
+        else punctuated(entry.summary)
+    )
 
 
 def _nothing(known: Known) -> str:

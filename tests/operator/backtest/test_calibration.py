@@ -229,7 +229,7 @@ def test_idle_windows_say_nothing() -> None:
     ("windows", "said"),
     [
         ([window(100, 200)] * 3, "windows with steps: at least 4 are needed, got 3"),
-        ([window(100, 200)] * 6, "windows: they are too alike to tell steps, rows, "),
+        ([window(100, 200)] * 6, "windows: they are too alike to separate steps, rows, "),
         ([replace(window(100, 200), hit_tokens=1000.0)] * 6, "windows: they show no computed prompt tokens"),
     ],
 )
