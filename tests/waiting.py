@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,3 +25,10 @@ def eventually(
         if time.monotonic() > deadline:
             pytest.fail(why())
         time.sleep(0.02)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Let the other tasks of the loop run until ``condition`` is true; TimeoutError after ``timeout_s``."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - the condition is a plain fact of another task or process
+            await asyncio.sleep(0.005)

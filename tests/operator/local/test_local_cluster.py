@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.waiting import until
 
 from kvpilot_operator.local.cluster import LocalCluster, memory_limit
 from kvpilot_operator.local.state import BusyError, StateDirectory
@@ -200,12 +201,12 @@ async def test_edits_are_applied_and_invalid_ones_reported_in_one_line(
     try:
         await asyncio.sleep(0.05)
         path.write_text("spec: [")
-        await _until(lambda: len(reported) == 1)
+        await until(lambda: len(reported) == 1)
         path.write_text(yaml.safe_dump(changed(replicas=-1)))
-        await _until(lambda: len(reported) == 2)
+        await until(lambda: len(reported) == 2)
         path.unlink()
         path.write_text(yaml.safe_dump(changed(replicas=3)))
-        await _until(lambda: len(applied) == 1)
+        await until(lambda: len(applied) == 1)
     finally:
         task.cancel()
     assert reported[0].startswith(
@@ -228,21 +229,15 @@ async def test_removal_and_return_of_the_manifest_are_reported_once(
     try:
         await asyncio.sleep(0.05)
         path.rename(aside)
-        await _until(lambda: len(reported) == 1)
+        await until(lambda: len(reported) == 1)
         await asyncio.sleep(0.05)
         aside.rename(path)
-        await _until(lambda: len(reported) == 2)
+        await until(lambda: len(reported) == 2)
         path.unlink()
-        await _until(lambda: len(reported) == 3)
+        await until(lambda: len(reported) == 3)
         path.write_text(yaml.safe_dump(changed(replicas=3)))
-        await _until(lambda: len(reported) == 5)
+        await until(lambda: len(reported) == 5)
     finally:
         task.cancel()
     gone, back = f"{path} was removed; the last manifest stays in force", f"{path} is back"
     assert reported == [gone, back, gone, back, f"edit of {path} applied"]
-
-
-async def _until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task
-            await asyncio.sleep(0.01)

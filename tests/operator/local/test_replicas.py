@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import psutil
 import pytest
+from tests.waiting import until
 
 from kvpilot_operator.local.process import Launch
 from kvpilot_operator.local.replicas import BAD_START, MAX_FAILED_STARTS, ReplicaSet
@@ -21,13 +22,8 @@ from kvpilot_operator.local.replicas import BAD_START, MAX_FAILED_STARTS, Replic
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]  # the start of an engine takes 10 s of CPU time
 
 ARGUMENTS = ["--model", "builtin/tiny-llama", "--drain-seconds", "60", "--drain-lag-seconds", "0"]
+START_S = 150.0  # engines start slowly on a crowded machine
 CONFIG = "generation: 1\nconfig: {dtype: float32, maxTokens: 2048, numWorkers: 2}\n"
-
-
-async def until(true: Callable[[], bool], seconds: float = 150) -> None:
-    async with asyncio.timeout(seconds):
-        while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task or process
-            await asyncio.sleep(0.05)
 
 
 def fronts(directory: Path, parent: int | None = None) -> list[psutil.Process]:
@@ -75,7 +71,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
 
 async def test_scaled_in_replicas_leave_the_router_first_and_finish_their_requests(fleet: Fleet) -> None:
     fleet.set.converge_to(2, "t", 60)
-    await until(lambda: len(fleet.ready) == 2)
+    await until(lambda: len(fleet.ready) == 2, START_S)
     last = fleet.set.backends[1]
     body = {"model": "x", "prompt": "a" * 64, "max_tokens": 300, "temperature": 0}
     async with aiohttp.ClientSession() as session:
@@ -88,7 +84,7 @@ async def test_scaled_in_replicas_leave_the_router_first_and_finish_their_reques
         status, answered = await running
     assert status == 200
     assert answered["usage"]["completion_tokens"] == 300
-    await until(lambda: len(fleet.set.replicas) == 1)
+    await until(lambda: len(fleet.set.replicas) == 1, START_S)
     assert fleet.ready == ["engine-1"]
     assert fleet.reported == []
 
@@ -111,14 +107,14 @@ async def _until_running(session: aiohttp.ClientSession, url: str) -> None:
 
 async def test_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
     fleet.set.converge_to(1, "t", 5)
-    await until(lambda: fleet.ready == ["engine-1"])
+    await until(lambda: fleet.ready == ["engine-1"], START_S)
     before = fleet.set.replicas[0]
     core = fronts(fleet.directory)[0].children()[0]
     core.kill()
-    await until(lambda: fleet.set.replicas[0].restarts == 1)
+    await until(lambda: fleet.set.replicas[0].restarts == 1, START_S)
     assert not fleet.set.replicas[0].ready
     assert fleet.set.replicas[0].pending_reason.startswith("CrashLoopBackOff: exit status 1")
-    await until(lambda: fleet.ready == ["engine-1"])
+    await until(lambda: fleet.ready == ["engine-1"], START_S)
     assert fleet.set.replicas[0].uid == before.uid
     assert "engine-1 ended with status 1" in fleet.reported[0]
 
@@ -126,7 +122,7 @@ async def test_crashed_engine_is_restarted_and_counted(fleet: Fleet) -> None:
 async def test_failed_start_is_reported_with_the_engines_message(fleet: Fleet) -> None:
     fleet.arguments[1] = "builtin/none"
     fleet.set.converge_to(1, "t", 5)
-    await until(lambda: bool(fleet.reported))
+    await until(lambda: bool(fleet.reported), START_S)
     assert "builtin/none" in fleet.reported[0]
     status, words = fleet.refused[0]
     assert status == BAD_START
@@ -139,16 +135,16 @@ async def test_engine_that_has_served_is_restarted_without_limit(
 ) -> None:
     monkeypatch.setattr("kvpilot_operator.local.replicas.MAX_BACKOFF_S", 0.05)
     fleet.set.converge_to(1, "t", 5)
-    await until(lambda: fleet.ready == ["engine-1"])
+    await until(lambda: fleet.ready == ["engine-1"], START_S)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     fronts(fleet.directory)[0].children()[0].kill()
-    await until(lambda: fleet.set.replicas[0].restarts > MAX_FAILED_STARTS)
+    await until(lambda: fleet.set.replicas[0].restarts > MAX_FAILED_STARTS, START_S)
     assert fleet.refused == []
 
 
 async def test_new_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None:
     fleet.set.converge_to(2, "old", 5)
-    await until(lambda: len(fleet.ready) == 2)
+    await until(lambda: len(fleet.ready) == 2, START_S)
     old = {replica.uid for replica in fleet.set.replicas}
     fleet.set.converge_to(2, "new", 5)
     least = 2
@@ -159,7 +155,7 @@ async def test_new_template_replaces_engines_one_at_a_time(fleet: Fleet) -> None
         return len(fleet.ready) == 2 and not old & {r.uid for r in fleet.set.replicas}
 
     assert fleet.set.rolling_out
-    await until(replaced)
+    await until(replaced, START_S)
     assert least == 1
     assert not fleet.set.rolling_out
 

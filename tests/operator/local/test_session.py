@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.waiting import until
 
 from kvpilot_operator.adapters.metrics.scrape import ScrapeMetrics
 from kvpilot_operator.load.chat import ChatWorkload
@@ -44,9 +45,7 @@ class Reported:
         self.reconciled.set()
 
     async def until(self, part: str) -> None:
-        async with asyncio.timeout(60):
-            while not any(part in line for line in self.lines):  # noqa: ASYNC110 - lines of another task
-                await asyncio.sleep(0.01)
+        await until(lambda: any(part in line for line in self.lines))
 
 
 def written(path: Path, **spec: Any) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
+from tests.waiting import until
 
 from kvpilot_operator.reconcile import queue as queue_module
 from kvpilot_operator.reconcile.queue import KeyedQueue
@@ -56,12 +57,6 @@ async def queue(reconciles: Reconciles) -> AsyncIterator[KeyedQueue]:
     yield made
     await made.stop()
     await asyncio.wait_for(running, 60)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - any condition
-            await asyncio.sleep(0.005)
 
 
 async def test_a_key_is_looked_at_once_per_change(queue: KeyedQueue, reconciles: Reconciles) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,6 +9,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.waiting import until
 
 from kvpilot_operator.adapters.metrics.scrape import History, PageReader, ScrapeMetrics, Target
 from kvpilot_operator.adapters.metrics.series import SeriesKey
@@ -74,12 +74,6 @@ def test_old_scrapes_are_dropped_and_the_newest_windows_stay_right() -> None:
     assert len(history.times) < 3700
     assert history.increase(3600)[0] == {ARRIVALS: 3600.0}
     assert history.increase(10)[0] == {ARRIVALS: 10.0}
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110 - the condition is a plain fact of another task
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
