@@ -16,7 +16,9 @@ import yaml
 from scripts.cluster.layout import REPO
 from tests.e2e.cluster import Cluster, cluster_state, eventually, trusted
 from tests.e2e.operators import PACE_SCALE, Operator, Release
-from tests.e2e.traffic import Load, Scene, Users
+from tests.e2e.traffic import Load, Scene, Users, limit_ms
+
+from kvpilot_operator.resource.fields import EDGES_MS
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -181,8 +183,6 @@ ANSWER_TOKENS, USERS = 8, 16
 than half of the lowest limit. Eight users per replica, so that an answer takes about four times the
 objective's limit, or twice."""
 
-EDGES_MS = (50, 100, 150, 200, 250, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 10000, 30000)
-
 
 @pytest.fixture
 def overload(
@@ -198,7 +198,7 @@ def overload(
         hosts, tokens = [pod["status"]["podIP"] for pod in cluster.pods(namespace)], ANSWER_TOKENS
         while (alone := max(load.one_at_a_time(hosts, tokens))) * 2000 < EDGES_MS[0] and tokens < 512:
             tokens *= 2
-        edge = next(edge for edge in EDGES_MS if edge >= alone * 2000)
+        edge = limit_ms(2 * alone)
         limits = {
             "latency": {"p50Ms": edge, "p95Ms": EDGES_MS[min(EDGES_MS.index(edge) + 3, 15)]},
             "throughput": {"target": 0},

@@ -18,7 +18,14 @@ from typing import Any
 import yaml
 from tests.e2e.cluster import CROWDED, Cluster, http
 
+from kvpilot_operator.resource.fields import EDGES_MS
+
 JSON = {"Content-Type": "application/json"}
+
+
+def limit_ms(least_s: float) -> int:
+    """The lowest limit of a latency objective that is at least so many seconds."""
+    return next(edge for edge in EDGES_MS if edge >= 1000 * least_s)
 
 
 def complete(url: str, prompt: str, output_tokens: int) -> float:
