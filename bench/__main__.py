@@ -7,7 +7,15 @@ import sys
 
 from bench.command import CANNOT_RUN, FAILED
 
-BENCHMARKS = ("step_time", "first_token", "front_cost", "knob_effects", "time_to_cure", "trace_hit_rate")
+BENCHMARKS = (
+    "decide",
+    "step_time",
+    "first_token",
+    "front_cost",
+    "knob_effects",
+    "time_to_cure",
+    "trace_hit_rate",
+)
 VERDICTS = {0: "passed", FAILED: "FAILED", CANNOT_RUN: "DID NOT RUN"}
 
 

@@ -124,8 +124,9 @@ class Context:
         A replica without metrics gets as many as the others, unless it is new and none were scraped yet.
         """
         counted = self.trust.counted
+        known = {replica.uid for replica in counted}
         since = self.now - self.observation.start_s - self.policy.pace.long
-        unmeasured = sum(1 for r in self.everyone if r not in counted and r.created_at < since)
+        unmeasured = sum(1 for r in self.everyone if r.uid not in known and r.created_at < since)
         return offered(counted, window, unmeasured)
 
     @property

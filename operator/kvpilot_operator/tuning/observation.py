@@ -6,10 +6,10 @@ The reconciler gathers it from its ports; this package performs no I/O and reads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Literal
 
 Signal = Literal["request", "firstToken"]
@@ -67,17 +67,15 @@ class Counts:
     def total(engines: Iterable[Counts]) -> Counts:
         """The sum over several replicas."""
         parts = tuple(engines)
+        if not parts:
+            return Counts()
         # A decision sums several times for each replica, so the columns are gathered in one call each.
-        columns = zip(*map(_numbers, parts), strict=True) if parts else ((),) * len(_NUMBERS)
+        columns = zip(*map(_numbers, parts), strict=True)
         sums: dict[str, Any] = {
             name: sum(column, 0.0) for name, column in zip(_NUMBERS, columns, strict=True)
         }
-        for name in _BY_KEY:
-            by_key: dict[Any, float] = {}
-            for part in parts:
-                for key, number in getattr(part, name).items():
-                    by_key[key] = by_key.get(key, 0.0) + number
-            sums[name] = by_key
+        for name, mappings in zip(_BY_KEY, zip(*map(_mappings, parts), strict=True), strict=True):
+            sums[name] = _added(mappings)
         return Counts(**sums)
 
     @cached_property
@@ -124,7 +122,20 @@ _NUMBERS = tuple(item.name for item in fields(Counts) if item.name not in _BY_KE
 NO_COUNTS = Counts()
 """Of a window that was not measured."""
 
-_numbers, _mappings = attrgetter(*_NUMBERS), attrgetter(*_BY_KEY)
+_numbers, _mappings, _values = attrgetter(*_NUMBERS), attrgetter(*_BY_KEY), methodcaller("values")
+
+
+def _added(mappings: Sequence[Mapping[Any, float]]) -> dict[Any, float]:
+    """The sum by key. Replicas have the same keys nearly always: then columns are added, as above."""
+    keys = tuple(mappings[0])
+    if all(tuple(mapping) == keys for mapping in mappings):
+        columns = zip(*(mapping.values() for mapping in mappings), strict=True)
+        return {key: sum(column, 0.0) for key, column in zip(keys, columns, strict=True)}
+    by_key: dict[Any, float] = {}
+    for mapping in mappings:
+        for key, number in mapping.items():
+            by_key[key] = by_key.get(key, 0.0) + number
+    return by_key
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ class Sample:
         kinds = (_memory(kind) for kind in (gauges.host, gauges.device) if kind is not None)
         total = sum(_gauges(gauges)) + sum(gauges.curve.values()) + sum(map(sum, kinds))
         for counts in self.windows.values():
-            total += sum(_numbers(counts)) + sum(sum(by_key.values()) for by_key in _mappings(counts))
+            total += sum(_numbers(counts)) + sum(map(sum, map(_values, _mappings(counts))))
         return math.isfinite(total)
 
 
