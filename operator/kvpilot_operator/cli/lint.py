@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
             for line in str(error).splitlines():
                 typer.echo(f"kvpilot lint: {source}{line}", err=True)
             raise typer.Exit(2) from error
-        emit(output, [item.as_json() for item in found], lambda: [item.line for item in found])
+        nothing = f"{manifest}: nothing found"
+        emit(output, [item.as_json() for item in found], lambda: [item.line for item in found] or [nothing])
         if any(item.severity == "error" for item in found):
             raise typer.Exit(1)

@@ -38,7 +38,8 @@ def tuned(**tuning: Any) -> list[str]:
 def test_examples_are_clean(path: Path) -> None:
     done = CliRunner().invoke(app, ["lint", str(path)])
     assert done.exit_code == 0
-    assert [line for line in done.output.splitlines() if not line.startswith("info: ")] == []
+    said = [line for line in done.output.splitlines() if not line.startswith("info: ")]
+    assert said in ([], [f"{path}: nothing found"])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +282,13 @@ def test_an_error_ends_with_1_and_json_is_for_programs(tmp_path: Path) -> None:
             "message": "100% can never be met: the first tokens of every prompt are new once",
         }
     ]
+
+
+def test_a_manifest_without_findings_is_said_to_have_none(tmp_path: Path) -> None:
+    path = manifest(tmp_path)
+    done = CliRunner().invoke(app, ["lint", str(path)])
+    assert (done.exit_code, done.stdout) == (0, f"{path}: nothing found\n")
+    assert json.loads(CliRunner().invoke(app, ["lint", str(path), "-o", "json"]).stdout) == []
 
 
 def test_what_is_asked_for_ends_with_0(tmp_path: Path) -> None:
