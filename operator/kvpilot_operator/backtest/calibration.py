@@ -1,11 +1,13 @@
-"""The device of a real engine, from the counters that the engine publishes."""
+"""The device of real engines, from the counters that they publish."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from kvpilot_operator.backtest.devices import Device
+from kvpilot_operator.backtest.recording import Interval, Recording
 from kvpilot_operator.tuning.observation import Counts
 
 TERMS = ("steps", "rows", "context of rows", "computed prompt tokens")
@@ -13,6 +15,85 @@ TERMS = ("steps", "rows", "context of rows", "computed prompt tokens")
 
 MIN_SHARE = 1e-6
 """Share of the squares of a quantity that the others must leave unexplained."""
+
+MIN_INTERVALS = 2 * len(TERMS)
+"""Of a recording: one half is fitted, the other half is the check."""
+
+MAX_ERROR = 0.2
+"""Share of the time in steps by which the check may miss."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The device of a recording.
+
+    Attributes:
+        intervals: those that it is fitted to.
+        error: a fit to every other interval misses the time in steps of the others by this share of it.
+    """
+
+    device: Device
+    intervals: int
+    error: float
+
+
+def recorded_device(recording: Recording) -> Calibration:
+    """The device on which the recorded engines ran, and what their cache served of what it could.
+
+    Its steps are those of a mean replica: sums over replicas of one kind are linear in the costs, whatever
+    their number. Each replica wanders around it as every device of a backtest does.
+
+    Raises:
+        ValueError: the recording does not tell: one clause that says what is missing.
+    """
+    known = [item for item in recording.intervals if item.work is not None and item.work.steps > 0]
+    windows = [window for window in map(_window, known) if _tells(window)]
+    if len(windows) < MIN_INTERVALS:
+        raise ValueError(
+            f"at least {MIN_INTERVALS} intervals with steps of the engines are needed, it has {len(windows)}"
+        )
+    device = calibrated(windows)
+    error = _missed(calibrated(windows[::2]), windows[1::2])
+    if error > MAX_ERROR:
+        raise ValueError(
+            f"a fit to half of its intervals misses the time in steps of the others by {error:.0%}, "
+            f"allowed are {MAX_ERROR:.0%}"
+        )
+    ceiling = sum(window.ceiling_tokens for window in windows)
+    hits = min(1.0, sum(window.hit_tokens for window in windows) / ceiling) if ceiling else 1.0
+    return Calibration(replace(device, noise=Device.noise, hits=hits), len(windows), error)
+
+
+def _window(interval: Interval) -> Counts:
+    work = interval.work
+    assert work is not None
+    return Counts(
+        arrivals=work.admitted,
+        outcomes={"ok": work.answered},
+        query_tokens=interval.prompt * work.admitted,
+        hit_tokens=work.hit,
+        ceiling_tokens=interval.cached * work.admitted,
+        output_tokens=interval.output * work.answered,
+        steps=work.steps,
+        step_rows=work.rows,
+        busy_seconds=work.busy,
+    )
+
+
+def busy_of(device: Device, window: Counts) -> float:
+    """Time in steps that a device takes for what an engine did in a window, s."""
+    costs = (device.base_s, device.row_s, device.context_s, device.prefill_s)
+    return sum(cost * number for cost, number in zip(costs, _quantities(window), strict=True))
+
+
+def _missed(device: Device, windows: Sequence[Counts]) -> float:
+    """By which share of it a device misses the time in steps of windows, in the mean over that time."""
+    wrong = sum(abs(busy_of(device, window) - window.busy_seconds) for window in windows)
+    return wrong / sum(window.busy_seconds for window in windows)
+
+
+def _tells(window: Counts) -> bool:
+    return window.arrivals > 0 and window.completed > 0 and window.busy_seconds > 0
 
 
 def calibrated(windows: Iterable[Counts]) -> Device:
@@ -24,13 +105,13 @@ def calibrated(windows: Iterable[Counts]) -> Device:
     because the scatter of a sum grows with it.
 
     Args:
-        windows: of one engine without a queue, so that what arrives is computed; those in which no request
-            arrived or ended are left out.
+        windows: of one engine or the sums of several; what arrives in a window is computed in it, but for a
+            queue that grows or shrinks meanwhile. Those in which no request arrived or ended are left out.
 
     Raises:
         ValueError: there are fewer windows than costs, or they do not separate the costs.
     """
-    found = [(item, _quantities(item)) for item in windows if item.arrivals > 0 and item.completed > 0]
+    found = [(item, _quantities(item)) for item in windows if _tells(item)]
     if len(found) < len(TERMS):
         raise ValueError(f"windows with steps: at least {len(TERMS)} are needed, got {len(found)}")
     weights = [1.0 / item.busy_seconds for item, _ in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from kvpilot_operator.backtest.faults import parse_faults
 from kvpilot_operator.backtest.parallel import in_parallel
 from kvpilot_operator.backtest.recording import described_gaps, is_recording, read_recording
 from kvpilot_operator.backtest.report import report_html
-from kvpilot_operator.backtest.scenes import LoadSpec, Scene, scene_of
+from kvpilot_operator.backtest.scenes import DeviceName, LoadSpec, Scene, scene_of
 from kvpilot_operator.backtest.tables import lines_of, table
 from kvpilot_operator.load.workload import LoadError
 from kvpilot_operator.options import OptionError, check_files, check_unused, write_file
@@ -43,7 +43,17 @@ MAX_RUNS, MAX_FACTOR = 100_000, 100.0
 AGAINST = "do-nothing,hpa,keda,always-max"
 """Baselines without ``--against``."""
 
-CONTEST_OPTIONS = ("against", "faults", "seeds", "start_seconds", "scale", "duration", "tune", "report")
+CONTEST_OPTIONS = (
+    "device",
+    "against",
+    "faults",
+    "seeds",
+    "start_seconds",
+    "scale",
+    "duration",
+    "tune",
+    "report",
+)
 PLANTED_OPTIONS = ("replicas", "verbose")
 """Options, by their names in Python, that only the one or the other kind of run uses."""
 
@@ -60,6 +70,7 @@ class BacktestOptions:
     aa: int | None = None
     regression: tuple[float, int] | None = None
     gain: tuple[float, int] | None = None
+    device: DeviceName | None = None
     against: str = AGAINST
     faults: str = ""
     seeds: int = 5
@@ -192,7 +203,9 @@ def _contest(options: BacktestOptions, document: dict[str, Any]) -> int:
     runs = [
         ContestRun(
             document,
-            scene_of(document, LoadSpec(load, options.trace, options.scale, options.duration)),
+            scene_of(
+                document, LoadSpec(load, options.trace, options.scale, options.duration), options.device
+            ),
             TUNED,
             "",
             options.seed,
@@ -245,8 +258,22 @@ def _told(scene: Scene) -> list[str]:
         f"load {scene.load.title}: {scene.seconds:.0f} s, {scene.mean:.0f} requests/s in the mean, "
         f"{scene.peak:.0f} in the busiest minute{scale}",
         f"deployment: {size} replicas of {scene.capacity:.0f} requests/s each with the given knobs",
+        _told_device(scene),
         *gaps,
     ]
+
+
+def _told_device(scene: Scene) -> str:
+    device = scene.device
+    origin = {"recorded": "calibrated from the recording", "fitting": "fitted to the objectives"}
+    cache = (
+        f"; the cache serves {device.hits:.0%} of what it could" if scene.device_name == "recorded" else ""
+    )
+    return (
+        f"device: {origin[scene.device_name]} ({scene.device_told}): a step {1e3 * device.base_s:.2g} ms, "
+        f"each row {1e3 * device.row_s:.2g} ms, a prompt token {1e3 * device.prefill_s:.2g} ms, "
+        f"a token attended to {1e6 * device.context_s:.2g} us{cache}"
+    )
 
 
 def _trained(run: ContestRun, against: tuple[str, ...]) -> dict[str, str]:
@@ -266,6 +293,7 @@ def _settings(options: BacktestOptions, scene: Scene, parameters: Mapping[str, s
         "load": scene.load.title,
         "seconds": scene.seconds,
         "scale": scene.scale,
+        "device": {"name": scene.device_name, "told": scene.device_told, **asdict(scene.device)},
         "start_seconds": options.start_seconds,
         "faults": options.faults,
         "pace": "Fast" if scene.pace.scrape < 10 else "Standard",

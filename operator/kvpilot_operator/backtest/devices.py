@@ -1,8 +1,9 @@
-"""The engine of a backtest: a device that fits the objectives of the manifest, and what its requests cost.
+"""The engine of a backtest: a device, and what its requests cost.
 
-The shape is that of the real engine on the CPU (``bench/results/step_time_float32.md``): a step takes 2.1 ms
-and 0.15 ms per row, a prompt token 0.085 ms. All three are stretched by one factor, so that the requests of
-the load are within the objectives on an idle replica.
+Without a recording of real engines (`calibration`) it fits the objectives of the manifest. Its shape is that
+of the real engine on the CPU (``bench/results/step_time_float32.md``): a step takes 2.1 ms and 0.15 ms a row,
+a prompt token 0.085 ms. All three are stretched by one factor, so that the requests of a load are within the
+objectives on an idle replica.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Device:
 
     Attributes:
         context_s: what each token that a decoding row attends to adds to a step, s.
+        hits: share of the tokens that an infinite cache would serve that its cache serves.
         noise: standard deviation of the log of a replica's speed.
     """
 
@@ -55,6 +57,7 @@ class Device:
     row_s: float = ROW_S
     prefill_s: float = PREFILL_S
     context_s: float = 0.0
+    hits: float = 1.0
     noise: float = 0.05
 
     @staticmethod
@@ -78,6 +81,11 @@ class Device:
             context_s=device.context_s * factor,
         )
 
+    def work(self, prompt: float, cached: float, out: float) -> Work:
+        """What a request costs, of whose prompt an infinite cache would serve ``cached`` tokens."""
+        served = self.hits * cached
+        return Work(prompt - served, out, served)
+
     def latency_s(self, work: Work, rows: int) -> float:
         """Time of a request beside ``rows - 1`` others of its kind, s."""
         context = work.uncached + work.cached + work.out / 2
@@ -97,7 +105,7 @@ class Device:
             prefill_s=self.prefill_s,
             context_s=self.context_s,
             marginal_gain=None,
-            hits=lambda config: 1.0,
+            hits=lambda config: self.hits,
             ceiling=1.0,
             noise=self.noise,
             warm_requests=200,

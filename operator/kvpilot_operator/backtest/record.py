@@ -16,7 +16,7 @@ from kvpilot_engine.contract import config_errors
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.prometheus import PrometheusSource, selector
 from kvpilot_operator.adapters.metrics.sources import source_of
-from kvpilot_operator.backtest.recording import Interval, Recording, lines_of, recording_of
+from kvpilot_operator.backtest.recording import Interval, Recording, StepWork, lines_of, recording_of
 from kvpilot_operator.options import OptionError, check_files, write_file
 from kvpilot_operator.ports import MetricsError
 from kvpilot_operator.resource.fields import DNS_LABEL
@@ -40,6 +40,14 @@ SERIES: Mapping[str, str] = {
     "output": names.OUTPUT_TOKENS_TOTAL,
 }
 """Counter of each figure. What an infinite cache would serve is recorded: the cache is part of the replay."""
+
+WORK: Mapping[str, str] = {
+    "hit": names.HIT_TOKENS_TOTAL,
+    "steps": names.STEPS_TOTAL,
+    "rows": names.STEP_ROWS_TOTAL,
+    "busy": names.STEP_BUSY_SECONDS_TOTAL,
+}
+"""Counters of which a device is calibrated; an interval without them is whole all the same."""
 
 Totals = dict[str, dict[float, float]]
 """Increase by figure and by the end of its interval, s since the epoch."""
@@ -187,11 +195,12 @@ async def _totals(
 def _queries(key: Key, step: float) -> dict[str, str]:
     """The increase of each figure. Where two servers scrape the same pod, one of them counts."""
     match = selector([key])
-    queries = {figure: f"{name}{{{match}}}" for figure, name in SERIES.items()}
+    queries = {figure: f"{name}{{{match}}}" for figure, name in {**SERIES, **WORK}.items()}
     queries["answered"] = f'{names.REQUESTS_TOTAL}{{{match},outcome="{names.Outcome.OK}"}}'
     queries["shed"] = f'{names.REQUESTS_TOTAL}{{{match},outcome="{names.Outcome.SHED}"}}'
     return {
-        figure: f"sum(max by (pod_uid) (increase({query}[{step:g}s])))" for figure, query in queries.items()
+        figure: f"sum(max by (pod_uid, tier) (increase({query}[{step:g}s])))"  # only hits have a tier
+        for figure, query in queries.items()
     }
 
 
@@ -200,10 +209,11 @@ def _intervals(totals: Totals, start: float, end: float, step: float) -> list[In
     for index in range(round((end - start) / step)):
         when = round(start + (index + 1) * step, 3)
         figures = {figure: by_time.get(when) for figure, by_time in totals.items()}
-        if any(number is None for number in figures.values()):
+        if any(number is None for figure, number in figures.items() if figure not in WORK):
             found.append(Interval(index * step, gap=True))
             continue
-        found.append(_interval(index * step, {name: number or 0.0 for name, number in figures.items()}))
+        known = {figure: number for figure, number in figures.items() if number is not None}
+        found.append(_interval(index * step, known))
     return found
 
 
@@ -219,7 +229,14 @@ def _interval(at: float, total: Mapping[str, float]) -> Interval:
         prompt=prompt,
         cached=min(prompt, total["cached"] / admitted),
         output=max(1.0, total["output"] / answered),
+        work=_work(admitted, answered, total),
     )
+
+
+def _work(admitted: float, answered: float, total: Mapping[str, float]) -> StepWork | None:
+    if not WORK.keys() <= total.keys():
+        return None
+    return StepWork(admitted, answered, **{figure: total[figure] for figure in WORK})
 
 
 def _reported(recording: Recording) -> list[str]:

@@ -3,14 +3,15 @@
 The first line says what was recorded: ``{"kvpilotRecording": 1, "resource": "team-a/chat", "start":
 "2026-01-01T00:00:00Z", "step": 60}``. One line follows per interval of ``step`` s, in order: ``{"at": 0,
 "arrivals": 620, "prompt": 512.3, "cached": 401.2, "output": 48.9}``, with tokens of a mean request, and with
-``{"at": 60, "gap": true}`` where nobody knows.
+``{"at": 60, "gap": true}`` where nobody knows. Where the engines count their steps, a line also holds
+``"work": {"admitted": 620, "answered": 618, "hit": 240000, "steps": 9800, "rows": 31000, "busy": 41.2}``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,30 @@ MAX_NUMBER = 1e12
 
 
 @dataclass(frozen=True)
+class StepWork:
+    """What all engines together did in an interval.
+
+    Attributes:
+        admitted, answered: requests that were not shed, and those that got their answer.
+        hit: prompt tokens that the cache served.
+        steps, rows: steps, and their rows summed over them.
+        busy: time in steps, s.
+    """
+
+    admitted: float
+    answered: float
+    hit: float
+    steps: float
+    rows: float
+    busy: float
+
+
+@dataclass(frozen=True)
 class Interval:
-    """One interval from ``at`` s after the start; tokens of a mean request. ``gap``: there is no data."""
+    """One interval from ``at`` s after the start; tokens of a mean request. ``gap``: there is no data.
+
+    ``work`` is None in recordings of engines that do not count their steps, and in old ones.
+    """
 
     at: float
     arrivals: float = 0.0
@@ -32,6 +55,7 @@ class Interval:
     cached: float = 0.0
     output: float = 0.0
     gap: bool = False
+    work: StepWork | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,12 @@ def lines_of(recording: Recording) -> Iterator[str]:
             continue
         tokens = {"prompt": item.prompt, "cached": item.cached, "output": item.output}
         numbers = {"arrivals": item.arrivals, **tokens}
-        yield json.dumps({"at": item.at, **{name: round(number, 2) for name, number in numbers.items()}})
+        work = {} if item.work is None else {"work": _rounded(asdict(item.work))}
+        yield json.dumps({"at": item.at, **_rounded(numbers), **work})
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(number, 2) for name, number in numbers.items()}
 
 
 def is_recording(path: Path) -> bool:
@@ -126,7 +155,16 @@ def _interval(where: str, row: dict[str, Any]) -> Interval:
     least = 1.0 if arrivals > 0 else 0.0
     prompt = _number(where, row, "prompt", least=least)
     cached, output = _number(where, row, "cached"), _number(where, row, "output", least=least)
-    return Interval(at, arrivals, prompt, min(cached, prompt), output)
+    return Interval(at, arrivals, prompt, min(cached, prompt), output, work=_work(where, row))
+
+
+def _work(where: str, row: dict[str, Any]) -> StepWork | None:
+    work = row.get("work")
+    if work is None:
+        return None
+    if not isinstance(work, dict):
+        raise LoadError(f"{where}: work: must be a JSON object, got {work!r:.60}")
+    return StepWork(**{item.name: _number(f"{where}: work", work, item.name) for item in fields(StepWork)})
 
 
 def _row(where: str, line: str) -> dict[str, Any]:

@@ -10,11 +10,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvpilot_operator.backtest.calibration import recorded_device
 from kvpilot_operator.backtest.devices import UNLOADED_SHARES, Device, Work
 from kvpilot_operator.backtest.engine import SimulatedEngine
 from kvpilot_operator.backtest.loads import Mix, Rate, ramp, sine, spike, step, synthetic
 from kvpilot_operator.backtest.model import SimulatedRequest
-from kvpilot_operator.backtest.traces import RecordedRequest, recorded, replayed, work_of
+from kvpilot_operator.backtest.recording import is_recording, read_recording
+from kvpilot_operator.backtest.traces import RecordedRequest, recorded, replayed
+from kvpilot_operator.load.workload import LoadError
+from kvpilot_operator.options import OptionError
 from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import base_config, objectives_of
 from kvpilot_operator.tuning.observation import Promoted
@@ -24,11 +28,17 @@ from kvpilot_operator.tuning.policy import Objectives
 SyntheticName = Literal["step", "ramp", "spike", "diurnal", "sine"]
 SYNTHETIC: tuple[SyntheticName, ...] = get_args(SyntheticName)
 
+DeviceName = Literal["recorded", "fitting"]
+"""The device on which the engines of a recording ran, or one that fits the objectives."""
+
 USE = 0.85
 """Share of its capacity that fixed sizes and planners give a replica: replicas differ, and so do seconds."""
 
 MIN_USE = 0.6
 """A device is made faster until a replica keeps the objectives at this share of its throughput."""
+
+LEAST_USE = 0.05
+"""Share of its throughput that a replica counts with which keeps the objectives at no rate."""
 
 BUSY = 50
 """Requests of a recorded minute whose sizes the device must suit."""
@@ -65,6 +75,7 @@ class Scene:
     """What is played.
 
     Attributes:
+        device_name, device_told: which device it is, and of what or why.
         least, most: bounds of the number of replicas; equal without ``spec.scaling``.
         capacity: requests/s that one replica with the given configuration serves within the objectives.
         scale: of a trace.
@@ -76,6 +87,8 @@ class Scene:
     pace: Pace
     objectives: Objectives
     device: Device
+    device_name: DeviceName
+    device_told: str
     work: Work
     config: Mapping[str, Any]
     least: int
@@ -112,7 +125,7 @@ class Scene:
         usual = self.device.latency_s(self.work, 1)
         minutes = [0.0] * (math.ceil(self.seconds / 60.0) + 1)
         for request in self.requests(seed):
-            cost = self.device.latency_s(Work(request.prompt - request.cached, request.out), 1)
+            cost = self.device.latency_s(self.device.work(request.prompt, request.cached, request.out), 1)
             minutes[int(request.at // 60)] += cost / usual
         return [min(self.most, max(self.least, self.replicas_for(count / 60.0, use))) for count in minutes]
 
@@ -122,10 +135,14 @@ def _trace(path: Path) -> tuple[RecordedRequest, ...]:
     return tuple(recorded(path, 0))
 
 
-def scene_of(manifest: Mapping[str, Any], load: LoadSpec) -> Scene:
+def scene_of(manifest: Mapping[str, Any], load: LoadSpec, device_name: DeviceName | None = None) -> Scene:
     """The scene of a manifest under a load.
 
+    Args:
+        device_name: None is the recorded device where the load is a recording that tells it.
+
     Raises:
+        OptionError: the recorded device is asked for, and the load does not tell it.
         ManifestError, LoadError: one of the files is invalid.
     """
     spec = KVCacheDeployment.parse(manifest).spec
@@ -133,22 +150,56 @@ def scene_of(manifest: Mapping[str, Any], load: LoadSpec) -> Scene:
     config = base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
     fixed = spec.replicas or 1
     least, most = (fixed, fixed) if spec.scaling is None else (spec.scaling.minimum, spec.scaling.maximum)
+    device, told = _recorded_device(load, device_name)
     if load.trace is None:
         mix = Mix()
-        works = [Work(mix.prompt * (1 - mix.cached), mix.out)]
-        groups = [works]
+        works = [Device().work(mix.prompt, mix.prompt * mix.cached, mix.out)]
+        groups: Sequence[Sequence[Work]] = [works]
         requests = tuple(synthetic(lambda t: 100.0, PROFILE_REQUESTS / 100, mix, 0, noise=0.0))
     else:
         trace = _trace(load.trace)
-        works = work_of(trace)
-        groups = _minutes(trace)
+        works = _works(trace, device or Device())
+        groups = _minutes(trace, works)
         requests = _profiled(trace)
     work = Work.mean(works)
-    device, capacity = _device(groups, work, requests, objectives, config)
+    name: DeviceName = "fitting" if device is None else "recorded"
+    if device is None:
+        device, capacity = _fitting_device(groups, work, requests, objectives, config)
+    else:
+        full = device.capacity(work, config)
+        capacity = max(_capacity(device, requests, objectives, config, full), LEAST_USE * full)
     found = Scene(
-        load, pace, objectives, device, work, config, least, most, capacity, 1.0, 0.0, 0.0, 0.0, 0.0
-    )
+        load, pace, objectives, device, name, told, work, config, least, most, capacity,
+        scale=1.0, first=0.0, peak=0.0, mean=0.0, seconds=0.0,
+    )  # fmt: skip
     return _with_trace(found) if load.trace is not None else _with_rates(found)
+
+
+def _recorded_device(load: LoadSpec, name: DeviceName | None) -> tuple[Device | None, str]:
+    """The device that a recording tells, None for one that fits, and of what or why.
+
+    Raises:
+        OptionError: it is asked for, and the load does not tell it.
+    """
+    if name == "fitting":
+        return None, "as asked for"
+    if load.trace is None or not is_recording(load.trace):
+        why = "the load is no recording of `kvpilot record`"
+    else:
+        try:
+            found = recorded_device(read_recording(load.trace))
+        except ValueError as error:
+            if isinstance(error, LoadError):
+                raise
+            why = f"recording {load.trace}: {error}"
+        else:
+            told = (
+                f"{found.intervals} intervals; a fit to half of them misses the others by {found.error:.1%}"
+            )
+            return found.device, told
+    if name is not None:
+        raise OptionError(f"--device: recorded is not possible: {why}; allowed: fitting")
+    return None, why
 
 
 def _with_rates(scene: Scene) -> Scene:
@@ -186,16 +237,20 @@ def _profiled(trace: Sequence[RecordedRequest]) -> tuple[SimulatedRequest, ...]:
     )
 
 
-def _minutes(trace: Sequence[RecordedRequest]) -> list[list[Work]]:
+def _works(trace: Sequence[RecordedRequest], device: Device) -> list[Work]:
+    """What each request costs."""
+    return [device.work(item.prompt, item.cached, item.out) for item in trace]
+
+
+def _minutes(trace: Sequence[RecordedRequest], works: Sequence[Work]) -> list[Sequence[Work]]:
     """What the requests of each busy minute cost; all in one group where no minute is busy."""
     found: dict[int, list[Work]] = {}
-    for item, work in zip(trace, work_of(trace), strict=True):
+    for item, work in zip(trace, works, strict=True):
         found.setdefault(int(item.at // 60), []).append(work)
-    busy = [works for works in found.values() if len(works) >= BUSY]
-    return busy or [work_of(trace)]
+    return [group for group in found.values() if len(group) >= BUSY] or [works]
 
 
-def _device(
+def _fitting_device(
     groups: Sequence[Sequence[Work]],
     work: Work,
     requests: Sequence[SimulatedRequest],
@@ -213,7 +268,7 @@ def _device(
         capacity = _capacity(device, requests, objectives, config, most)
         if capacity >= MIN_USE * most:
             break
-    return device, max(capacity, 0.05 * most)
+    return device, max(capacity, LEAST_USE * most)
 
 
 def _capacity(

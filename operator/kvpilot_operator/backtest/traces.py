@@ -10,7 +10,6 @@ from functools import lru_cache
 from heapq import heappop, heappush
 from pathlib import Path
 
-from kvpilot_operator.backtest.devices import Work
 from kvpilot_operator.backtest.model import SimulatedRequest
 from kvpilot_operator.backtest.recording import Recording, is_recording, read_recording
 from kvpilot_operator.load.trace import TRACE_BLOCK_TOKENS, TraceRequest, read_trace
@@ -112,8 +111,3 @@ def replayed(
 
 def _request(at: float, number: int, item: RecordedRequest) -> SimulatedRequest:
     return SimulatedRequest(at, item.prompt, item.cached, item.out, item.session * 1009 + number % 1009)
-
-
-def work_of(trace: Sequence[RecordedRequest]) -> list[Work]:
-    """What each request costs."""
-    return [Work(item.prompt - item.cached, item.out) for item in trace]

@@ -16,6 +16,11 @@ class _Pace(StrEnum):
     STANDARD = "Standard"
 
 
+class _Device(StrEnum):
+    RECORDED = "recorded"
+    FITTING = "fitting"
+
+
 EXAMPLES = """Examples:
 
 `kvpilot backtest --trace conversation.jsonl --against hpa,keda --seeds 30 --json out.json --report out.html`
@@ -64,6 +69,13 @@ def register(app: typer.Typer) -> None:
         gain: Annotated[
             tuple[float, int] | None,
             typer.Option(metavar="FACTOR RUNS", help="Plant a change that makes steps faster by FACTOR."),
+        ] = None,
+        device: Annotated[
+            _Device | None,
+            typer.Option(
+                help="Simulate the engines that a recording of `kvpilot record` shows, or such as fit the "
+                "objectives. Default: recorded where the recording tells them."
+            ),
         ] = None,
         against: Annotated[
             str,
@@ -115,6 +127,7 @@ def register(app: typer.Typer) -> None:
             aa=aa,
             regression=regression,
             gain=gain,
+            device=None if device is None else device.value,
             against=against,
             faults=faults,
             seeds=seeds,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from tests.operator.cli.runs import kvpilot, started
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.sources import Source
 from kvpilot_operator.backtest import record
+from kvpilot_operator.backtest.devices import Device
 from kvpilot_operator.backtest.record import RecordOptions, run_record
 from kvpilot_operator.backtest.recording import (
     Interval,
+    StepWork,
     described_gaps,
     lines_of,
     read_recording,
@@ -56,8 +59,17 @@ def prometheus(tmp_path: Path) -> Iterator[Scraping]:
     running.stop()
 
 
-TOKENS = {names.QUERY_TOKENS_TOTAL: 500, names.CEILING_TOKENS_TOTAL: 400, names.OUTPUT_TOKENS_TOTAL: 20}
-"""Of each request: prompt, of which a part could be cached, and new."""
+TOKENS = {
+    names.QUERY_TOKENS_TOTAL: 500,
+    names.CEILING_TOKENS_TOTAL: 400,
+    names.OUTPUT_TOKENS_TOTAL: 20,
+    f'{names.HIT_TOKENS_TOTAL}{{tier="pool"}}': 200,
+    f'{names.HIT_TOKENS_TOTAL}{{tier="host"}}': 100,
+    names.STEPS_TOTAL: 15,
+    names.STEP_ROWS_TOTAL: 20,
+    names.STEP_BUSY_SECONDS_TOTAL: 0.5,
+}
+"""Of each request: prompt, of which a part could be cached, and new; hits by tier; steps and their time."""
 
 
 @pytest.mark.slow
@@ -80,6 +92,16 @@ def test_recording_holds_what_prometheus_counted(
     assert full.output == pytest.approx(20, rel=0.05)
     rounds = full.arrivals / 20
     assert 2 <= rounds <= STEP_S / 0.25 * 1.2, "the second server's counts are not added"
+    assert full.work is not None
+    for name, each in {
+        "admitted": 1,
+        "answered": 1,
+        "hit": 300,
+        "steps": 15,
+        "rows": 20,
+        "busy": 0.5,
+    }.items():
+        assert getattr(full.work, name) == pytest.approx(full.arrivals * each, rel=0.05), name
     recording = read_recording(out)
     assert (recording.resource, recording.step) == ("team-a/chat", STEP_S)
     assert recording.gaps and recording.gaps[0][0] == 0.0, "before Prometheus ran nobody counted"
@@ -98,6 +120,28 @@ def test_recording_without_any_data_is_refused(
     assert code == 2
     assert "team-a/no-such" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+class Partial:
+    """A source of engines that count no steps."""
+
+    def __init__(self, source: Source, timeout_s: float) -> None:
+        """It is asked nothing yet."""
+
+    async def query_range(self, promql: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        return [] if "_steps_total" in promql else [{"values": [(start, "7"), (end, "7")]}]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_engines_that_count_no_steps_are_recorded_without_their_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "PrometheusSource", Partial)
+    out = tmp_path / "chat.jsonl"
+    assert run_record(RecordOptions("chat", "team-a", "http://p", out, since="120s")) == 0
+    assert [(item.gap, item.work) for item in read_recording(out).intervals] == [(False, None)] * 2
 
 
 class Silent:
@@ -184,7 +228,9 @@ def test_invalid_options_are_one_line(
 
 
 def test_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
-    intervals = (busy(0.0), Interval(60.0, gap=True), Interval(120.0), busy(180.0, 12.5))
+    work = StepWork(600.0, 598.0, 240_000.0, 9800.0, 31_000.5, 41.25)
+    worked = replace(busy(240.0), work=work)
+    intervals = (busy(0.0), Interval(60.0, gap=True), Interval(120.0), busy(180.0, 12.5), worked)
     found = read_recording(write(tmp_path / "r.jsonl", *intervals))
     assert found.intervals == intervals
     assert (found.resource, found.start, found.step) == ("team-a/chat", "1970-01-01T00:00:00Z", 60.0)
@@ -250,6 +296,11 @@ FULL = '{"at": 0, "arrivals": 5, "prompt": 10, "cached": 5, "output": 4}\n'
             ":3: at: must be 60, one step after the line above, got 120; a gap has a line of its own",
         ),
         (HEAD + FULL.replace("10", "NaN"), ":2: prompt: must be a number"),
+        (HEAD + FULL.replace("}", ', "work": 7}'), ":2: work: must be a JSON object, got 7"),
+        (
+            HEAD + FULL.replace("}", ', "work": {"admitted": 5, "answered": 5, "hit": -1}}'),
+            ":2: work: hit: must be a number from 0 to 1e+12, got -1",
+        ),
     ],
 )
 def test_broken_recording_names_file_line_and_fault(tmp_path: Path, text: str, message: str) -> None:
@@ -260,3 +311,112 @@ def test_broken_recording_names_file_line_and_fault(tmp_path: Path, text: str, m
     assert str(error.value).startswith(f"recording {path}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LAW = Device(base_s=0.004, row_s=0.0006, prefill_s=0.00002, context_s=0.3e-6, noise=0.0)
+
+
+def worked(
+    at: float, requests: float, rows: float, *, prompt: float = 500.0, out: float = 20.0, slower: float = 1.0
+) -> Interval:
+    """A minute of engines with the costs of `LAW`, whose cache serves half of what it could."""
+    hit, steps = 200.0 * requests, out * requests / rows
+    seconds = LAW.base_s * steps + LAW.row_s * rows * steps + LAW.prefill_s * (prompt * requests - hit)
+    seconds += LAW.context_s * (prompt + out / 2) * (out - 1) * requests
+    work = StepWork(requests, requests, hit, steps, rows * steps, seconds * slower)
+    return Interval(at, requests, prompt, 400.0, out, work=work)
+
+
+SHAPES = (
+    (300, 2, 500, 20), (600, 3, 450, 26), (900, 5, 550, 16), (1200, 8, 480, 22), (400, 2.5, 600, 24),
+    (800, 4, 420, 14), (700, 3, 520, 18), (1000, 6, 470, 28), (500, 3, 560, 12), (1100, 7, 430, 19),
+)  # fmt: skip
+"""Requests, rows, prompt and answer by interval."""
+
+
+def minutes(slower: Sequence[float] = (1.0,) * len(SHAPES)) -> list[Interval]:
+    return [
+        worked(60.0 * index, requests, rows, prompt=prompt, out=out, slower=factor)
+        for index, ((requests, rows, prompt, out), factor) in enumerate(zip(SHAPES, slower, strict=True))
+    ]
+
+
+def test_device_of_a_recording_is_that_of_its_engines(tmp_path: Path) -> None:
+    path, manifest = write(tmp_path / "r.jsonl", *minutes()), load_document(Path("examples/production.yaml"))
+    scene = scene_of(manifest, LoadSpec(trace=path))
+    assert scene.device_name == "recorded"
+    assert scene.device_told == "10 intervals; a fit to half of them misses the others by 0.0%"
+    for name in ("base_s", "row_s", "prefill_s", "context_s"):
+        assert getattr(scene.device, name) == pytest.approx(getattr(LAW, name), rel=0.02), name
+    assert (scene.device.hits, scene.device.noise) == (pytest.approx(0.5), Device.noise)
+    assert scene.work.cached == pytest.approx(200, rel=0.1), "what the cache served is not computed again"
+    fitting = scene_of(manifest, LoadSpec(trace=path), "fitting")
+    assert (fitting.device_name, fitting.device_told) == ("fitting", "as asked for")
+    assert fitting.device.base_s != pytest.approx(LAW.base_s, rel=0.2)
+
+
+def test_backtest_says_which_device_it_plays(tmp_path: Path) -> None:
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    done = started(
+        "backtest", "--trace", str(write(tmp_path / "r.jsonl", *minutes())), "--pace", "Fast", "--seeds", "1",
+        "--against", "do-nothing", "--json", str(out), "--report", str(page), "--duration", "300",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [told] = [line for line in done.stdout.splitlines() if line.startswith("device: ")]
+    assert told == (
+        "device: calibrated from the recording (10 intervals; a fit to half of them misses the others by "
+        "0.0%): a step 4 ms, each row 0.6 ms, a prompt token 0.02 ms, a token attended to 0.3 us; the cache "
+        "serves 50% of what it could"
+    )  # fmt: skip
+    assert told in page.read_text()
+    device = json.loads(out.read_text())["settings"]["device"]
+    assert (device["name"], device["base_s"]) == ("recorded", pytest.approx(LAW.base_s, rel=0.02))
+
+
+UNEVEN = (1.0, 3.0) * 5
+"""Every other minute the machine was three times slower."""
+
+
+@pytest.mark.parametrize(
+    ("intervals", "why"),
+    [
+        (
+            [busy(60.0 * index) for index in range(9)],
+            "at least 8 intervals with steps of the engines are needed, it has 0",
+        ),
+        (
+            [worked(60.0 * index, 600, 3) for index in range(9)],
+            "windows: they are too alike to separate steps, rows, context of rows, computed prompt tokens",
+        ),
+        (
+            minutes(UNEVEN),
+            "a fit to half of its intervals misses the time in steps of the others by 67%, allowed are 20%",
+        ),
+    ],
+    ids=["no steps", "alike", "uneven"],
+)
+def test_recording_that_tells_no_device(tmp_path: Path, intervals: list[Interval], why: str) -> None:
+    path = write(tmp_path / "r.jsonl", *intervals)
+    scene = scene_of(load_document(Path("examples/production.yaml")), LoadSpec(trace=path))
+    assert (scene.device_name, scene.device_told) == ("fitting", f"recording {path}: {why}")
+    done = kvpilot("backtest", "--trace", str(path), "--device", "recorded")
+    line = (
+        f"kvpilot backtest: --device: recorded is not possible: recording {path}: {why}; allowed: fitting\n"
+    )
+    assert (done.exit_code, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--load", "step", "--device", "recorded"),
+            "--device: recorded is not possible: the load is no recording of `kvpilot record`; "
+            "allowed: fitting",
+        ),
+        (("--aa", "1", "--device", "fitting"), "--device: needs --trace or --load"),
+    ],
+)
+def test_device_of_a_load_without_a_recording(arguments: tuple[str, ...], message: str) -> None:
+    done = kvpilot("backtest", *arguments)
+    assert (done.exit_code, done.stderr) == (2, f"kvpilot backtest: {message}\n")

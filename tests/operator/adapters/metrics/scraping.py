@@ -86,8 +86,8 @@ class Exporter:
         with self.lock:
             self.values = values
 
-    def finished(self, requests: int, tokens: Mapping[str, int] | None = None) -> None:
-        """So many requests arrived and finished within 0.3 s; ``tokens`` of each by their counter."""
+    def finished(self, requests: int, tokens: Mapping[str, float] | None = None) -> None:
+        """So many requests arrived and finished within 0.3 s; ``tokens`` of each by their series."""
         with self.lock:
             self.values[names.ARRIVALS_TOTAL] += requests
             self.values[f'{names.REQUESTS_TOTAL}{{outcome="ok"}}'] += requests
@@ -95,7 +95,7 @@ class Exporter:
                 if edge >= 0.3:
                     self.values[f'{names.REQUEST_SECONDS}_bucket{{le="{edge:g}"}}'] += requests
             for name, number in (tokens or {}).items():
-                self.values[name] += number * requests
+                self.values[name] = self.values.get(name, 0.0) + number * requests
 
     def stop(self) -> None:
         if self.thread.is_alive():
