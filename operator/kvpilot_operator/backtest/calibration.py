@@ -10,7 +10,7 @@ from kvpilot_operator.backtest.devices import Device
 from kvpilot_operator.backtest.recording import Interval, Recording
 from kvpilot_operator.tuning.observation import Counts
 
-TERMS = ("steps", "rows", "context of rows", "computed prompt tokens")
+TERMS = ("steps", "rows", "context of rows", "computed prompt tokens", "context of prompts")
 """What the time in steps is made of, in the order of a window's quantities."""
 
 MIN_SHARE = 1e-6
@@ -82,7 +82,7 @@ def _window(interval: Interval) -> Counts:
 
 def busy_of(device: Device, window: Counts) -> float:
     """Time in steps that a device takes for what an engine did in a window, s."""
-    costs = (device.base_s, device.row_s, device.context_s, device.prefill_s)
+    costs = (device.base_s, device.row_s, device.context_s, device.prefill_s, device.attend_s)
     return sum(cost * number for cost, number in zip(costs, _quantities(window), strict=True))
 
 
@@ -100,9 +100,9 @@ def calibrated(windows: Iterable[Counts]) -> Device:
     """The device whose steps take what an engine's steps took in each of these windows.
 
     A window of w steps with r rows in sum, d of them decoding, over requests of p prompt and a answer tokens
-    in the mean, of which n prompt tokens were computed, took ``base w + row r + context d (p + a / 2) +
-    prefill n``. The four costs are fitted by least squares, none below 0; each window weighs as its time,
-    because the scatter of a sum grows with it.
+    in the mean, of whose prompts h tokens were cached and c computed, m and n over all requests, took ``base
+    w + row r + context (d (p + a / 2) + m) + prefill n + attend n (h + c / 2)``. The five costs are fitted by
+    least squares, none below 0; each window weighs as its time, because the scatter of a sum grows with it.
 
     Args:
         windows: of one engine or the sums of several; what arrives in a window is computed in it, but for a
@@ -116,16 +116,25 @@ def calibrated(windows: Iterable[Counts]) -> Device:
         raise ValueError(f"windows with steps: at least {len(TERMS)} are needed, got {len(found)}")
     weights = [1.0 / item.busy_seconds for item, _ in found]
     rows = [quantities for _, quantities in found]
-    base, row, context, prefill = _non_negative(rows, [item.busy_seconds for item, _ in found], weights)
-    return Device(base_s=base, row_s=row, prefill_s=prefill, context_s=context, noise=0.0)
+    base, row, context, prefill, attend = _non_negative(
+        rows, [item.busy_seconds for item, _ in found], weights
+    )
+    return Device(base_s=base, row_s=row, prefill_s=prefill, context_s=context, attend_s=attend, noise=0.0)
 
 
-def _quantities(window: Counts) -> tuple[float, float, float, float]:
-    """Steps, rows, tokens that they attend to, and prompt tokens computed, each summed over the window."""
+def _quantities(window: Counts) -> tuple[float, ...]:
+    """Those of `TERMS`, each summed over the window."""
     context = window.query_tokens / window.arrivals + window.output_tokens / window.completed / 2
     decodes = window.output_tokens - window.arrivals  # the first token of an answer is that of the prefill
     computed = window.query_tokens - window.hit_tokens
-    return window.steps, window.step_rows, context * decodes, computed
+    attended = (window.hit_tokens + computed / 2) / window.arrivals
+    return (
+        window.steps,
+        window.step_rows,
+        context * decodes + window.hit_tokens,
+        computed,
+        computed * attended,
+    )
 
 
 def _non_negative(

@@ -272,7 +272,8 @@ def _told_device(scene: Scene) -> str:
     return (
         f"device: {origin[scene.device_name]} ({scene.device_told}): a step {1e3 * device.base_s:.2g} ms, "
         f"each row {1e3 * device.row_s:.2g} ms, a prompt token {1e3 * device.prefill_s:.2g} ms, "
-        f"a token attended to {1e6 * device.context_s:.2g} us{cache}"
+        f"a token that a row attends to {1e6 * device.context_s:.2g} us, one that a prompt token attends to "
+        f"{1e6 * device.attend_s:.2g} us{cache}"
     )
 
 

@@ -49,6 +49,7 @@ class Device:
 
     Attributes:
         context_s: what each token that a decoding row attends to adds to a step, s.
+        attend_s: what each token that a computed prompt token attends to adds, s.
         hits: share of the tokens that an infinite cache would serve that its cache serves.
         noise: standard deviation of the log of a replica's speed.
     """
@@ -57,6 +58,7 @@ class Device:
     row_s: float = ROW_S
     prefill_s: float = PREFILL_S
     context_s: float = 0.0
+    attend_s: float = 0.0
     hits: float = 1.0
     noise: float = 0.05
 
@@ -79,6 +81,7 @@ class Device:
             row_s=device.row_s * factor,
             prefill_s=device.prefill_s * factor,
             context_s=device.context_s * factor,
+            attend_s=device.attend_s * factor,
         )
 
     def work(self, prompt: float, cached: float, out: float) -> Work:
@@ -90,7 +93,9 @@ class Device:
         """Time of a request beside ``rows - 1`` others of its kind, s."""
         context = work.uncached + work.cached + work.out / 2
         row_s = self.row_s + self.context_s * context
-        return rows * work.uncached * self.prefill_s + work.out * (self.base_s + row_s * rows)
+        prompt_s = self.prefill_s + self.attend_s * (work.cached + work.uncached / 2)
+        prefill_s = work.uncached * prompt_s + self.context_s * work.cached
+        return rows * prefill_s + work.out * (self.base_s + row_s * rows)
 
     def capacity(self, work: Work, config: Mapping[str, Any]) -> float:
         """Requests/s of one replica with a configuration (camelCase), all rows in use."""
@@ -104,6 +109,7 @@ class Device:
             step_s=lambda rows: base + row * rows,
             prefill_s=self.prefill_s,
             context_s=self.context_s,
+            attend_s=self.attend_s,
             marginal_gain=None,
             hits=lambda config: self.hits,
             ceiling=1.0,

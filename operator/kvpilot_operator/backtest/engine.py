@@ -6,7 +6,8 @@ one step, so progress is counted in steps ``v``, and a request costs a few event
 
     step time = slow x (t(rows) + tax + context seconds of its rows + prefill seconds of this step's chunk)
 
-A row attends to as many tokens in each of its steps as in the mean of them.
+A row attends to as many tokens in each of its steps as in the mean of them, and what its prompt attends to is
+spread over all of them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class SimulatedEngine:
         self._held = self._order = 0
         self._v = self._free = 0.0
         self._context = self._mean_context = 0.0  # tokens that all rows attend to in a step, and one of them
+        self._attending = 0.0  # time in a step for what the prompts of its rows attend to, s
+        self._attended = self._attended_before = 0.0  # all of it so far, and at the last metering
         self._mean_rows, self._mean_prefill_s = 1.0, 0.0
         self._seen: dict[int, float] = {}  # busy seconds at the last scrape that showed steps of a bucket
         self._flushed = list(self.counters)
@@ -157,6 +160,7 @@ class SimulatedEngine:
         most = max(self._batch, len(self._rows))  # a lowered batch drains
         self._table = [0.0, *(slower * (model.step_s(rows) + tax) for rows in range(1, most + 1))]
         self._prefill_s, self._context_s = slower * model.prefill_s, slower * model.context_s
+        self._attend_s = slower * model.attend_s
         self._share = min(1.0, model.hits(self.config) / model.ceiling) if model.ceiling else 0.0
         self._loading = model.tier_s(self.config)
         self._prefetched = model.prefetched(self.config)
@@ -218,6 +222,8 @@ class SimulatedEngine:
                 step, steps = slow * table[rows], target - v
                 if context_s:
                     step += context_s * self._context
+                if self._attending:
+                    step += slow * self._attending
                 chunks = chunk_s = 0.0
                 if free > v:
                     chunks = (free if free < target else target) - v
@@ -240,6 +246,8 @@ class SimulatedEngine:
                     request = heappop(working)[2]
                     if context_s:
                         self._context -= request.context
+                    if request.attending:
+                        self._attending -= request.attending
                     request.ended = clock
                     done.append(request)
                     self._held -= 1
@@ -317,8 +325,14 @@ class SimulatedEngine:
         self._order += 1  # as many steps follow as the answer has further tokens
         ends = first + request.out - 1.0
         if self._context_s:
-            request.context = (prompt + 0.5 * request.out) * (request.out - 1.0) / (ends - v)
+            decoded = (prompt + 0.5 * request.out) * (request.out - 1.0)
+            request.context = (decoded + hit) / (ends - v)  # its prompt reads what is cached once
             self._context += request.context
+        if self._attend_s:
+            attended = self._attend_s * left * (hit + 0.5 * left)
+            request.attending = attended / (ends - v)
+            self._attending += request.attending
+            self._attended += attended
         heappush(rows, (ends, self._order, request))
 
     def _lose(self, request: SimulatedRequest, clock: float) -> None:
@@ -347,14 +361,15 @@ class SimulatedEngine:
             weight = 1.0 - (1.0 - MIX_WEIGHT) ** steps
             self._mean_rows += weight * (max(1.0, rows / steps) - self._mean_rows)
             computed = count[QUERY] - before[QUERY] - (count[HIT] - before[HIT])
-            prefill_s = computed * self._prefill_s * self.slow * self.outlier
+            prefill_s = computed * self._prefill_s + self._attended - self._attended_before
+            prefill_s *= self.slow * self.outlier
             self._mean_prefill_s += weight * (prefill_s / steps - self._mean_prefill_s)
             if self._rows:
                 self._mean_context = self._context / len(self._rows)
             for at, bucket in enumerate(ROW_BUCKETS, ROWS):
                 if count[at] > before[at]:
                     self._seen[bucket] = busy
-        self._flushed = list(count)
+        self._flushed, self._attended_before = list(count), self._attended
 
     def _count_done(self) -> None:
         """Count the requests that ended since the last time: all at once, which costs half of one by one."""

@@ -20,6 +20,7 @@ class SimulatedRequest:
         out: tokens of the answer.
         session: requests of one session go to one replica where the router is sticky.
         context: tokens that its row attends to in a step, in the mean over its steps.
+        attending: time for what its prompt attends to, spread over its steps, s in each.
         admitted, rowed, first, ended: when it got a worker slot, a row, its first and its last token, s since
             the epoch.
     """
@@ -30,6 +31,7 @@ class SimulatedRequest:
     out: float
     session: int = 0
     context: float = field(init=False, repr=False, compare=False)
+    attending: float = field(init=False, repr=False, compare=False, default=0.0)
     admitted: float = field(init=False, repr=False, compare=False)
     rowed: float = field(init=False, repr=False, compare=False)
     first: float = field(init=False, repr=False, compare=False)
@@ -71,6 +73,7 @@ class EngineModel:
         step_s: duration of a decode step by its rows, s.
         prefill_s: a prompt token that is not in the cache adds this to its step, s.
         context_s: each token that a decoding row attends to adds this to a step, s.
+        attend_s: each token that a computed prompt token attends to adds this to its step, s.
         tokens, prompt: tokens of the answer and of the prompt, for a load that does not say them.
         marginal_gain: relative gain of throughput by one more row, by rows; None takes it from the curve.
         tax: added to each step, s.
@@ -89,6 +92,7 @@ class EngineModel:
     step_s: Callable[[int], float] = lambda rows: 0.016 + 0.0008 * rows
     prefill_s: float = 0.0
     context_s: float = 0.0
+    attend_s: float = 0.0
     tokens: float = 4.0
     prompt: float = 100.0
     marginal_gain: Callable[[int], float] | None = lambda rows: 0.9 if rows < 16 else 0.05

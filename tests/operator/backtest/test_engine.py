@@ -53,9 +53,18 @@ def test_a_row_costs_what_it_attends_to() -> None:
     model = EngineModel(step_s=lambda rows: 0.01, context_s=0.00001, hits=lambda config: 0.8)
     item = engine(model=model)
     item.run(10.0, [request(1.0, prompt=90, cached=90, out=21)])
-    # 20 steps attend to 91, 92, ... 110 tokens, whether the prompt was cached or not
-    assert latencies(item) == [pytest.approx(21 * 0.01 + 20 * 100.5 * 0.00001)]
+    # 20 steps attend to 91, 92, ... 110 tokens, and the first one reads what is cached
+    assert latencies(item) == [pytest.approx(21 * 0.01 + (90 + 20 * 100.5) * 0.00001)]
     assert item.curve()[1] == pytest.approx(0.01), "as measured at start-up"
+
+
+def test_a_computed_prompt_token_costs_what_it_attends_to() -> None:
+    model = EngineModel(step_s=lambda rows: 0.01, attend_s=0.00001, hits=lambda config: 0.8)
+    item = engine(model=model)
+    item.run(10.0, [request(1.0, prompt=90, cached=50, out=5)])
+    # 40 tokens attend to the 50 cached ones and to half of the 40 in the mean
+    assert latencies(item) == [pytest.approx(5 * 0.01 + 40 * (50 + 40 / 2) * 0.00001)]
+    assert item._attending == pytest.approx(0.0, abs=1e-12)
 
 
 def test_rows_share_the_steps() -> None:

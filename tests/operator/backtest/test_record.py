@@ -313,7 +313,7 @@ def test_broken_recording_names_file_line_and_fault(tmp_path: Path, text: str, m
     assert "\n" not in str(error.value)
 
 
-LAW = Device(base_s=0.004, row_s=0.0006, prefill_s=0.00002, context_s=0.3e-6, noise=0.0)
+LAW = Device(base_s=0.004, row_s=0.0006, prefill_s=0.00002, context_s=0.3e-6, attend_s=0.05e-6)
 
 
 def worked(
@@ -322,7 +322,8 @@ def worked(
     """A minute of engines with the costs of `LAW`, whose cache serves half of what it could."""
     hit, steps = 200.0 * requests, out * requests / rows
     seconds = LAW.base_s * steps + LAW.row_s * rows * steps + LAW.prefill_s * (prompt * requests - hit)
-    seconds += LAW.context_s * (prompt + out / 2) * (out - 1) * requests
+    seconds += LAW.context_s * ((prompt + out / 2) * (out - 1) * requests + hit)
+    seconds += LAW.attend_s * (prompt * requests - hit) * (200.0 + (prompt - 200.0) / 2)
     work = StepWork(requests, requests, hit, steps, rows * steps, seconds * slower)
     return Interval(at, requests, prompt, 400.0, out, work=work)
 
@@ -330,6 +331,7 @@ def worked(
 SHAPES = (
     (300, 2, 500, 20), (600, 3, 450, 26), (900, 5, 550, 16), (1200, 8, 480, 22), (400, 2.5, 600, 24),
     (800, 4, 420, 14), (700, 3, 520, 18), (1000, 6, 470, 28), (500, 3, 560, 12), (1100, 7, 430, 19),
+    (650, 2, 800, 10), (750, 5, 410, 40), (850, 4, 700, 30), (450, 8, 600, 15),
 )  # fmt: skip
 """Requests, rows, prompt and answer by interval."""
 
@@ -345,8 +347,8 @@ def test_device_of_a_recording_is_that_of_its_engines(tmp_path: Path) -> None:
     path, manifest = write(tmp_path / "r.jsonl", *minutes()), load_document(Path("examples/production.yaml"))
     scene = scene_of(manifest, LoadSpec(trace=path))
     assert scene.device_name == "recorded"
-    assert scene.device_told == "10 intervals; a fit to half of them misses the others by 0.0%"
-    for name in ("base_s", "row_s", "prefill_s", "context_s"):
+    assert scene.device_told == "14 intervals; a fit to half of them misses the others by 0.0%"
+    for name in ("base_s", "row_s", "prefill_s", "context_s", "attend_s"):
         assert getattr(scene.device, name) == pytest.approx(getattr(LAW, name), rel=0.02), name
     assert (scene.device.hits, scene.device.noise) == (pytest.approx(0.5), Device.noise)
     assert scene.work.cached == pytest.approx(200, rel=0.1), "what the cache served is not computed again"
@@ -364,16 +366,16 @@ def test_backtest_says_which_device_it_plays(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [told] = [line for line in done.stdout.splitlines() if line.startswith("device: ")]
     assert told == (
-        "device: calibrated from the recording (10 intervals; a fit to half of them misses the others by "
-        "0.0%): a step 4 ms, each row 0.6 ms, a prompt token 0.02 ms, a token attended to 0.3 us; the cache "
-        "serves 50% of what it could"
+        "device: calibrated from the recording (14 intervals; a fit to half of them misses the others by "
+        "0.0%): a step 4 ms, each row 0.6 ms, a prompt token 0.02 ms, a token that a row attends to 0.3 us, "
+        "one that a prompt token attends to 0.05 us; the cache serves 50% of what it could"
     )  # fmt: skip
     assert told in page.read_text()
     device = json.loads(out.read_text())["settings"]["device"]
     assert (device["name"], device["base_s"]) == ("recorded", pytest.approx(LAW.base_s, rel=0.02))
 
 
-UNEVEN = (1.0, 3.0) * 5
+UNEVEN = (1.0, 3.0) * 7
 """Every other minute the machine was three times slower."""
 
 
@@ -381,12 +383,13 @@ UNEVEN = (1.0, 3.0) * 5
     ("intervals", "why"),
     [
         (
-            [busy(60.0 * index) for index in range(9)],
-            "at least 8 intervals with steps of the engines are needed, it has 0",
+            [busy(60.0 * index) for index in range(12)],
+            "at least 10 intervals with steps of the engines are needed, it has 0",
         ),
         (
-            [worked(60.0 * index, 600, 3) for index in range(9)],
-            "windows: they are too alike to separate steps, rows, context of rows, computed prompt tokens",
+            [worked(60.0 * index, 600, 3) for index in range(12)],
+            "windows: they are too alike to separate steps, rows, context of rows, "
+            "computed prompt tokens, context of prompts",
         ),
         (
             minutes(UNEVEN),
