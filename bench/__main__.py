@@ -13,6 +13,7 @@ BENCHMARKS = (
     "first_token",
     "front_cost",
     "knob_effects",
+    "calibration",
     "time_to_cure",
     "trace_hit_rate",
 )

@@ -76,8 +76,8 @@ def first_token_s(connection: http.client.HTTPConnection, prompt: str) -> tuple[
 
 
 @contextmanager
-def served(url: str | None) -> Iterator[str]:
-    """The given URL, or that of an engine that runs until the block ends."""
+def served(url: str | None, config: dict[str, Any] = CONFIG) -> Iterator[str]:
+    """The given URL, or that of an engine with a configuration that runs until the block ends."""
     if url is not None:
         yield url
         return
@@ -85,7 +85,7 @@ def served(url: str | None) -> Iterator[str]:
         port, admin = one.getsockname()[1], two.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "config.json"
-        file.write_text(json.dumps({"config": CONFIG}))
+        file.write_text(json.dumps({"config": config}))
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "kvpilot_engine", "--config", str(file),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from bench import __main__ as bench
-from bench import command, first_token, knob_effects, time_to_cure, trace_hit_rate
+from bench import calibration, command, first_token, knob_effects, time_to_cure, trace_hit_rate
 from bench.command import CANNOT_RUN, FAILED, CannotRunError
 
 
 def cannot_run(argv: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Standard error of a benchmark that cannot run."""
     module = {
+        "calibration": calibration,
         "first_token": first_token,
         "knob_effects": knob_effects,
         "time_to_cure": time_to_cure,
@@ -39,12 +41,13 @@ def test_missing_trace_is_a_failure(
     )
 
 
+@pytest.mark.parametrize("name", ["first_token", "calibration"])
 def test_server_that_does_not_answer_is_a_failure(
-    unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
+    name: str, unused_tcp_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = cannot_run(["--url", f"http://127.0.0.1:{unused_tcp_port}"], "first_token", capsys)
-    assert said.startswith("first_token: cannot run: ")
-    assert "Connection refused" in said
+    said = cannot_run(["--url", f"http://127.0.0.1:{unused_tcp_port}"], name, capsys)
+    assert said.startswith(f"{name}: cannot run: ")
+    assert re.search("refused|[Cc]annot connect|cannot reach", said)
     assert said.count("\n") == 1
 
 
