@@ -32,6 +32,9 @@ MIN_SECONDS, MIN_REQUESTS = 1.0, 4.0
 CHUNK = "maxStepTokens"
 """Knob that changes the row-steps of a request: a prompt in larger chunks takes fewer and longer ones."""
 
+ADMITTING = frozenset({"numWorkers", "batchSize", "maxTokens"})
+"""Knobs that limit how many rows there can be."""
+
 
 def step_rate(
     counts: Counts, values: Sequence[KnobChange], curve: Mapping[int, float] | None = None
@@ -75,7 +78,10 @@ def as_loaded(now: StepRate, before: StepRate, values: Sequence[KnobChange]) -> 
     left = [
         item.after / item.before
         for item in values
-        if isinstance(item.before, numbers) and isinstance(item.after, numbers) and item.before
+        if item.knob in ADMITTING
+        and isinstance(item.before, numbers)
+        and isinstance(item.after, numbers)
+        and item.before
     ]
     return now.rows >= before.rows * min([1.0, *left])
 

@@ -168,6 +168,7 @@ def test_larger_chunks_are_compared_by_requests_as_each_takes_fewer_row_steps() 
         (4.0, (KnobChange("numWorkers", 2, 8),), False),
         (2.0, (KnobChange("numWorkers", 16, 4),), True),  # a quarter of the rows is all that it can show
         (1.0, (KnobChange("numWorkers", 16, 4),), False),
+        (4.0, (KnobChange("prefetchSize", 32, 16),), False),  # takes no rows away
         (8.0, (KnobChange("cacheStrategy", "lru", "adaptive"), KnobChange("maxMemoryMb", None, 64)), True),
     ],
 )
