@@ -27,6 +27,8 @@ from kvpilot_operator.reconcile.reconciler import Reconciler, Reconciliation
 from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import base_config
 from kvpilot_operator.resource.times import to_rfc3339
+from kvpilot_operator.status.codec import state_of
+from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.overrides import Overrides, overrides_of
 from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning import decide
@@ -113,6 +115,49 @@ SCENES = (
         EngineModel(hits=lambda c: min(0.8, value(c, "maxTokens") / 8192)),
         spec={"objectives": {"hitRate": "70%"}},
     ),
+    Scene("few rows", {"numWorkers": 16, "batchSize": 2}, (0.0, 5.0, 82.0, 82.0)),
+    Scene(
+        "short steps",
+        {**WIDE, "maxStepTokens": 128},
+        (0.0, 2.0, 5.0, 30.0),
+        EngineModel(prefill_s=2e-5, prompt=1000.0),
+    ),
+    Scene(
+        "crowded",
+        {"numWorkers": 24, "batchSize": 24},
+        (0.0, 5.0, 60.0, 120.0),
+        EngineModel(step_s=lambda rows: 0.02 if rows <= 8 else 0.12),  # beyond 8 rows their work spills
+    ),
+    Scene(
+        "waste",
+        {**WIDE, "prefetchSize": 32},
+        STEADY,
+        EngineModel(prefetched=lambda c: (0.5, value(c, "prefetchSize") / 8)),
+    ),
+    Scene(
+        "codec",
+        {**WIDE, "compressionRatio": 0.32},
+        STEADY,
+        EngineModel(
+            tier_s=lambda c: 0.8 * (1 - value(c, "compressionRatio")),
+            decoding=0.9,
+            prefetched=lambda c: (1.0, 1.0),
+        ),
+    ),
+    Scene(
+        "few blocks",
+        {**WIDE, "compressionRatio": 1.0},
+        STEADY,
+        EngineModel(hits=lambda c: 0.8 - 0.3 * value(c, "compressionRatio")),
+        spec={"objectives": {"hitRate": "60%"}},
+    ),
+    Scene(
+        "fixed strategy",
+        {**WIDE, "cacheStrategy": "fifo"},
+        STEADY,
+        EngineModel(hits=lambda c: 0.75 if value(c, "cacheStrategy") == "adaptive" else 0.5),
+        spec={"objectives": {"hitRate": "60%"}},
+    ),
     Scene("one replica", SMALL, (0.0, 5.0, 10.0, 40.0), replicas=1, spec={"singleReplica": "BeforeAfter"}),
 )
 
@@ -154,6 +199,7 @@ class Deployment(Simulation):
         self.failure: BaseException | None = None
         self.spec = spec_of(scene.config, replicas=scene.replicas, **scene.spec)
         self._based: tuple[Any, dict[str, Any]] = None, {}
+        self._read: tuple[Status | None, TuningState] = None, TuningState()
         self.ports = FaultyPorts(self)
         self.effects = Effects(self)
         manifest = {
@@ -172,6 +218,14 @@ class Deployment(Simulation):
     def clock(self) -> float:
         """The operator's clock, s since the epoch."""
         return self.cluster.now + self.skew
+
+    @property
+    def state(self) -> TuningState:
+        """The tuner's state, as the status holds it; read once for each status."""
+        status = self.cluster.snapshot().status
+        if status is not self._read[0]:
+            self._read = status, state_of(status)
+        return self._read[1]
 
     def _start_operator(self) -> None:
         self.ports.dead = False
@@ -391,8 +445,12 @@ class Deployment(Simulation):
             self.cluster.converge(self.cluster.now + self.cluster.start_s)
 
     def copy(self) -> Deployment:
-        """The same deployment, of which nothing is counted yet."""
-        made = copy.deepcopy(self)
+        """The same deployment, of which nothing is counted yet. What never changes is shared."""
+        cluster = self.cluster
+        engines = (*cluster.engines, *(engine for _, engine in cluster.draining))
+        scraped = (values for engine in engines for values in engine.scrapes._seen)
+        written = (document for _, document in cluster.status_writes)
+        made = copy.deepcopy(self, {id(item): item for item in (*scraped, *written, *cluster.records)})
         made.took.clear()
         return made
 
@@ -496,9 +554,9 @@ def _moments(name: str) -> dict[str, Deployment]:
         made.level = level
         made.pass_ticks(1)
         change = made.state.change
-        if change is not None and made.state.phase in TRYING:
-            found.setdefault(f"{change.rule}:Tried", made.copy())
-            found.setdefault(f"{change.rule}:Aborted", _asked(made, 60, pause={}))
+        if change is not None and made.state.phase in TRYING and f"{change.rule}:Tried" not in found:
+            found[f"{change.rule}:Tried"] = made.copy()
+            found[f"{change.rule}:Aborted"] = _asked(made, 60, pause={})
         if change is None and len(made.state.generations) > 1 and "rollback:RolledBack" not in found:
             first, pinned = (
                 made.state.generations[0].number,

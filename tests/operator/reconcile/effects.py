@@ -70,6 +70,7 @@ class Effects:
         self.managed_since: float | None = None
         self.overdue: Counter[str] = Counter()
         self._unwritten = False
+        self._read: tuple[Status | None, TuningState] = None, TuningState()
 
     def raise_failure(self) -> None:
         """Raise what was found."""
@@ -82,7 +83,10 @@ class Effects:
 
     @property
     def _state(self) -> TuningState:
-        return state_of(self.intent)
+        """What the intent says; read once for each status."""
+        if self.intent is not self._read[0]:
+            self._read = self.intent, state_of(self.intent)
+        return self._read[1]
 
     # Decisions
 

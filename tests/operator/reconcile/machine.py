@@ -453,10 +453,16 @@ class Moments(Histories):
         super().teardown()
 
 
-class Restarts(Managed):
-    """The operator dies, or gets no answer, before and after every write: what writes is brought about."""
+CASES: tuple[tuple[str, Moment], ...] = tuple(product(WRITES, get_args(Moment)))
+"""Before and after every write."""
 
-    CASES = tuple(product(WRITES, get_args(Moment)))
+
+class Restarts(Managed):
+    """The operator dies, or gets no answer, before and after writes: what writes is brought about."""
+
+    def __init__(self, scene: str, cases: tuple[tuple[str, Moment], ...] = CASES) -> None:
+        super().__init__(scene)
+        self.cases = cases
 
     @initialize(first=st.integers(0, len(CASES) - 1), stride=st.sampled_from((1, 3, 7, 9)))
     def choose(self, first: int, stride: int) -> None:
@@ -464,7 +470,7 @@ class Restarts(Managed):
 
     @rule(how=st.sampled_from((crash, crash, crash, no_answer)), ticks=st.integers(0, 2))
     def a_write_fails(self, how: Callable[[Deployment], None], ticks: int) -> None:
-        world, (write, moment) = self.world, self.CASES[self.turn % len(self.CASES)]
+        world, (write, moment) = self.world, self.cases[self.turn % len(self.cases)]
         self.turn += self.stride
         world.ports.armed.clear()
         world.arm(how, write, moment)
@@ -479,6 +485,8 @@ class Restarts(Managed):
 class Plain(HypothesisProvider):  # type: ignore[misc]
     """Draws without the constants of the modules that happen to be imported: a seed gives one history."""
 
+    # Hypothesis 6.170 has no setting that leaves them out. A provider that is written from nothing needs as
+    # much that is private: nothing public gives it the random numbers of the seed.
     def _maybe_draw_constant(self, *given: Any, **options: Any) -> None:
         return None
 
