@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
+from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning.assess.guards import DAY, SIX_HOURS
 from kvpilot_operator.tuning.assess.trust import trust
 from kvpilot_operator.tuning.configuration import KNOBS
@@ -22,6 +23,7 @@ from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.rules.order import REMEDIES
+from kvpilot_operator.tuning.rules.signals import Move
 from kvpilot_operator.tuning.sizing import needed_replicas
 from kvpilot_operator.tuning.state import Phase, TuningState
 
@@ -29,8 +31,20 @@ TRYING = frozenset({Phase.CANARY, Phase.SETTLE, Phase.VERIFY})
 TUNED = frozenset({"Started", "Emergency", "ScaledOut", "ScaledIn", "Promoted"})
 """Outcomes of what the tuner does by itself."""
 
-DECLARED = {remedy.name: set(remedy.knobs) for remedy in REMEDIES}
-"""Knobs that each rule declares to move."""
+DECLARED = {remedy.name: {move.knob: move.way for move in remedy.moves} for remedy in REMEDIES}
+"""Knobs that each rule declares to move, and which way."""
+
+CURES = {remedy.name: set(remedy.cures) for remedy in REMEDIES}
+
+AT_FAULT = {
+    Stage.ADMISSION_WAIT: "admission wait",
+    Stage.PREEMPTED: "admission wait",
+    Stage.BATCH_WAIT: "batch wait",
+    Stage.TIER_LOAD: "tier load",
+    Stage.PREFILL: "time in work",
+    Stage.DECODE: "time in work",
+}
+"""The signal that is the worse where a stage is at fault."""
 
 BY_OTHERS = frozenset({"replicas-bounds", "spec-replicas", "boost", "boost-decay"})
 """Rules that keep replicas where the user or an override wants them."""
@@ -188,7 +202,9 @@ class Invariants:
                 self.started.add(record.id)
             knob = record.changes[0].knob if record.changes else ""
             moved = {change.knob for change in record.changes}
-            assert moved <= DECLARED.get(record.rule, moved), f"{record.rule} moves only what it declares"
+            assert moved <= {*DECLARED.get(record.rule, moved)}, f"{record.rule} moves only what it declares"
+            if record.outcome in {"Started", "Emergency"}:
+                assert_moves_as_permitted(step, record)
             if record.outcome == "Started":
                 tried = (knob, record.changes[0].after)
                 assert self.blocked.get(tried, 0.0) <= now, f"{tried} failed less than a day ago"
@@ -265,6 +281,14 @@ def assert_permitted(step: Step) -> None:
         assert step.before.cooldown_until <= seen.at, "the cooldown"
         started = next(record for record in step.decision.records if record.outcome == "Started")
         assert_has_a_cause(step, started)
+    assert not policy.disabled_rules & {
+        record.rule for record in step.decision.records if record.outcome in TUNED - {"Promoted"}
+    }, "a disabled rule"
+    if found.too_few is not None or seen.paused_by or seen.spec_error:
+        assert after.holds, "nothing says why no change begins"
+    since = {hold.reason: hold.since for hold in step.before.holds}
+    for hold in after.holds:
+        assert hold.since == since.get(hold.reason, seen.at), f"{hold.reason} holds since then"
     if "Emergency" in made:
         sampled = (replica.sample for replica in found.trusted)
         fullest = max(s.gauges.memory_ratio for s in sampled if s is not None)
@@ -276,8 +300,32 @@ def assert_permitted(step: Step) -> None:
 
 def assert_has_a_cause(step: Step, record: Record) -> None:
     """An experiment cures a breach; only waste needs none."""
+    found = step.decision.diagnosis
     breached = [item.name for item in step.decision.objectives if item.state == "Breached"]
     assert breached or record.rule == "prefetch-down", record.summary
+    if step.policy.mode != "Auto" or record.rule == "prefetch-down" or found is None:
+        return  # approved, perhaps long after it was proposed
+    signals = {AT_FAULT[Stage(found.stage)]} if found.stage else set()
+    signals |= {"misses"} if "hitRate" in breached else set()
+    signals |= {"memory"} if "memory" in breached else set()
+    if "memory" in breached:
+        leading = Move(record.changes[0].knob, DECLARED[record.rule][record.changes[0].knob])
+        assert leading.effect("memory") <= 0, f"memory is over its limit: {record.summary}"
+    assert signals & CURES[record.rule], f"{record.rule} cures nothing of {sorted(signals)}: {record.summary}"
+
+
+def assert_moves_as_permitted(step: Step, record: Record) -> None:
+    """A rule moves a knob the way that it declares, and only knobs that may be tuned that way."""
+    for change in record.changes:
+        limits = step.policy.bounds[change.knob]
+        assert limits.tune, f"{change.knob} is excluded from tuning"
+        if isinstance(change.after, str):
+            continue
+        before = inf if change.before is None else change.before  # without a limit
+        way = "up" if change.after > before else "down"
+        assert way == DECLARED[record.rule][change.knob], f"{record.rule} moves {change.knob} {way}"
+        only = {"UpOnly": "up", "DownOnly": "down"}.get(limits.direction, way)
+        assert way == only, f"{change.knob} may not go {way}"
 
 
 def assert_capacity_is_added(step: Step) -> None:

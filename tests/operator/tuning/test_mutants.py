@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from tests.operator.tuning import worlds
-from tests.operator.tuning.worlds import REGIMES, World
+from tests.operator.tuning.worlds import FIXED, REGIMES, World
 
 from kvpilot_operator.tuning import base_change, decide, reasons, replicas
 from kvpilot_operator.tuning.assess import guards
@@ -17,7 +17,7 @@ from kvpilot_operator.tuning.context import Context, Draft, Plan, Proposal
 from kvpilot_operator.tuning.decision import Scale, WriteConfig
 from kvpilot_operator.tuning.experiment import canary, ends
 from kvpilot_operator.tuning.experiment.verdict import Verdict
-from kvpilot_operator.tuning.rules import bounds, order
+from kvpilot_operator.tuning.rules import bounds, cache, compute, order
 from kvpilot_operator.tuning.rules.bounds import Room
 from kvpilot_operator.tuning.state import Change, Phase
 
@@ -29,6 +29,14 @@ Patch = pytest.MonkeyPatch
 
 def scale_in_without_data(patch: Patch) -> None:
     """What cannot be trusted is taken for idle, and a scale-in needs no trust."""
+    blocks, hold = Context.blocks, decide.hold
+
+    def told(context: Context, draft: Draft) -> Draft:
+        for reason, message in blocks.__get__(context):
+            draft = draft.held(context, reason, message)
+        return hold(context, draft)
+
+    patch.setattr(decide, "hold", told)
     patch.setattr(Context, "blocks", property(lambda self: ()))
 
 
@@ -240,6 +248,117 @@ def scales_against_another_manager(patch: Patch) -> None:
     patch.setattr(decide, "keep_bounds", stubborn)
 
 
+# Of what the user permits, and of what is told
+
+
+def disabled_rule_used(patch: Patch) -> None:
+    plain = order.consider
+
+    def deaf(context: Context, state: Any) -> Plan:
+        return plain(replace(context, policy=replace(context.policy, disabled_rules=frozenset())), state)
+
+    patch.setattr(decide, "consider", deaf)
+
+
+def excluded_knob_tuned(patch: Patch) -> None:
+    _room(patch, lambda found: replace(found, tunable=True))
+
+
+def direction_ignored(patch: Patch) -> None:
+    patch.setattr(bounds, "_direction", lambda context, change: None)
+    plain = bounds.room
+
+    def free(context: Context, knob: str) -> Room:
+        known = {name: replace(item, direction="Both") for name, item in context.policy.bounds.items()}
+        return plain(replace(context, policy=replace(context.policy, bounds=known)), knob)
+
+    for module in (bounds, compute, cache):
+        patch.setattr(module, "room", free)
+
+
+def forgotten_lower_bound(patch: Patch) -> None:
+    _room(patch, lambda found: replace(found, minimum=1))
+
+
+def wasted_prefetches_doubled(patch: Patch) -> None:
+    """A rule that has to lower its knob raises it."""
+    plain = cache.prefetch_down
+
+    def more(context: Context, state: Any, plan: Plan) -> Any:
+        found = plain(context)
+        if not isinstance(found, Proposal):
+            return found
+        change = found.values[0]
+        return replace(found, values=(replace(change, after=2 * change.before),))
+
+    _remedy(patch, "prefetch-down", more)
+
+
+def workers_taken_while_requests_wait(patch: Patch) -> None:
+    """A rule acts on a stage that is not at fault."""
+
+    def fewer(context: Context, state: Any, plan: Plan) -> Any:
+        workers = bounds.room(context, "numWorkers")
+        objective = context.diagnosis.objective
+        if not objective or workers.now <= workers.minimum:
+            return reasons.NOT_AT_FAULT, "all is well"
+        return Proposal(
+            "workers-down", (workers.to(workers.now // 2),), objective, 0.5, "fewer", measure="seconds"
+        )
+
+    _remedy(patch, "workers-up", lambda context, state, plan: (reasons.NOT_AT_FAULT, "never"))
+    _remedy(patch, "workers-down", fewer)
+
+
+def memory_over_its_limit_is_no_fault(patch: Patch) -> None:
+    """Requests that wait get more workers although memory is over its limit."""
+    plain = decide.diagnose
+
+    def blind(observation: Any, objectives: Any, *given: Any, **named: Any) -> Any:
+        return plain(observation, tuple(o for o in objectives if o.name != "memory"), *given, **named)
+
+    patch.setattr(decide, "diagnose", blind)
+    for name in ("memory-relief", "memory-emergency"):
+        _remedy(patch, name, lambda context, state, plan: (reasons.NOT_AT_FAULT, "never"))
+
+
+def promotion_without_the_controls(patch: Patch) -> None:
+    """Controls that can no longer be measured are not missed."""
+    patch.setattr(canary, "_seen", lambda context, change: replace(change, unseen_since=0.0))
+    patch.setattr(canary, "_measured", lambda context, change: True)
+    patch.setattr(canary, "_verified", _trusting)
+
+
+def _trusting(context: Context, draft: Draft, change: Change) -> Draft:
+    if context.now - change.measured_from < context.policy.pace.settle:
+        return draft
+    return ends.accept(context, draft, change, Verdict(reasons.PROMOTED, "it looks good", {"gain": 1.0}))
+
+
+def hold_is_not_told(patch: Patch) -> None:
+    plain = decide.conclude
+    patch.setattr(
+        decide, "conclude", lambda context, draft, before: plain(context, replace(draft, holds=()), before)
+    )
+
+
+def hold_begins_again(patch: Patch) -> None:
+    plain = Draft.held
+
+    def forgetful(self: Draft, context: Context, reason: str, message: str) -> Draft:
+        held = plain(self.with_state(holds=()), context, reason, message)
+        return replace(held, state=self.state)
+
+    patch.setattr(Draft, "held", forgetful)
+
+
+def _room(patch: Patch, change: Callable[[Room], Room]) -> None:
+    """Let rules and their check take a knob's room for another."""
+    plain = bounds.room
+    for module in (bounds, compute, cache):
+        patch.setattr(module, "room", lambda context, knob: change(plain(context, knob)))
+
+
 def _remedy(patch: Patch, name: str, find: Callable[..., Any]) -> None:
     """Put another finder into the list of remedies."""
     found = tuple(replace(item, find=find) if item.name == name else item for item in order.REMEDIES)
@@ -248,11 +367,22 @@ def _remedy(patch: Patch, name: str, find: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mutant, the regimes that it is looked for in, and what is said when it is found."""
+    """A mutant, the regimes that it is looked for in, and what is said when it is found.
+
+    Attributes:
+        change: what the regimes have of their own there.
+    """
 
     plant: Callable[[Patch], None]
     regimes: tuple[str, ...]
     says: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _bounded(knob: str, **limits: Any) -> dict[str, Any]:
+    """A regime whose policy bounds one knob otherwise."""
+    known = {**FIXED.bounds, knob: replace(FIXED.bounds[knob], **limits)}
+    return {"policy": replace(FIXED, bounds=known)}
 
 
 MUTANTS = (
@@ -281,14 +411,36 @@ MUTANTS = (
     Mutant(experiment_without_a_breach, ("calm", "idle"), "why not|Why not"),
     Mutant(emergency_without_need, ("memory",), "not nearly exhausted"),
     Mutant(scales_against_another_manager, ("calm", "idle"), "another manager"),
+    Mutant(
+        disabled_rule_used,
+        ("workers",),
+        "a disabled rule",
+        {"policy": replace(FIXED, disabled_rules=frozenset({"workers-up"}))},
+    ),
+    Mutant(excluded_knob_tuned, ("workers",), "excluded from tuning", _bounded("numWorkers", tune=False)),
+    Mutant(direction_ignored, ("waste",), "may not go down", _bounded("prefetchSize", direction="UpOnly")),
+    Mutant(forgotten_lower_bound, ("waste",), "prefetchSize", _bounded("prefetchSize", minimum=20)),
+    Mutant(wasted_prefetches_doubled, ("waste",), "prefetch-down moves prefetchSize up"),
+    Mutant(workers_taken_while_requests_wait, ("workers",), "workers-down cures nothing"),
+    Mutant(
+        memory_over_its_limit_is_no_fault,
+        ("workers",),
+        "memory is over its limit",
+        {"gauge": {"waiting": 9.0, "memory_ratio": 0.9}},
+    ),
+    Mutant(
+        promotion_without_the_controls, ("workers", "prefetch"), "controls cannot be trusted|promoted what"
+    ),
+    Mutant(hold_is_not_told, ("workers", "idle"), "nothing says why"),
+    Mutant(hold_begins_again, ("workers", "idle"), "holds since then"),
 )
 
 
-def histories(names: tuple[str, ...]) -> Iterator[World]:
-    for seed in range(SEEDS):
+def histories(mutant: Mutant, seeds: int = SEEDS) -> Iterator[World]:
+    for seed in range(seeds):
         for regime in REGIMES:
-            if regime.name in names:
-                yield World(seed, regime, events=0.15)
+            if regime.name in mutant.regimes:
+                yield World(seed, replace(regime, **mutant.change), events=0.15)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[item.plant.__name__ for item in MUTANTS])
@@ -297,7 +449,7 @@ def test_mutant_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> Non
     # ``worlds`` calls the function it imported, which looks its steps up in the patched modules.
     assert worlds.decide is decide.decide
     with pytest.raises(AssertionError, match=mutant.says):
-        for world in histories(mutant.regimes):
+        for world in histories(mutant):
             for _ in world.ticks(TICKS):
                 pass
 
@@ -307,7 +459,14 @@ def test_the_guards_of_knobs_are_those_that_rules_use() -> None:
     assert bounds.flap_budget_spent is guards.flap_budget_spent
 
 
+@pytest.mark.parametrize(
+    "mutant", [item for item in MUTANTS if item.change], ids=lambda item: item.plant.__name__
+)
+def test_without_the_mutant_the_same_worlds_are_safe(mutant: Mutant) -> None:
+    for world in histories(mutant, seeds=5):
+        assert len(list(world.ticks(TICKS))) == TICKS
+
+
 def test_without_a_mutant_the_same_worlds_are_safe() -> None:
-    for world in histories(("workers", "idle")):
-        if world.seed < 5:
-            assert len(list(world.ticks(TICKS))) == TICKS
+    for world in histories(Mutant(pause_ignored, ("workers", "idle"), "nothing"), seeds=5):
+        assert len(list(world.ticks(TICKS))) == TICKS
