@@ -266,6 +266,7 @@ def figures_of(rounds: Sequence[Round]) -> dict[str, Any]:
         "row_ms": round(1e3 * device.row_s, 4),
         "prompt_token_ms": round(1e3 * device.prefill_s, 4),
         "attended_token_us": round(1e6 * device.context_s, 3),
+        "attended_by_prompt_token_us": round(1e6 * device.attend_s, 4),
         "slowest_round": round(max(speeds), 2),
         "fastest_round": round(min(speeds), 2),
     }
