@@ -13,12 +13,12 @@ spread over all of them.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 from math import ceil
-from operator import sub
 from typing import Any
 
 from kvpilot_engine.contract import AdminConfig, ApplyReport, ConfigPatch, KVCacheConfig
@@ -68,6 +68,9 @@ MIX_WEIGHT = 0.005
 MIN_CHUNK = 16
 """Prompt tokens that a step computes at least, however many rows decode."""
 
+_EDGES = (*EDGES_S, sys.float_info.max)
+"""Those of the histograms; only a request that failed takes longer than the last one."""
+
 _BUCKET_OF = [bisect_left(ROW_BUCKETS, min(rows, ROW_BUCKETS[-1])) for rows in range(1025)]
 
 Ended = tuple[float, float, float]
@@ -89,6 +92,16 @@ class SimulatedEngine:
             ``refuses``: while it takes no configuration.
         ended: requests that ended since somebody last took them.
     """
+
+    __slots__ = (  # an event reads a dozen of them, and slots are read faster
+        "_attend_s", "_attended", "_attended_before", "_attending", "_batch", "_clock", "_coin", "_cold",
+        "_config", "_context", "_context_s", "_described", "_done", "_errors", "_flushed", "_free",
+        "_idle_slots", "_loading", "_mean_context", "_mean_prefill_s", "_mean_rows", "_order", "_prefetched",
+        "_prefill_s", "_prefilling", "_queue", "_rowless", "_rows", "_seen", "_served", "_share",
+        "_step_tokens", "_table", "_timeout", "_v", "_workers", "asked_at", "counters", "ended", "epoch",
+        "generation", "hung", "model", "name", "outlier", "ready_at", "refuses", "restarts", "scrapes",
+        "silent", "slow", "stale", "uid", "waiting",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -122,7 +135,7 @@ class SimulatedEngine:
         self._rows: list[tuple[float, int, SimulatedRequest]] = []  # heap; a prompt has its row as well
         self._done: list[SimulatedRequest] = []
         self._cold = self.model.warm_requests > self._served
-        self._held = self._order = 0
+        self._order = 0
         self._v = self._free = 0.0
         self._context = self._mean_context = 0.0  # tokens that all rows attend to in a step, and one of them
         self._attending = 0.0  # time in a step for what the prompts of its rows attend to, s
@@ -190,12 +203,12 @@ class SimulatedEngine:
     @property
     def held(self) -> int:
         """Requests that hold a worker slot."""
-        return self._held
+        return len(self._rows) + len(self._rowless)
 
     @property
     def inside(self) -> int:
         """Requests that came and did not end."""
-        return self._held + len(self.waiting)
+        return self.held + len(self.waiting)
 
     @property
     def unschedulable(self) -> bool:
@@ -208,72 +221,75 @@ class SimulatedEngine:
         self, until: float, arrivals: Sequence[SimulatedRequest] = ()
     ) -> None:
         """Take requests in order of their arrival, and work, until a time (s since the epoch)."""
-        count, working, prefilling, done = self.counters, self._rows, self._prefilling, self._done
-        table, slow, workers, batch = self._table, self.slow * self.outlier, self._workers, self._batch
-        prefill_s, context_s, step_tokens = slow * self._prefill_s, slow * self._context_s, self._step_tokens
+        working, prefilling, done = self._rows, self._prefilling, self._done
+        waiting, rowless = self.waiting, self._rowless
+        most, step_tokens, hung = min(self._workers, self._batch), self._step_tokens, self.hung
+        slow = self.slow * self.outlier
+        table = [slow * step_s for step_s in self._table]
+        prefill_s, context_s = slow * self._prefill_s, slow * self._context_s
         spent_with, steps_with = [0.0] * len(table), [0.0] * len(table)  # by rows
         clock, v = self._clock, self._v
-        come, last = 0, len(arrivals)
-        due = arrivals[0].at if last else math.inf
-        while True:
-            stop = due if due < until else until
-            if working and not self.hung:
+        for arrival in (*arrivals, None):
+            stop = until if arrival is None else arrival.at
+            while working and not hung:  # until the first row ends, or the next request comes
                 rows, target, free = len(working), working[0][0], self._free
-                step, steps = slow * table[rows], target - v
+                step, steps = table[rows], target - v
                 if context_s:
                     step += context_s * self._context
                 if self._attending:
                     step += slow * self._attending
+                spent = steps * step
                 chunks = chunk_s = 0.0
                 if free > v:
                     chunks = (free if free < target else target) - v
                     room = step_tokens - rows + len(prefilling)
                     chunk_s = prefill_s * (room if room > MIN_CHUNK else MIN_CHUNK)
-                spent = steps * step + chunks * chunk_s
+                    spent += chunks * chunk_s
                 reached = clock + spent <= stop
                 if not reached:
                     spent = stop - clock if stop > clock else 0.0
-                    steps = _steps_in(spent, step, chunks, chunk_s)
+                    steps = spent / (step + chunk_s)
+                    if steps > chunks:  # the steps behind the prompts are shorter
+                        steps = chunks + (spent - chunks * (step + chunk_s)) / step
                     target = v + steps
                 while prefilling and prefilling[0][0] <= target:  # a prompt is computed on the way
                     at, request = prefilling.popleft()
-                    request.first = clock + (at - v) * step + (max(v, min(free, at)) - v) * chunk_s
+                    first = clock + (at - v) * step
+                    if free > v < at:
+                        first += ((free if free < at else at) - v) * chunk_s
+                    request.first = first
                 clock += spent
                 v = target
                 spent_with[rows] += spent
                 steps_with[rows] += steps
-                if reached:
-                    request = heappop(working)[2]
-                    if context_s:
-                        self._context -= request.context
-                    if request.attending:
-                        self._attending -= request.attending
-                    request.ended = clock
-                    done.append(request)
-                    self._held -= 1
-                    if self.waiting or self._rowless:
-                        self._fill(clock, v)
-                    continue
-            elif stop > clock:
-                clock = stop
-            if due > until:
-                break
-            request = arrivals[come]
-            come += 1
-            due = arrivals[come].at if come < last else math.inf
-            if self._held < workers and len(working) < batch:
-                self._held += 1
-                request.admitted = clock
-                self._prefill(request, clock, v)
+                if not reached:
+                    break
+                request = heappop(working)[2]
+                if context_s:
+                    self._context -= request.context
+                if request.attending:
+                    self._attending -= request.attending
+                request.ended = clock
+                done.append(request)
+                if waiting or rowless:
+                    self._fill(clock, v)
             else:
-                self._queue_up(request, clock, v)
+                clock = max(clock, stop)
+            if arrival is None:
+                break
+            if len(working) < most:  # nobody waits while a row and a slot are free
+                arrival.admitted = clock
+                self._prefill(arrival, clock, v)
+            else:
+                self._queue_up(arrival, clock, v)
+        count = self.counters
         for rows, steps in enumerate(steps_with):
             if steps:
                 bucket = _BUCKET_OF[rows]
                 count[SECONDS + bucket] += spent_with[rows]
                 count[ROWS + bucket] += steps * rows
                 count[STEPS] += steps
-        count[ARRIVALS] += last
+        count[ARRIVALS] += len(arrivals)
         self._clock, self._v = clock, v
 
     def _queue_up(self, request: SimulatedRequest, clock: float, v: float) -> None:
@@ -283,28 +299,27 @@ class SimulatedEngine:
             self.ended.append((request.at, math.inf, math.inf))
             return
         self.waiting.append(request)
-        if self._held < self._workers:
+        if self.held < self._workers:
             self._fill(clock, v)
 
     def _fill(self, clock: float, v: float) -> None:
         """Admit while slots are free, then give rows."""
-        waiting, rowless = self.waiting, self._rowless
-        while waiting and self._held < self._workers:
+        waiting, rowless, rows = self.waiting, self._rowless, len(self._rows)
+        while waiting and rows + len(rowless) < self._workers:
             request = waiting.popleft()
             if clock - request.at > self._timeout:
                 self._lose(request, clock)
                 continue
             request.admitted = clock
-            self._held += 1
             rowless.append(request)
-        rows = len(self._rows)
         while rowless and rows < self._batch:
             self._prefill(rowless.popleft(), clock, v)
             rows += 1
 
     def _prefill(self, request: SimulatedRequest, clock: float, v: float) -> None:
         """Put a prompt behind those that are being computed; it begins with the next step."""
-        count, rows, prompt, cached = self.counters, self._rows, request.prompt, request.cached
+        count, rows, prefilling = self.counters, self._rows, self._prefilling
+        prompt, cached, out = request.prompt, request.cached, request.out
         hit = cached * self._share
         if self._cold:
             served = self._served + len(self._done)
@@ -315,17 +330,16 @@ class SimulatedEngine:
         count[QUERY] += prompt
         count[HIT] += hit
         count[CEILING] += cached
-        room = self._step_tokens - len(rows) + len(self._prefilling)
+        room = self._step_tokens - len(rows) + len(prefilling)
         chunks = left / (room if room > MIN_CHUNK else MIN_CHUNK)
-        free = self._free
+        free, next_step = self._free, v + 1.0
         self._free = free = (free if free > v else v) + chunks
-        computed, soonest = ceil(free - 1e-6), ceil(v - 1e-6) + 1
-        first = float(computed if computed > soonest else soonest)
-        self._prefilling.append((first, request))
-        self._order += 1  # as many steps follow as the answer has further tokens
-        ends = first + request.out - 1.0
+        first = float(ceil((free if free > next_step else next_step) - 1e-6))
+        prefilling.append((first, request))
+        self._order = order = self._order + 1
+        ends = first + out - 1.0  # as many steps follow as the answer has further tokens
         if self._context_s:
-            decoded = (prompt + 0.5 * request.out) * (request.out - 1.0)
+            decoded = (prompt + 0.5 * out) * (out - 1.0)
             request.context = (decoded + hit) / (ends - v)  # its prompt reads what is cached once
             self._context += request.context
         if self._attend_s:
@@ -333,7 +347,7 @@ class SimulatedEngine:
             request.attending = attended / (ends - v)
             self._attending += request.attending
             self._attended += attended
-        heappush(rows, (ends, self._order, request))
+        heappush(rows, (ends, order, request))
 
     def _lose(self, request: SimulatedRequest, clock: float) -> None:
         self.counters[TIMEOUT] += 1.0
@@ -374,10 +388,19 @@ class SimulatedEngine:
     def _count_done(self) -> None:
         """Count the requests that ended since the last time: all at once, which costs half of one by one."""
         count, done, loading, number = self.counters, self._done, self._loading, float(len(self._done))
-        came, end = [request.at for request in done], [request.ended for request in done]
-        admitted, rowed = [request.admitted for request in done], [request.rowed for request in done]
-        first = [request.first for request in done]
-        took, until_first = list(map(sub, end, came)), list(map(sub, first, came))
+        came, took, until_first = list[float](), list[float](), list[float]()
+        admission = batch = prefill = decode = out = 0.0
+        for request in done:
+            at, admitted, rowed = request.at, request.admitted, request.rowed
+            first, end = request.first, request.ended
+            admission += admitted - at
+            batch += rowed - admitted
+            prefill += first - rowed
+            decode += end - first
+            out += request.out
+            came.append(at)
+            took.append(end - at)
+            until_first.append(first - at)
         if loading:
             took, until_first = ([time + loading for time in times] for times in (took, until_first))
         if self._errors or max(took) > self._timeout:
@@ -385,18 +408,17 @@ class SimulatedEngine:
         count[OK] += number - took.count(math.inf)
         for start, times in ((WITHIN, took), (FIRST, until_first)):
             ordered, below = sorted(times), 0
-            for at, edge in enumerate(EDGES_S, start):
+            for slot, edge in enumerate(_EDGES, start):
                 within = bisect_right(ordered, edge, below)
-                count[at] += within - below
+                count[slot] += within - below
                 below = within
-            count[start + len(EDGES_S)] += bisect_left(ordered, math.inf, below) - below
         self.ended += zip(came, took, until_first, strict=True)
         for counter, grown in (
-            (ADMISSION, sum(map(sub, admitted, came))),
-            (BATCH, sum(map(sub, rowed, admitted))),
-            (PREFILL, sum(map(sub, first, rowed))),
-            (DECODE, sum(map(sub, end, first))),
-            (OUT, sum([request.out for request in done])),
+            (ADMISSION, admission),
+            (BATCH, batch),
+            (PREFILL, prefill),
+            (DECODE, decode),
+            (OUT, out),
             (USED, number * self._prefetched[0]),
             (WASTED, number * self._prefetched[1]),
             (EVICTED, number),
@@ -447,7 +469,7 @@ class SimulatedEngine:
             windows={name: scrapes.counts(now, length) for name, length in windows.items()},
             gauges=Gauges(
                 waiting=float(len(self.waiting) - idle),
-                running=float(self._held + idle),
+                running=float(self.held + idle),
                 memory_ratio=ratio,
                 marginal_gain=self.marginal_gain(),
                 cached_bytes=memory.cached_bytes,
@@ -495,9 +517,3 @@ class SimulatedEngine:
             blocks_lost=0,
             converging=False,
         )
-
-
-def _steps_in(spent: float, step: float, chunks: float, chunk_s: float) -> float:
-    """Steps within ``spent`` s, of which the first ``chunks`` take ``chunk_s`` longer."""
-    steps = spent / (step + chunk_s)
-    return steps if steps <= chunks else chunks + (spent - chunks * (step + chunk_s)) / step
