@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,19 +80,20 @@ class Judge:
 
     def add(self, ended: Iterable[Ended]) -> None:
         """Count requests that ended, or never will."""
-        totals, start, width, signal, least = (
-            self._totals,
-            self._start,
-            self._width,
-            self._signal,
-            self._least,
-        )
-        for item in ended:
+        start, width, signal, least = self._start, self._width, self._signal, self._least
+        items = list(ended)
+        came = sorted([item[0] for item in items])
+        below = bisect_left(came, start)
+        while below < len(came):  # all of a window at once
+            index = int((came[below] - start) // width)
+            if index >= self._count:
+                break
+            after = bisect_left(came, start + (index + 1) * width, below + 1)
+            self._totals[index] += after - below
+            below = after
+        for item in [item for item in items if item[signal] > least]:
             index = int((item[0] - start) // width)
-            if not 0 <= index < self._count:
-                continue
-            totals[index] += 1
-            if item[signal] > least:
+            if 0 <= index < self._count:
                 for edge, _, late in self._late:
                     if item[signal] > edge:
                         late[index] += 1

@@ -219,8 +219,8 @@ class Simulation(NullTelemetry):
         found: list[SimulatedRequest] = []
         request, requests = self._next_request, self._requests
         assert requests is not None
-        while request is not None and request.at + START < until:
-            request.at += START
+        while request is not None and (at := request.at + START) < until:
+            request.at = at
             found.append(request)
             request = next(requests, None)
         self._next_request = request

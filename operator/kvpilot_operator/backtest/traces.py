@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from heapq import heappop, heappush
 from pathlib import Path
 
 from kvpilot_operator.backtest.model import SimulatedRequest
@@ -95,19 +95,26 @@ def replayed(
 ) -> Iterator[SimulatedRequest]:
     """``scale`` requests in the mean for each recorded one, within SPREAD_S of it, for ``seconds``."""
     draw = random.Random(f"{seed} replay").random
-    due: list[tuple[float, int, RecordedRequest]] = []
-    made = 0
+    due: defaultdict[int, list[tuple[float, int, RecordedRequest]]] = defaultdict(list)  # by second
+    made = second = 0
     for item in trace:
         if item.at >= seconds:
             break
-        while due and due[0][0] <= item.at:
-            yield _request(*heappop(due))
+        while second + 1 <= item.at:
+            yield from _requests(due.pop(second, []))
+            second += 1
         for _ in range(int(scale) + (draw() < scale % 1.0)):
-            heappush(due, (item.at + SPREAD_S * draw() if scale > 1.0 else item.at, made, item))
+            at = item.at + SPREAD_S * draw() if scale > 1.0 else item.at
+            due[int(at)].append((at, made, item))
             made += 1
-    while due and due[0][0] < seconds:
-        yield _request(*heappop(due))
+    for second in sorted(due):
+        yield from (request for request in _requests(due[second]) if request.at < seconds)
 
 
-def _request(at: float, number: int, item: RecordedRequest) -> SimulatedRequest:
-    return SimulatedRequest(at, item.prompt, item.cached, item.out, item.session * 1009 + number % 1009)
+def _requests(copies: list[tuple[float, int, RecordedRequest]]) -> list[SimulatedRequest]:
+    """The requests of copies, by the time at which they come."""
+    copies.sort()
+    return [
+        SimulatedRequest(at, item.prompt, item.cached, item.out, item.session * 1009 + number % 1009)
+        for at, number, item in copies
+    ]
