@@ -14,6 +14,7 @@ BENCHMARKS = (
     "front_cost",
     "knob_effects",
     "calibration",
+    "backtest_speed",
     "time_to_cure",
     "trace_hit_rate",
 )

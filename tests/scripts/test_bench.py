@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 from bench import __main__ as bench
-from bench import calibration, command, first_token, knob_effects, time_to_cure, trace_hit_rate
+from bench import (
+    backtest_speed,
+    calibration,
+    command,
+    first_token,
+    knob_effects,
+    time_to_cure,
+    trace_hit_rate,
+)
 from bench.command import CANNOT_RUN, FAILED, CannotRunError
 
 
 def cannot_run(argv: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Standard error of a benchmark that cannot run."""
     module = {
+        "backtest_speed": backtest_speed,
         "calibration": calibration,
         "first_token": first_token,
         "knob_effects": knob_effects,
@@ -60,6 +69,30 @@ def test_missing_manifest_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFix
     said = cannot_run(["--manifest", str(tmp_path / "none.yaml")], "time_to_cure", capsys)
     assert said.startswith("time_to_cure: cannot run: ")
     assert "none.yaml" in said
+
+
+def test_broken_trace_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "broken.csv"
+    trace.write_text("nothing\n")
+    said = cannot_run(["--trace", str(trace)], "backtest_speed", capsys)
+    assert said.startswith(f"backtest_speed: cannot run: trace {trace}:1: must be ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("target", "code"), [(0.0, 0), (1e9, FAILED)])
+def test_backtest_that_is_too_slow_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: float,
+    code: int,
+) -> None:
+    monkeypatch.setattr(backtest_speed, "TARGET", target)
+    monkeypatch.setattr(backtest_speed, "prepare", lambda: None)  # it is for a process of its own
+    assert backtest_speed.main(["--duration", "60", "--runs", "1", "--output", str(tmp_path)]) == code
+    said = capsys.readouterr().out
+    assert ("backtest_speed: FAILED: below 1e+09: step " in said) == bool(code)
+    assert "| step | " in (tmp_path / "backtest_speed.md").read_text()
 
 
 @pytest.mark.parametrize(
