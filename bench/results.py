@@ -16,8 +16,9 @@ DIRECTORY = Path(__file__).parent / "results"
 
 
 def command() -> str:
-    """The present command line, without the path of this checkout."""
-    return " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    """The present command line, without paths of this machine: an absolute one is its last part."""
+    given = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *given])
 
 
 def write(name: str, title: str, figures: dict[str, Any], directory: Path = DIRECTORY) -> Path:

@@ -226,13 +226,13 @@ def _compared(
     options: BacktestOptions, run: ContestRun, against: tuple[str, ...], parameters: Mapping[str, str]
 ) -> tuple[dict[str, Any], str]:
     """Play one load and print its table; returns rows with settings, and the report ("" without one)."""
-    print("\n".join(_told(run.scene)))
+    print("\n".join(_described(run.scene)))
     seeds = range(options.seed, options.seed + options.seeds)
     runs = len(seeds) * (1 + len(against))
     rows = list(_progress(contest(run, against, seeds, parameters), runs))
     lines = lines_of(rows)
     print("\n".join(table(lines)))
-    page = report_html(lines, rows, _told(run.scene)) if options.report is not None else ""
+    page = report_html(lines, rows, _described(run.scene)) if options.report is not None else ""
     figures = {"rows": [_row(row) for row in rows], "settings": _settings(options, run.scene, parameters)}
     return figures, page
 
@@ -249,7 +249,7 @@ def _check_contest(options: BacktestOptions) -> None:
             raise OptionError(f"{name}: must be from {low:g} to {high:g}, got {number:g}")
 
 
-def _told(scene: Scene) -> list[str]:
+def _described(scene: Scene) -> list[str]:
     size = f"{scene.least}" if scene.least == scene.most else f"{scene.least} to {scene.most}"
     scale = f", {scene.scale:.1f} requests for each recorded one" if scene.load.trace is not None else ""
     trace = scene.load.trace
@@ -258,19 +258,19 @@ def _told(scene: Scene) -> list[str]:
         f"load {scene.load.title}: {scene.seconds:.0f} s, {scene.mean:.0f} requests/s in the mean, "
         f"{scene.peak:.0f} in the busiest minute{scale}",
         f"deployment: {size} replicas of {scene.capacity:.0f} requests/s each with the given knobs",
-        _told_device(scene),
+        _device_line(scene),
         *gaps,
     ]
 
 
-def _told_device(scene: Scene) -> str:
+def _device_line(scene: Scene) -> str:
     device = scene.device
     origin = {"recorded": "calibrated from the recording", "fitting": "fitted to the objectives"}
     cache = (
         f"; the cache serves {device.hits:.0%} of what it could" if scene.device_name == "recorded" else ""
     )
     return (
-        f"device: {origin[scene.device_name]} ({scene.device_told}): a step {1e3 * device.base_s:.2g} ms, "
+        f"device: {origin[scene.device_name]} ({scene.device_why}): a step {1e3 * device.base_s:.2g} ms, "
         f"each row {1e3 * device.row_s:.2g} ms, a prompt token {1e3 * device.prefill_s:.2g} ms, "
         f"a token that a row attends to {1e6 * device.context_s:.2g} us, one that a prompt token attends to "
         f"{1e6 * device.attend_s:.2g} us{cache}"
@@ -294,7 +294,7 @@ def _settings(options: BacktestOptions, scene: Scene, parameters: Mapping[str, s
         "load": scene.load.title,
         "seconds": scene.seconds,
         "scale": scene.scale,
-        "device": {"name": scene.device_name, "told": scene.device_told, **asdict(scene.device)},
+        "device": {"name": scene.device_name, "why": scene.device_why, **asdict(scene.device)},
         "start_seconds": options.start_seconds,
         "faults": options.faults,
         "pace": "Fast" if scene.pace.scrape < 10 else "Standard",

@@ -75,7 +75,7 @@ class Scene:
     """What is played.
 
     Attributes:
-        device_name, device_told: which device it is, and of what or why.
+        device_name, device_why: which device it is, and its source, or why it is not the recorded one.
         least, most: bounds of the number of replicas; equal without ``spec.scaling``.
         capacity: requests/s that one replica with the given configuration serves within the objectives.
         scale: of a trace.
@@ -88,7 +88,7 @@ class Scene:
     objectives: Objectives
     device: Device
     device_name: DeviceName
-    device_told: str
+    device_why: str
     work: Work
     config: Mapping[str, Any]
     least: int
@@ -150,7 +150,7 @@ def scene_of(manifest: Mapping[str, Any], load: LoadSpec, device_name: DeviceNam
     config = base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
     fixed = spec.replicas or 1
     least, most = (fixed, fixed) if spec.scaling is None else (spec.scaling.minimum, spec.scaling.maximum)
-    device, told = _recorded_device(load, device_name)
+    device, why = _recorded_device(load, device_name)
     if load.trace is None:
         mix = Mix()
         works = [Device().work(mix.prompt, mix.prompt * mix.cached, mix.out)]
@@ -169,14 +169,14 @@ def scene_of(manifest: Mapping[str, Any], load: LoadSpec, device_name: DeviceNam
         full = device.capacity(work, config)
         capacity = max(_capacity(device, requests, objectives, config, full), LEAST_USE * full)
     found = Scene(
-        load, pace, objectives, device, name, told, work, config, least, most, capacity,
+        load, pace, objectives, device, name, why, work, config, least, most, capacity,
         scale=1.0, first=0.0, peak=0.0, mean=0.0, seconds=0.0,
     )  # fmt: skip
     return _with_trace(found) if load.trace is not None else _with_rates(found)
 
 
 def _recorded_device(load: LoadSpec, name: DeviceName | None) -> tuple[Device | None, str]:
-    """The device that a recording tells, None for one that fits, and of what or why.
+    """The device of a recording and its source, or None for one that fits, and why.
 
     Raises:
         OptionError: it is asked for, and the load does not tell it.
@@ -193,10 +193,10 @@ def _recorded_device(load: LoadSpec, name: DeviceName | None) -> tuple[Device | 
                 raise
             why = f"recording {load.trace}: {error}"
         else:
-            told = (
+            source = (
                 f"{found.intervals} intervals; a fit to half of them misses the others by {found.error:.1%}"
             )
-            return found.device, told
+            return found.device, source
     if name is not None:
         raise OptionError(f"--device: recorded is not possible: {why}; allowed: fitting")
     return None, why

@@ -347,13 +347,13 @@ def test_device_of_a_recording_is_that_of_its_engines(tmp_path: Path) -> None:
     path, manifest = write(tmp_path / "r.jsonl", *minutes()), load_document(Path("examples/production.yaml"))
     scene = scene_of(manifest, LoadSpec(trace=path))
     assert scene.device_name == "recorded"
-    assert scene.device_told == "14 intervals; a fit to half of them misses the others by 0.0%"
+    assert scene.device_why == "14 intervals; a fit to half of them misses the others by 0.0%"
     for name in ("base_s", "row_s", "prefill_s", "context_s", "attend_s"):
         assert getattr(scene.device, name) == pytest.approx(getattr(LAW, name), rel=0.02), name
     assert (scene.device.hits, scene.device.noise) == (pytest.approx(0.5), Device.noise)
     assert scene.work.cached == pytest.approx(200, rel=0.1), "what the cache served is not computed again"
     fitting = scene_of(manifest, LoadSpec(trace=path), "fitting")
-    assert (fitting.device_name, fitting.device_told) == ("fitting", "as asked for")
+    assert (fitting.device_name, fitting.device_why) == ("fitting", "as asked for")
     assert fitting.device.base_s != pytest.approx(LAW.base_s, rel=0.2)
 
 
@@ -401,7 +401,7 @@ UNEVEN = (1.0, 3.0) * 7
 def test_recording_that_tells_no_device(tmp_path: Path, intervals: list[Interval], why: str) -> None:
     path = write(tmp_path / "r.jsonl", *intervals)
     scene = scene_of(load_document(Path("examples/production.yaml")), LoadSpec(trace=path))
-    assert (scene.device_name, scene.device_told) == ("fitting", f"recording {path}: {why}")
+    assert (scene.device_name, scene.device_why) == ("fitting", f"recording {path}: {why}")
     done = kvpilot("backtest", "--trace", str(path), "--device", "recorded")
     line = (
         f"kvpilot backtest: --device: recorded is not possible: recording {path}: {why}; allowed: fitting\n"

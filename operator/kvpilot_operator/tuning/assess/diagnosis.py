@@ -115,8 +115,7 @@ def waits_for_pages(observation: Observation, workers: int) -> bool:
         return False
     free = min(SLOTS_IDLE * workers, workers - 1.5)
     running = sum(r.sample.gauges.running for r in queued if r.sample is not None) / len(queued)
-    held = occupancy(observation.counts("short", frozenset(r.uid for r in queued)))
-    return max(running, held) < free
+    return running < free and occupancy(observation.counts("short", frozenset(r.uid for r in queued))) < free
 
 
 def _stage_at_fault(objective: str, stages: tuple[StageShare, ...], full: bool) -> Diagnosis:
