@@ -7,11 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from kvpilot_operator.backtest.devices import Device
-from kvpilot_operator.backtest.recording import Interval, Recording
+from kvpilot_operator.backtest.recording import Interval, Recording, StepWork
 from kvpilot_operator.tuning.observation import Counts
 
-TERMS = ("steps", "rows", "context of rows", "computed prompt tokens", "context of prompts")
-"""What the time in steps is made of, in the order of a window's quantities."""
+TERMS = {
+    "base_s": "steps",
+    "row_s": "rows",
+    "context_s": "context of rows",
+    "prefill_s": "computed prompt tokens",
+    "attend_s": "context of prompts",
+}
+"""Costs of a `Device` and what each is paid for, in the order of a window's quantities."""
 
 MIN_SHARE = 1e-6
 """Share of the squares of a quantity that the others must leave unexplained."""
@@ -46,8 +52,8 @@ def recorded_device(recording: Recording) -> Calibration:
     Raises:
         ValueError: the recording does not tell: one clause that says what is missing.
     """
-    known = [item for item in recording.intervals if item.work is not None and item.work.steps > 0]
-    windows = [window for window in map(_window, known) if _tells(window)]
+    known = ((item, item.work) for item in recording.intervals if item.work is not None)
+    windows = [window for item, work in known if work.steps > 0 and _tells(window := _window(item, work))]
     if len(windows) < MIN_INTERVALS:
         raise ValueError(
             f"at least {MIN_INTERVALS} intervals with steps of the engines are needed, it has {len(windows)}"
@@ -64,9 +70,7 @@ def recorded_device(recording: Recording) -> Calibration:
     return Calibration(replace(device, noise=Device.noise, hits=hits), len(windows), error)
 
 
-def _window(interval: Interval) -> Counts:
-    work = interval.work
-    assert work is not None
+def _window(interval: Interval, work: StepWork) -> Counts:
     return Counts(
         arrivals=work.admitted,
         outcomes={"ok": work.answered},
@@ -82,8 +86,9 @@ def _window(interval: Interval) -> Counts:
 
 def busy_of(device: Device, window: Counts) -> float:
     """Time in steps that a device takes for what an engine did in a window, s."""
-    costs = (device.base_s, device.row_s, device.context_s, device.prefill_s, device.attend_s)
-    return sum(cost * number for cost, number in zip(costs, _quantities(window), strict=True))
+    terms = zip(TERMS, _quantities(window), strict=True)
+    busy_s: float = sum(getattr(device, cost) * number for cost, number in terms)
+    return busy_s
 
 
 def _missed(device: Device, windows: Sequence[Counts]) -> float:
@@ -116,10 +121,8 @@ def calibrated(windows: Iterable[Counts]) -> Device:
         raise ValueError(f"windows with steps: at least {len(TERMS)} are needed, got {len(found)}")
     weights = [1.0 / item.busy_seconds for item, _ in found]
     rows = [quantities for _, quantities in found]
-    base, row, context, prefill, attend = _non_negative(
-        rows, [item.busy_seconds for item, _ in found], weights
-    )
-    return Device(base_s=base, row_s=row, prefill_s=prefill, context_s=context, attend_s=attend, noise=0.0)
+    costs = _non_negative(rows, [item.busy_seconds for item, _ in found], weights)
+    return Device(**dict(zip(TERMS, costs, strict=True)), noise=0.0)
 
 
 def _quantities(window: Counts) -> tuple[float, ...]:
@@ -151,7 +154,7 @@ def _non_negative(
         return sum(w * x * y for w, x, y in zip(weights, a, b, strict=True))
 
     sizes = [math.sqrt(product(column, column)) for column in columns]
-    if nothing := [name for name, size in zip(TERMS, sizes, strict=True) if size <= 0]:
+    if nothing := [name for name, size in zip(TERMS.values(), sizes, strict=True) if size <= 0]:
         raise ValueError(f"windows: they show no {', '.join(nothing)}")
     units = [[value / size for value in column] for column, size in zip(columns, sizes, strict=True)]
     used = list(range(len(units)))
@@ -174,7 +177,7 @@ def _solved(gram: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
     lines = [[*line, value] for line, value in zip(gram, right, strict=True)]
     for i, line in enumerate(lines):
         if line[i] < MIN_SHARE:
-            raise ValueError(f"windows: they are too alike to separate {', '.join(TERMS)}")
+            raise ValueError(f"windows: they are too alike to separate {', '.join(TERMS.values())}")
         for other in lines:
             if other is not line:
                 factor = other[i] / line[i]

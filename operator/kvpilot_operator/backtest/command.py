@@ -226,13 +226,14 @@ def _compared(
     options: BacktestOptions, run: ContestRun, against: tuple[str, ...], parameters: Mapping[str, str]
 ) -> tuple[dict[str, Any], str]:
     """Play one load and print its table; returns rows with settings, and the report ("" without one)."""
-    print("\n".join(_described(run.scene)))
+    described = _described(run.scene)
+    print("\n".join(described))
     seeds = range(options.seed, options.seed + options.seeds)
     runs = len(seeds) * (1 + len(against))
     rows = list(_progress(contest(run, against, seeds, parameters), runs))
     lines = lines_of(rows)
     print("\n".join(table(lines)))
-    page = report_html(lines, rows, _described(run.scene)) if options.report is not None else ""
+    page = report_html(lines, rows, described) if options.report is not None else ""
     figures = {"rows": [_row(row) for row in rows], "settings": _settings(options, run.scene, parameters)}
     return figures, page
 

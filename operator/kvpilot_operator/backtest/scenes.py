@@ -166,8 +166,7 @@ def scene_of(manifest: Mapping[str, Any], load: LoadSpec, device_name: DeviceNam
     if device is None:
         device, capacity = _fitting_device(groups, work, requests, objectives, config)
     else:
-        full = device.capacity(work, config)
-        capacity = max(_capacity(device, requests, objectives, config, full), LEAST_USE * full)
+        capacity = _capacity(device, requests, objectives, config, device.capacity(work, config))
     found = Scene(
         load, pace, objectives, device, name, why, work, config, least, most, capacity,
         scale=1.0, first=0.0, peak=0.0, mean=0.0, seconds=0.0,
@@ -268,7 +267,7 @@ def _fitting_device(
         capacity = _capacity(device, requests, objectives, config, most)
         if capacity >= MIN_USE * most:
             break
-    return device, max(capacity, LEAST_USE * most)
+    return device, capacity
 
 
 def _capacity(
@@ -278,7 +277,10 @@ def _capacity(
     config: Mapping[str, Any],
     most: float,
 ) -> float:
-    """The largest rate up to ``most`` at which one replica keeps the latency objectives, by bisection."""
+    """The largest rate up to ``most`` at which one replica keeps the latency objectives, by bisection.
+
+    It is `LEAST_USE` of ``most`` at least.
+    """
     low, high = 0.0, most
     for _ in range(PROFILE_STEPS):
         rate = (low + high) / 2
@@ -286,7 +288,7 @@ def _capacity(
             low = rate
         else:
             high = rate
-    return low
+    return max(low, LEAST_USE * most)
 
 
 def _keeps(
