@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench import command, first_token, results
+from bench import command, results, server
 from bench.command import FAILED, CannotRunError
 from kvpilot_engine.contract.metrics import EDGES_S
 from kvpilot_operator.adapters.metrics.scrape import History, PageReader
@@ -35,7 +35,6 @@ from kvpilot_operator.backtest.devices import Device, Work
 from kvpilot_operator.backtest.engine import SimulatedEngine
 from kvpilot_operator.backtest.model import SimulatedRequest
 from kvpilot_operator.load.client import Client, RequestError
-from kvpilot_operator.load.results import percentile
 from kvpilot_operator.load.text import text_of
 from kvpilot_operator.load.workload import LoadRequest, poisson
 from kvpilot_operator.tuning.observation import Counts, Promoted
@@ -230,9 +229,7 @@ class Latencies:
 
     def at(self, share: float) -> float:
         """A percentile, s."""
-        found = percentile(self.ordered, share)
-        assert found is not None
-        return found
+        return results.percentile(self.ordered, share)
 
     def error(self, other: Latencies, share: float) -> float:
         """By how much a percentile is above that of others, as a share of theirs."""
@@ -306,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.rounds < 2 or options.rounds % 2 or options.seconds < 3:
         parser.error("an even number of rounds and 3 s at least")
-    with first_token.served(options.url, CONFIG) as url:
+    with server.served(options.url, CONFIG) as url:
         rounds = asyncio.run(measure(url, options.rounds, options.seconds, options.seed))
     figures = figures_of(rounds)
     print(results.write("calibration", "Error of the simulated engine", figures, options.output).read_text())

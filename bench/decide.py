@@ -8,17 +8,16 @@ on a shared machine the others show what else ran.
 from __future__ import annotations
 
 import argparse
-import logging
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from bench import command, results
 from bench.command import FAILED, CannotRunError
+from kvpilot_operator.backtest.parallel import prepare
 from kvpilot_operator.backtest.simulation import Simulation
 from kvpilot_operator.reconcile.reconciler import Reconciliation
 from kvpilot_operator.tuning.decide import decide
@@ -112,15 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="of each decision; the quickest counts")
     parser.add_argument("--output", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(argv)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    prepare()
     figures: dict[str, Any] = {"target_p99_ms": TARGET_P99_MS}
     p99 = 0.0
     for replicas in REPLICAS:
-        taken = sorted(milliseconds(inputs, options.runs) for inputs in recorded(replicas))
-        p99 = taken[int(0.99 * (len(taken) - 1) + 0.5)]
+        taken = [milliseconds(inputs, options.runs) for inputs in recorded(replicas)]
+        p99 = results.percentile(taken, 0.99)
         figures[f"{replicas} replicas"] = (
-            f"{len(taken)} decisions, median {taken[len(taken) // 2]:.2f} ms, p99 {p99:.2f} ms, "
-            f"most {taken[-1]:.2f} ms"
+            f"{len(taken)} decisions, median {statistics.median(taken):.2f} ms, p99 {p99:.2f} ms, "
+            f"most {max(taken):.2f} ms"
         )
     print(results.write("decide", "CPU time of a decision", figures, options.output).read_text())
     return 0 if p99 <= TARGET_P99_MS else FAILED

@@ -19,7 +19,8 @@ import psutil
 
 from bench import command, results
 from bench.command import CannotRunError
-from bench.first_token import served
+from bench.first_token import CONFIG
+from bench.server import served
 
 PROMPT = "A prompt of four pages, which every request of this benchmark has."
 
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=results.DIRECTORY)
     options = parser.parse_args(argv)
     figures: dict[str, Any] = {"requests": options.requests, "connections": options.connections}
-    with served(None) as url:
+    with served(None, CONFIG) as url:
         port = urlsplit(url).port or 0
         for name, tokens, stream in (
             ("one_token", 1, False),

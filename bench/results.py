@@ -1,4 +1,4 @@
-"""Write the figures of a benchmark to ``bench/results``."""
+"""Percentiles of a benchmark, and its figures in ``bench/results``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvpilot_operator.load import results as load_results
+
 DIRECTORY = Path(__file__).parent / "results"
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """Nearest-rank percentile of at least one value."""
+    found = load_results.percentile(sorted(values), share)
+    assert found is not None
+    return found
 
 
 def command() -> str:

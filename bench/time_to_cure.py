@@ -25,11 +25,6 @@ COMMAND = Path(sys.executable).parent / "kvpilot"
 TARGET_MEDIAN_S, TARGET_P95_S, TARGET_RUN_P95_S = 45.0, 75.0, 5.0
 
 
-def p95(values: list[float]) -> float:
-    """Nearest-rank 95th percentile."""
-    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
-
-
 def one_run(manifest: Path) -> dict[str, Any]:
     """Figures of one run; ``cure_s`` is infinite if a knob did not cure the breach.
 
@@ -78,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": len(runs),
         "cured": sum(map(math.isfinite, cures)),
         "cure_median_s": round(statistics.median(cures), 1),
-        "cure_p95_s": p95(cures),
+        "cure_p95_s": results.percentile(cures, 0.95),
         "run_p95_median_s": round(statistics.median(run_p95s), 2),
         "run_p95_max_s": max(run_p95s),
         "cures_s": " ".join(f"{cure:g}" for cure in sorted(cures)),
