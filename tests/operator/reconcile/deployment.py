@@ -11,7 +11,7 @@ from typing import Any, Literal
 from unittest import mock
 
 from tests.operator.backtest.simulations import SMALL, WIDE, spec_of
-from tests.operator.reconcile.effects import Effects
+from tests.operator.reconcile.effects import Effects, StateReader
 from tests.operator.reconcile.faulty_ports import HIDING, FaultyPorts, Mishap, Moment
 from tests.operator.tuning.invariants import TRYING, Step
 from tests.operator.tuning.paths import paths
@@ -27,8 +27,6 @@ from kvpilot_operator.reconcile.reconciler import Reconciler, Reconciliation
 from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import base_config
 from kvpilot_operator.resource.times import to_rfc3339
-from kvpilot_operator.status.codec import state_of
-from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.overrides import Overrides, overrides_of
 from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning import decide
@@ -199,7 +197,7 @@ class Deployment(Simulation):
         self.failure: BaseException | None = None
         self.spec = spec_of(scene.config, replicas=scene.replicas, **scene.spec)
         self._based: tuple[Any, dict[str, Any]] = None, {}
-        self._read: tuple[Status | None, TuningState] = None, TuningState()
+        self._state_of = StateReader()
         self.ports = FaultyPorts(self)
         self.effects = Effects(self)
         manifest = {
@@ -221,11 +219,8 @@ class Deployment(Simulation):
 
     @property
     def state(self) -> TuningState:
-        """The tuner's state, as the status holds it; read once for each status."""
-        status = self.cluster.snapshot().status
-        if status is not self._read[0]:
-            self._read = status, state_of(status)
-        return self._read[1]
+        """The tuner's state, as the status holds it."""
+        return self._state_of(self.cluster.snapshot().status)
 
     def _start_operator(self) -> None:
         self.ports.dead = False

@@ -38,6 +38,18 @@ ASKED_FOR = frozenset({"RolledBack", "Pinned", "Unpinned"})
 """Outcomes of what an override asks for: they may replace every tuned value."""
 
 
+class StateReader:
+    """``state_of``, which reads the same status once, however often it is asked."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Status | None, TuningState] = None, TuningState()
+
+    def __call__(self, status: Status) -> TuningState:
+        if status is not self._last[0]:
+            self._last = status, state_of(status)
+        return self._last[1]
+
+
 class Effects:
     """Checks one deployment. The first failure is kept, and raised after the reconcile: nobody can catch it.
 
@@ -70,7 +82,7 @@ class Effects:
         self.managed_since: float | None = None
         self.overdue: Counter[str] = Counter()
         self._unwritten = False
-        self._read: tuple[Status | None, TuningState] = None, TuningState()
+        self._state_of = StateReader()
 
     def raise_failure(self) -> None:
         """Raise what was found."""
@@ -83,10 +95,8 @@ class Effects:
 
     @property
     def _state(self) -> TuningState:
-        """What the intent says; read once for each status."""
-        if self.intent is not self._read[0]:
-            self._read = self.intent, state_of(self.intent)
-        return self._read[1]
+        """What the intent says."""
+        return self._state_of(self.intent)
 
     # Decisions
 
