@@ -1,13 +1,14 @@
 """Objectives against measurements.
 
-Latency is judged by attainment at published edges, never by quantiles. A breach needs both windows. A short
-window with fewer than ``MIN_JUDGED`` judged requests is replaced by the long one. An objective is Unknown if
-the long window holds fewer as well, or if there is no data.
+Latency is judged by attainment at published edges, never by quantiles. Requests that wait and can no longer
+be within the edge count as judged and late, so a queue is seen when it forms and not when it has been served.
+A breach needs both windows. A short window with fewer than ``MIN_JUDGED`` judged requests is replaced by the
+long one. An objective is Unknown if the long window holds fewer as well, or if there is no data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from kvpilot_operator.tuning.decision import Objective
@@ -32,7 +33,7 @@ def judge(observation: Observation, wanted: Objectives, trusted: bool) -> tuple[
     long = observation.counts("long") if trusted else NO_COUNTS
     return (
         *(
-            _judged(name, required, *(_attainment(c, wanted, edge) for c in (short, long)))
+            _judged(name, required, *_attainment((short, long), wanted, edge, late(observation, edge)))
             for name, (edge, required) in wanted.latency.items()
         ),
         _throughput(observation, wanted, (nearest, "long"), known=enough(long)),
@@ -71,6 +72,21 @@ def rates(observation: Observation, window: str) -> tuple[float, float]:
             arrivals += counts.arrivals / counts.replica_seconds
             completed += counts.completed / counts.replica_seconds
     return arrivals, completed
+
+
+def late(observation: Observation, edge_s: float) -> float:
+    """Requests that wait behind more than their replica completes within ``edge_s``.
+
+    This is Little's law on the queue, at the rate of the short window. A replica that completes nothing, or
+    is not measured yet, shows no rate.
+    """
+    found = 0.0
+    for replica in observation.ready:
+        counts = replica.sample.windows.get("short") if replica.sample is not None else None
+        if replica.sample is not None and counts is not None and counts.completed and counts.replica_seconds:
+            served = edge_s * counts.completed / counts.replica_seconds
+            found += max(0.0, replica.sample.gauges.waiting - served)
+    return found
 
 
 def backlog_gone(waiting: float, engines: int, workers: int) -> bool:
@@ -118,8 +134,12 @@ def _judged(name: str, target: float, short: float | None, long: float | None) -
     return replace(met, state="Breached", severity="breach")
 
 
-def _attainment(counts: Counts, wanted: Objectives, edge: float) -> float | None:
-    return counts.attainment(wanted.signal, edge) if enough(counts) else None
+def _attainment(
+    windows: tuple[Counts, Counts], wanted: Objectives, edge: float, waiting: float
+) -> Iterator[float | None]:
+    for counts in windows:
+        share = counts.attainment(wanted.signal, edge) if enough(counts) else None
+        yield None if share is None else share * counts.judged / (counts.judged + waiting)
 
 
 def _errors(counts: Counts) -> float | None:

@@ -48,7 +48,7 @@ BETTER, WORSE = math.log(1.05), math.log(0.95)
 LIKELY = 3.0
 """E-value of a gain that suffices once the verify time has shown the cure itself."""
 
-SPARED = 0.25
+SPARED = 0.15
 """Errors that are not excluded yet may be this share of the requests that miss the objective now."""
 
 LONGER = 1.5
@@ -162,9 +162,7 @@ def is_calm(context: Context, change: Change) -> bool:
 def _proven(context: Context, change: Change, effect: Effect, sides: tuple[Arm, Arm], elapsed: float) -> bool:
     canary, control = sides
     wanted, verify = context.policy.objectives, context.policy.pace.verify
-    allowed = HARM_ALLOWED
-    if elapsed >= verify:
-        allowed = max(allowed, SPARED * (control.share(change.objective) or 0.0))
+    allowed = max(HARM_ALLOWED, SPARED * (control.share(change.objective) or 0.0))
     if not errors_bounded(canary, control, wanted, allowed):
         return False
     gained = mixture_evidence(effect, BETTER)
