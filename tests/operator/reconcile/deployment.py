@@ -545,7 +545,9 @@ def _moments(name: str) -> dict[str, Deployment]:
     found: dict[str, Deployment] = {}
     made = _made(name)
     for tick, level in enumerate(levels):
-        found |= {path: made.copy() for path, at in when.items() if at == tick}
+        for path in (path for path, at in when.items() if at == tick):
+            found[path] = made.copy()
+            found[path].level = levels[min(tick + LEAD, len(levels) - 1)]  # the one that makes it happen
         made.level = level
         made.pass_ticks(1)
         change = made.state.change
