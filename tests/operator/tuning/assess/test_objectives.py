@@ -8,7 +8,7 @@ import pytest
 from tests.operator.tuning.observations import BAD, GOOD, counts, gauges, observe, replica
 from tests.operator.tuning.policies import PRODUCTION
 
-from kvpilot_operator.tuning.assess.objectives import backlog_gone, judge, latency_met, met_again
+from kvpilot_operator.tuning.assess.objectives import backlog_gone, judge, late, latency_met, met_again
 from kvpilot_operator.tuning.decision import Objective
 from kvpilot_operator.tuning.observation import Observation, ObservedReplica
 
@@ -46,6 +46,25 @@ def test_a_breach_needs_both_windows() -> None:
     bad_now = with_short(replica(attained=GOOD), attained=BAD)
     assert judged(observe(calm_now))["p95"].state == "Met"
     assert judged(observe(bad_now))["p95"].state == "Met"
+
+
+@pytest.mark.parametrize(("waiting", "state"), [(0.0, "Met"), (10.0, "Met"), (200.0, "Breached")])
+def test_requests_that_wait_too_long_count_before_they_end(waiting: float, state: str) -> None:
+    # 20 requests/s end, all in time: 10 of those that wait can be within 0.5 s, and no more.
+    objective = judged(observe(replica(attained=GOOD, gauges=gauges(waiting=waiting))))["p95"]
+    assert objective.state == state
+    late = max(0.0, waiting - 10)
+    assert objective.measured_short == pytest.approx(0.99 * 200 / (200 + late))
+    assert objective.measured_long == pytest.approx(0.99 * 1200 / (1200 + late))
+
+
+def test_a_burst_that_waits_is_no_breach_of_the_long_window() -> None:
+    assert judged(observe(replica(attained=GOOD, gauges=gauges(waiting=40.0))))["p95"].state == "Met"
+
+
+def test_a_queue_of_a_replica_without_a_rate_says_nothing() -> None:
+    stuck = with_short(replica(attained=GOOD, gauges=gauges(waiting=500.0)), rate=0.0)
+    assert late(observe(stuck), 0.5) == 0.0
 
 
 def test_few_requests_say_nothing() -> None:

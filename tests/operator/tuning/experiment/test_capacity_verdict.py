@@ -45,6 +45,19 @@ def test_a_gain_is_proven_as_soon_as_the_rates_show_it() -> None:
     assert evidence["unproven"] is False
 
 
+@pytest.mark.parametrize(
+    ("missed", "errors", "verdict"),
+    [(0.0, 0.0, OPEN), (1.0, 0.0, "Promoted"), (1.0, 0.2, OPEN)],
+)
+def test_while_controls_miss_the_objective_fewer_requests_bound_the_faults(
+    missed: float, errors: float, verdict: str
+) -> None:
+    """60 and 40 requests without a fault leave 6 points open: too many, unless they are spared far more."""
+    hit = dict.fromkeys(GOOD, 1 - missed)
+    observed = arms({"row_rate": 300.0, "rate": 10.0, "errors": errors}, {"rate": 3.3, "attained": hit}, 6.0)
+    assert judged(observed, since=6.0).name == verdict
+
+
 def test_latencies_prove_nothing() -> None:
     """As near saturation: the canary is lucky or unlucky for a while, and works as fast as the others."""
     lucky = judged(arms({"attained": CURED}, {"attained": BAD}))
