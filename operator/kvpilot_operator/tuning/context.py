@@ -42,6 +42,7 @@ class Context:
     Attributes:
         measured: the observation with the replicas that can be compared: trusted ones without outliers.
         capacity: what a mean one of them completes; None without a curve of step time or without work.
+        max_work_s: how long the work of a request may take by the latency limits within reach, s.
         now: s since the epoch.
         trust: which replicas can be trusted, and what that permits.
         outliers: replicas that differ from the others by themselves.
@@ -53,6 +54,7 @@ class Context:
     observation: Observation
     measured: Observation
     capacity: Capacity | None
+    max_work_s: float
     policy: Policy
     now: float
     trust: Trust

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.capacity import max_work_s
 from kvpilot_operator.tuning.assess.capacity import measured as capacity_of
 from kvpilot_operator.tuning.assess.diagnosis import diagnose
 from kvpilot_operator.tuning.assess.guards import SIX_HOURS
@@ -104,6 +105,7 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
         observation=observation,
         measured=measured,
         capacity=capacity,
+        max_work_s=max_work_s(policy.objectives, capacity, {item.name for item in beyond}),
         policy=policy,
         now=now,
         trust=found,

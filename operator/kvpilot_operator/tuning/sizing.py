@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from kvpilot_engine.contract.wording import counted
-from kvpilot_operator.tuning.assess.capacity import USE, Capacity, max_work_s
+from kvpilot_operator.tuning.assess.capacity import USE, Capacity
 from kvpilot_operator.tuning.assess.diagnosis import busy_share, occupancy
 from kvpilot_operator.tuning.assess.forecast import expected
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent
@@ -79,7 +79,7 @@ def foreseen_replicas(context: Context, state: TuningState, *, knob_first: bool)
 
 def per_replica(context: Context, capacity: Capacity, slots: int, most: float) -> float:
     """Requests/s that one replica completes, with its slots at the knee if it may."""
-    knee = capacity.knee(max_work_s(context.policy.objectives), most)
+    knee = capacity.knee(context.max_work_s, most)
     return capacity.rate(max(knee, min(slots, most), 1))
 
 

@@ -8,7 +8,7 @@ for ``n T(r)`` s, and the engine completes ``X(r) = r / (n T(r))`` requests/s.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from kvpilot_engine.contract.step_curve import time_of
@@ -59,6 +59,15 @@ class Capacity:
         """Time in work of one request among ``rows``, s."""
         return self.row_steps * self.step_s(rows)
 
+    @property
+    def prompt_s(self) -> float:
+        """What a step with the whole prompt of one request takes beyond a mean one, s."""
+        return self.prefill_s * max(0.0, self.row_steps - 1) / self.rows
+
+    def first_token_s(self, rows: float) -> float:
+        """Time in work of one request among ``rows`` up to its first token, s: the step with its prompt."""
+        return self.step_s(rows) + self.prompt_s
+
     def rate(self, rows: float) -> float:
         """Requests/s that one engine completes with ``rows`` in work."""
         return rows / self.work_s(rows)
@@ -73,6 +82,10 @@ class Capacity:
                 break
             best = rows
         return best
+
+    def flat(self) -> bool:
+        """True if twice the rows of a mean step would bring too little more."""
+        return self.rate(2 * self.rows) < (1 + MIN_RETURN) * self.rate(self.rows)
 
     def rows_for(self, rate: float, max_rows: int) -> int:
         """The fewest rows that complete ``rate`` requests/s at ``USE``, at most ``max_rows``."""
@@ -119,12 +132,28 @@ def prefill_s(counts: Counts, curve: Mapping[int, float]) -> float:
     return max(0.0, counts.busy_seconds - counts.steps * _time_of(curve, rows))
 
 
-def max_work_s(objectives: Objectives) -> float:
-    """How long work alone may take, s: its share of every tail limit, and the median's limit."""
-    limits = (
-        edge * (WORK_SHARE if required >= TAIL else 1.0) for edge, required in objectives.latency.values()
-    )
-    return min(limits, default=math.inf)
+def max_work_s(objectives: Objectives, capacity: Capacity | None, beyond: Container[str] = ()) -> float:
+    """How long the work of a whole request may take, s, by the limits that fewer rows can keep.
+
+    Work may take its share of every tail limit and all of the median's; all of a tail limit too where its
+    share is too little for a request that is served alone. What even that one misses limits nothing. A limit
+    on the first token limits the steps, and the whole request is so many of them.
+
+    Args:
+        beyond: names of limits that are known to be out of reach.
+    """
+    first = objectives.signal == "firstToken"
+    if first and capacity is None:
+        return math.inf
+    least = 0.0 if capacity is None else capacity.work_s(1)
+    found = math.inf
+    for name, (edge, required) in objectives.latency.items():
+        for allowed in (edge * WORK_SHARE, edge) if required >= TAIL else (edge,):
+            work = capacity.row_steps * (allowed - capacity.prompt_s) if first and capacity else allowed
+            if work >= least and name not in beyond:
+                found = min(found, work)
+                break
+    return found
 
 
 def demand(observation: Observation, waiting: float, long_s: float) -> float:

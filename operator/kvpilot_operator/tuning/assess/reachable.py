@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvpilot_engine.contract.metrics import EDGES_S
+from kvpilot_engine.contract.metrics import EDGES_S, Stage
 from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.policy import Objectives
@@ -23,16 +23,20 @@ class Unreachable:
 def unreachable(counts: Counts, capacity: Capacity | None, wanted: Objectives) -> tuple[Unreachable, ...]:
     """Latency objectives that an empty engine would miss with these requests.
 
-    An engine with one row at work serves a request in ``unloaded`` s on average, of ``mean`` s now. If every
-    request took its time x unloaded / mean, the share within an edge e would be that within
-    e x mean / unloaded now. The histogram gives it at the published edges, rounded in the objective's favour.
+    An engine with one row at work serves a request, or its first token, in ``unloaded`` s on average, of
+    ``mean`` s now. If every request took its time x unloaded / mean, the share within an edge e would be that
+    within e x mean / unloaded now. The histogram gives it at the published edges, rounded in the objective's
+    favour.
     """
     ended = counts.ended
     seconds = sum(counts.stage_seconds.values())
     if capacity is None or ended <= 0 or seconds <= 0:
         return ()
-    within = counts.request_within if wanted.signal == "request" else counts.first_token_within
-    scale = max(1.0, seconds / ended / capacity.work_s(1))
+    within, unloaded = counts.request_within, capacity.work_s(1)
+    if wanted.signal == "firstToken":
+        within, unloaded = counts.first_token_within, capacity.first_token_s(1)
+        seconds -= counts.stage_seconds.get(Stage.DECODE, 0.0)
+    scale = max(1.0, seconds / ended / unloaded)
     found = []
     for name, (edge, required) in wanted.latency.items():
         if not _reached(within, ended, edge, scale, required):

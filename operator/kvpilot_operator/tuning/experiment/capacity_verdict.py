@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.capacity import max_work_s
 from kvpilot_operator.tuning.assess.objectives import MIN_JUDGED, backlog_gone
 from kvpilot_operator.tuning.configuration import candidate, value
 from kvpilot_operator.tuning.context import Context
@@ -203,7 +202,7 @@ def _works_too_long(context: Context, canary: Arm, control: Arm) -> bool:
     now, before = canary.share(WORK), control.share(WORK)
     if now is None or before is None or canary.judged < MIN_JUDGED:
         return False
-    return now > 2 * max_work_s(context.policy.objectives) and now > LONGER * before
+    return now > 2 * context.max_work_s and now > LONGER * before
 
 
 def _log(ratio: float) -> float:

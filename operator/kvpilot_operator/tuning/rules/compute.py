@@ -11,7 +11,6 @@ from kvpilot_operator.tuning.assess.capacity import (
     USE,
     Slots,
     demand,
-    max_work_s,
     slots_for,
 )
 from kvpilot_operator.tuning.assess.diagnosis import share, waits_for_pages
@@ -85,7 +84,7 @@ def workers_down(context: Context) -> Found:
     if capacity is None:
         return reasons.NOT_EFFECTIVE, "the engines report no curve of step time"
     most = max(1, min(workers.now, value(context.config, "batchSize")))  # rows that bursts may show
-    limit = max_work_s(context.policy.objectives)
+    limit = context.max_work_s
     now = min(workers.now, capacity.rows)
     if capacity.work_s(now) <= limit:
         return reasons.NOT_AT_FAULT, "work stays within its share of the latency limits"
@@ -167,7 +166,7 @@ def sized_slots(context: Context, now: int, most: float) -> Slots | None:
     if capacity is None:
         return None
     wanted = demand(context.measured, context.waiting, context.policy.pace.long)
-    return slots_for(capacity, wanted, now, most, max_work_s(context.policy.objectives))
+    return slots_for(capacity, wanted, now, most, context.max_work_s)
 
 
 def _sized(context: Context, now: int, most: float, needed: float) -> tuple[int, float, float]:

@@ -139,7 +139,51 @@ def test_curve_goes_on_with_its_last_slope() -> None:
 def test_work_may_take_half_of_a_tail_limit_and_all_of_the_median(
     latency: dict[str, tuple[float, float]], seconds: float
 ) -> None:
-    assert max_work_s(replace(PRODUCTION, latency=latency)) == pytest.approx(seconds)
+    assert max_work_s(replace(PRODUCTION, latency=latency), None) == pytest.approx(seconds)
+    assert max_work_s(replace(PRODUCTION, latency=latency), capacity(base=0.001)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "beyond", "seconds"),
+    [
+        (0.005, set(), 0.1),
+        (0.02, set(), 0.25),
+        (0.02, {"p95"}, 0.5),
+        (0.04, set(), 0.5),
+        (0.06, set(), 1.0),
+        (0.2, set(), math.inf),
+    ],
+    ids=[
+        "p50",
+        "p50 out of reach",
+        "p95 known to be so too",
+        "the share of p95 out of reach",
+        "p99 alone",
+        "none",
+    ],
+)
+def test_what_a_request_alone_misses_does_not_limit_the_work(
+    step_s: float, beyond: set[str], seconds: float
+) -> None:
+    engine = Capacity(10.0, 1.0, 0.0, {1: step_s})
+    assert max_work_s(PRODUCTION, engine, beyond) == pytest.approx(seconds)
+
+
+def test_a_limit_on_the_first_token_limits_the_step_with_the_prompt() -> None:
+    # A prompt takes 5 ms, of which a mean step with 4 rows has 2 ms.
+    engine = capacity()
+    assert engine.first_token_s(1) == pytest.approx(engine.curve[1] + 0.005)
+    assert engine.first_token_s(4) == pytest.approx(engine.step_s(4) + 0.0045)
+    wanted = replace(PRODUCTION, signal="firstToken")
+    assert max_work_s(wanted, None) == math.inf
+    limit = max_work_s(wanted, engine)
+    rows = next(rows for rows in range(1, 1000) if engine.work_s(rows + 1) > limit)
+    assert engine.first_token_s(rows) <= 0.1 < engine.first_token_s(rows + 1)
+
+
+def test_rows_are_flat_where_twice_as_many_bring_little() -> None:
+    assert not capacity(prefill_s=0.0).flat()
+    assert capacity(base=0.0005, per_row=0.01, prefill_s=0.0).flat()
 
 
 def test_demand_carries_a_rise_on_and_works_the_backlog_off() -> None:

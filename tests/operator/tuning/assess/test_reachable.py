@@ -43,6 +43,19 @@ def test_a_queue_is_no_work() -> None:
     assert found(0.05, 0.8, attained={"p50": 0.0, "p95": 0.0, "p99": 1.0}) == {}
 
 
+def test_an_answer_behind_the_first_token_puts_no_limit_out_of_reach() -> None:
+    """The first token takes 200 ms, of which 40 are work, and the 19 tokens behind it 0.4 s."""
+    wanted = replace(PRODUCTION, signal="firstToken")
+    engine = Capacity(20.0, 1.0, 0.001, {1: 0.02, 2: 0.02})
+    stages = {"admission_wait": 0.16, "prefill": 0.04, "decode": 0.4}
+    seen = counts(60.0, stages=stages, attained={"p50": 0.4, "p95": 0.97, "p99": 1.0})
+    assert unreachable(seen, engine, wanted) == ()
+    slow = counts(60.0, stages={**stages, "admission_wait": 0.0}, attained=SLOW)
+    assert [(item.name, item.reachable_s) for item in unreachable(slow, engine, wanted)] == [
+        ("p50", 1.0), ("p95", 1.0), ("p99", None),
+    ]  # fmt: skip
+
+
 def test_what_is_reached_is_within_reach() -> None:
     assert found(0.08, 0.08) == {}
 
