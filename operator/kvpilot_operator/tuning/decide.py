@@ -113,7 +113,7 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
         traffic="NoTraffic" if idle else "Stalled" if stalled else "Busy",
         objectives=objectives,
         curable=curable,
-        diagnosis=diagnose(measured, curable, policy.objectives.signal, idle=idle),
+        diagnosis=diagnose(measured, curable, policy.objectives.signal, capacity, idle=idle),
         stalled=f"requests arrive at {', '.join(stalled)} and none ends" if stalled else "",
         infeasible=_infeasible(measured, policy, curable, beyond),
     )

@@ -164,7 +164,9 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(AT_BOUND, "rejection", "The knob is at its bound, or at what the engine can hold."),
     Reason(
-        DEVICE_SATURATED, "rejection", "The device steps 90% of the time and one more row gains under 10%."
+        DEVICE_SATURATED,
+        "rejection",
+        "The device steps 90% of the time and one more row gains under 10% (twice as many under 15%).",
     ),
     Reason(WAITING_FOR_PAGES, "rejection", "Requests wait while worker slots are free: pages are short."),
     Reason(VALUE_BLOCKED, "rejection", "The value did harm or did not help during the last 24 hours."),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.operator.backtest.simulations import SMALL, WIDE, in_verify, overload, simulate, spec_of
 
 from kvpilot_operator.backtest.faults import TimedFault
@@ -14,6 +16,7 @@ from kvpilot_operator.backtest.simulation import START, Simulation
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.pace import PACES
 
+GPU = Path(__file__).parents[3] / "examples" / "gpu.yaml"
 HOUR = 3_600.0
 TICK_S = PACES["Standard"].tick
 
@@ -79,6 +82,52 @@ def test_a_median_that_no_engine_reaches_is_infeasible_and_buys_nothing() -> Non
     reason, message = conditions(sim)["Infeasible"]
     assert "p50: 100 ms is asked for" in message
     assert "ms could be reached" in message, (reason, message)
+
+
+@pytest.mark.parametrize("pace", ["Fast", "Standard"])
+def test_limits_on_the_first_token_leave_room_for_long_answers(pace: str) -> None:
+    """200 tokens take 1.7 s, and the first one 10 ms: slots are short, and no replica is bought."""
+    spec = yaml.safe_load(GPU.read_text())["spec"]
+    surge = 900.0
+    sim = simulate(
+        spec["engine"]["config"],
+        pace=pace,
+        replicas=2,
+        scaling={"min": 2, "max": 6},
+        objectives=spec["objectives"],
+        load=lambda t: 25.0 if t < surge else 45.0,
+        model=EngineModel(
+            step_s=lambda rows: 0.008 + 0.00002 * rows, tokens=200.0, prefill_s=2e-5, marginal_gain=None
+        ),
+        start_s=60.0,
+    ).run(surge + 600)
+    made = [(record.rule, record.outcome) for record in sim.records]
+    assert made == [("workers-up", "Started"), ("workers-up", "Promoted")], sim.report()
+    assert value(sim.promoted.config, "numWorkers") >= 48
+    assert sim.cluster.desired_replicas == 2
+    assert {item.state for item in sim.decisions[-1][1].objectives if item.kind.latency} == {"Met"}
+    assert "Infeasible" not in conditions(sim)
+
+
+@pytest.mark.parametrize("pace", ["Fast", "Standard"])
+def test_a_limit_out_of_reach_does_not_keep_slots_from_the_others(pace: str) -> None:
+    """Answers take 1 s alone: nothing reaches the profile's p50 of 100 ms, and more slots reach the p95."""
+    surge = 900.0
+    sim = simulate(
+        SMALL,
+        pace=pace,
+        replicas=2,
+        scaling={"min": 2, "max": 6},
+        objectives={"latency": {"p95Ms": 5000, "p99Ms": 10000}},
+        load=lambda t: 1.0 if t < surge else 8.0,
+        model=EngineModel(step_s=lambda rows: 0.01 + 0.0002 * rows, tokens=100.0, marginal_gain=None),
+        start_s=60.0,
+    ).run(surge + 600)
+    made = [(record.rule, record.outcome) for record in sim.records if record.rule != "objectives"]
+    assert made == [("workers-up", "Started"), ("workers-up", "Promoted")], sim.report()
+    assert sim.cluster.desired_replicas == 2
+    states = {item.name: item.state for item in sim.decisions[-1][1].objectives}
+    assert (states["p50"], states["p95"], states["p99"]) == ("Infeasible", "Met", "Met")
 
 
 def test_light_traffic_on_a_large_fleet_is_scaled_in() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from operator import attrgetter
+
 from kvpilot_engine.contract.knobs import SATURATED_BUSY, SATURATED_GAIN
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.objectives import judged_window, shortfall
+from kvpilot_operator.tuning.assess.capacity import Capacity
+from kvpilot_operator.tuning.assess.objectives import backlog_gone, judged_window, shortfall
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, StageShare
 from kvpilot_operator.tuning.observation import Counts, Observation, Signal
 
@@ -29,15 +33,20 @@ _REASON = {
 
 
 def diagnose(
-    observation: Observation, objectives: tuple[Objective, ...], signal: Signal, *, idle: bool
+    observation: Observation,
+    objectives: tuple[Objective, ...],
+    signal: Signal,
+    capacity: Capacity | None,
+    *,
+    idle: bool,
 ) -> Diagnosis:
     """The worst breached objective and the stage at fault.
 
     Memory comes first, since an engine that is killed for it loses its cache and its requests; then what
     requests feel; then the hit rate. ``idle``: there is no traffic.
     """
-    stages = stage_shares(observation.counts(judged_window(observation)), signal)
-    full = saturated(observation)
+    stages = stage_shares(_with_queue(observation), signal)
+    full = saturated(observation, capacity)
     breached = {item.name: item for item in objectives if item.state == "Breached"}
     if not breached:
         reason, message = _calm(objectives, idle)
@@ -79,12 +88,14 @@ def share(diagnosis: Diagnosis, stage: Stage) -> float:
     return next((item.share for item in diagnosis.stages if item.stage == stage), 0.0)
 
 
-def saturated(observation: Observation) -> bool:
+def saturated(observation: Observation, capacity: Capacity | None) -> bool:
     """True if the devices step nearly all the time and more rows gain little, in both windows.
 
     Stepping time alone proves nothing: on contended CPUs a step with few rows takes hardly less time than one
-    with many rows.
+    with many rows. Nor does the gain of one more row, where there are many: of r rows it is at most 1 / r.
     """
+    if capacity is not None and not capacity.flat():
+        return False
     gains = [
         replica.sample.gauges.marginal_gain for replica in observation.ready if replica.sample is not None
     ]
@@ -116,6 +127,22 @@ def waits_for_pages(observation: Observation, workers: int) -> bool:
     free = min(SLOTS_IDLE * workers, workers - 1.5)
     running = sum(r.sample.gauges.running for r in queued if r.sample is not None) / len(queued)
     return running < free and occupancy(observation.counts("short", frozenset(r.uid for r in queued))) < free
+
+
+def _with_queue(observation: Observation) -> Counts:
+    """The judged window, with admission wait at least as long as the present queues make it.
+
+    Requests that ended tell nothing yet of a queue that has just formed. If it had been as long for the whole
+    window, so many seconds would have been waited (Little's law). A short queue may be chance.
+    """
+    counts = observation.counts(judged_window(observation))
+    samples = [r.sample.gauges for r in observation.ready if r.sample is not None]
+    waiting, running = (sum(map(attrgetter(name), samples)) for name in ("waiting", "running"))
+    if backlog_gone(waiting, len(samples), running / max(1, len(samples))):
+        return counts
+    queued = waiting * counts.replica_seconds / len(samples)
+    waits = max(counts.stage_seconds.get(Stage.ADMISSION_WAIT, 0.0), queued)
+    return replace(counts, stage_seconds={**counts.stage_seconds, Stage.ADMISSION_WAIT: waits})
 
 
 def _stage_at_fault(objective: str, stages: tuple[StageShare, ...], full: bool) -> Diagnosis:

@@ -89,7 +89,7 @@ def late(observation: Observation, edge_s: float) -> float:
     return found
 
 
-def backlog_gone(waiting: float, engines: int, workers: int) -> bool:
+def backlog_gone(waiting: float, engines: int, workers: float) -> bool:
     """True if queues are as short as random arrivals leave them: half of the slots, or one per replica."""
     return waiting <= engines * max(1.0, workers / 2)
 

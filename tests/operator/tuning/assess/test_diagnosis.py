@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import BAD, context_of, gauges, observe, three
+from tests.operator.tuning.observations import BAD, context_of, curve, gauges, observe, three
 
 WIDE = {"numWorkers": 16, "batchSize": 16}
 QUEUED = {"admission_wait": 0.7, "decode": 0.3}
@@ -36,6 +36,24 @@ CASES: list[tuple[dict[str, Any], str, str, str]] = [
         "memory is at 95% of its limit, 80% is allowed",
     ),
 ]
+
+
+def test_a_queue_that_just_formed_is_seen_before_its_requests_end() -> None:
+    def of(waiting: float) -> str:
+        pods = three(attained=BAD, stages={"decode": 1.0}, gauges=gauges(waiting=waiting, running=8.0))
+        return context_of(observe(*pods, config=WIDE)).diagnosis.message
+
+    assert of(4.0) == "p95 is breached: decode is 100% of request time"
+    # 20 requests/s that wait in a queue of 20 wait 1 s each.
+    assert of(20.0) == "p95 is breached: waiting for admission is 50% of request time"
+
+
+@pytest.mark.parametrize(("per_row", "full"), [(0.0001, False), (0.02, True)])
+def test_many_rows_are_not_full_while_twice_as_many_bring_more(per_row: float, full: bool) -> None:
+    """One more row of 16 brings at most 6%, on any device."""
+    shown = gauges(marginal_gain=0.05, curve=curve(0.016, per_row))
+    pods = three(attained=BAD, stages=QUEUED, busy=0.97, rows=16, row_rate=16 / shown.curve[16], gauges=shown)
+    assert context_of(observe(*pods, config=WIDE)).diagnosis.saturated is full
 
 
 @pytest.mark.parametrize(("figures", "stage", "reason", "message"), CASES, ids=[case[2] for case in CASES])
