@@ -223,6 +223,7 @@ def propose(context: Context, draft: Draft, plan: Plan) -> Draft:
 def _experiment(context: Context, draft: Draft, plan: Plan) -> Draft:  # noqa: PLR0911 - one return per reason
     """Begin the cheapest experiment that promises relief, or say why none begins."""
     policy, state, proposal = context.policy, draft.state, plan.canary
+    relieves = proposal is not None and proposal.objective == "memory"
     if policy.mode == "Off" or state.change is not None or context.blocks:
         return draft
     if state.watch is not None:
@@ -231,7 +232,7 @@ def _experiment(context: Context, draft: Draft, plan: Plan) -> Draft:  # noqa: P
         return draft.held(context, reasons.COOLDOWN, "the last change ended a short while ago")
     if context.behind:
         return _held_by_those_behind(context, draft)
-    if policy.acts and (why := closed(policy, context.now)):
+    if policy.acts and not relieves and (why := closed(policy, context.now)):
         return draft.held(context, reasons.OUTSIDE_WINDOW, why)
     if draft.acted:
         return draft
@@ -246,7 +247,7 @@ def _experiment(context: Context, draft: Draft, plan: Plan) -> Draft:  # noqa: P
         message = "one replica has no controls; spec.tuning.singleReplica: BeforeAfter allows a change"
         draft = recommend(context, draft, proposal, plan.rejected)
         return draft.held(context, reasons.SINGLE_REPLICA, message)
-    if policy.acts and proposal.objective != "memory" and not enough_exposure(context):
+    if policy.acts and not relieves and not enough_exposure(context):
         message = f"fewer than {policy.pace.requests_per_arm} requests per replica come in time for a verdict"
         return draft.held(context, reasons.TOO_LITTLE_EXPOSURE, message)
 

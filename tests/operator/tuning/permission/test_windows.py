@@ -148,6 +148,13 @@ def test_replicas_and_emergencies_wait_for_no_window() -> None:
     ] == ["Emergency"]
 
 
+def test_relief_of_memory_waits_for_no_window() -> None:
+    full = observe(*three(gauges=gauges(memory_ratio=0.9)), config=SMALL)
+    decision = decide(full, KNOWN, policy_of(maintenance=(CLOSED,)), NOW)
+    assert [(record.rule, record.outcome) for record in decision.records] == [("memory-relief", "Started")]
+    assert decision.state.holds == ()
+
+
 def bounds(*schedules: ScheduledBounds, gpu_limit: int | None = None) -> tuple[int, int, str]:
     scaling = in_force(
         policy_of(scaling=Scaling(2, 6, schedules=schedules, gpu_limit=gpu_limit)), NOW
