@@ -119,11 +119,16 @@ def read_recording(path: Path) -> Recording:
     """The recording in a file.
 
     Raises:
-        LoadError: it is broken, empty or out of order; names file, line and fault.
+        LoadError: it cannot be read, is broken, empty or out of order; names file, line and fault.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LoadError(f"recording {path}: cannot be read: {why}") from None
     rows = [
         (f"recording {path}:{number}", line)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for number, line in enumerate(text.splitlines(), 1)
         if line.strip()
     ]
     where, first = rows[0]

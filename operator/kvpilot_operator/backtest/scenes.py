@@ -132,7 +132,10 @@ class Scene:
 
 @lru_cache(8)
 def _trace(path: Path) -> tuple[RecordedRequest, ...]:
-    return tuple(recorded(path, 0))
+    found = tuple(recorded(path, 0))
+    if not found:  # a trace holds one at least, a recording may have seen none
+        raise LoadError(f"recording {path}: holds no request")
+    return found
 
 
 def scene_of(manifest: Mapping[str, Any], load: LoadSpec, device_name: DeviceName | None = None) -> Scene:
@@ -216,6 +219,11 @@ def _with_trace(scene: Scene) -> Scene:
     for item in trace:
         if item.at <= seconds:
             minutes[int(item.at // 60)] += 1
+    if not any(minutes):  # a trace begins with a request, a recording may begin with a gap or idle
+        raise LoadError(
+            f"recording {scene.load.trace}: no request arrives in its first {seconds:g} s (--duration); the "
+            f"first one arrives after {trace[0].at:.0f} s"
+        )
     peak, mean = max(minutes) / 60.0, sum(minutes) / max(seconds, 60.0)
     # As much as twice the least number of replicas serves; without scaling, more than the knobs as given can.
     full = min(scene.most, 2 * scene.least) * USE if scene.most > scene.least else 1.2 * scene.least

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.operator.adapters.metrics.scraping import Exporter, Scraping, binary
-from tests.operator.cli.runs import kvpilot, started
+from tests.operator.cli.runs import kvpilot, refused, started
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.sources import Source
@@ -311,6 +311,32 @@ def test_broken_recording_names_file_line_and_fault(tmp_path: Path, text: str, m
     assert str(error.value).startswith(f"recording {path}")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+IDLE = '{{"at": {0}, "arrivals": 0, "prompt": 0, "cached": 0, "output": 0}}\n'
+LATE = "".join(f'{{"at": {60 * index}, "gap": true}}\n' for index in range(6))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "".join(IDLE.format(60 * index) for index in range(6)), "holds no request"),
+        (
+            HEAD + LATE + FULL.replace('"at": 0', '"at": 360'),
+            "no request arrives in its first 300 s (--duration); the first one arrives after 3",
+        ),
+        (
+            HEAD + "".join(IDLE.format(60 * index) for index in range(200)) + "\udcff",
+            "cannot be read: 'utf-8' codec can't decode byte 0xff in position ",
+        ),
+    ],
+    ids=["idle", "begins late", "bytes after the first portion"],
+)
+def test_recording_that_cannot_be_played_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    line = refused("backtest", "--trace", str(path), "--duration", "300")
+    assert line.startswith(f"kvpilot backtest: recording {path}: {message}")
 
 
 LAW = Device(base_s=0.004, row_s=0.0006, prefill_s=0.00002, context_s=0.3e-6, attend_s=0.05e-6)
