@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.configuration import effective, kept_overlay, overlay_between, overlay_with
+from kvpilot_operator.tuning.configuration import (
+    effective,
+    kept_overlay,
+    overlay_between,
+    overlay_with,
+    value,
+)
 from kvpilot_operator.tuning.context import Context, Draft, format_value, sentence
 from kvpilot_operator.tuning.decision import DecisionOutcome, WriteConfig
 from kvpilot_operator.tuning.experiment.ends import STANDING, abort, watch_of
@@ -57,7 +63,7 @@ def adopt_edit(context: Context, draft: Draft) -> Draft:
     if wanted == dict(promoted.config):
         # What is dropped had no effect: a pin was over it, or the user asks for the same value.
         return draft.with_state(overlay=kept) if dropped else draft
-    watched = _watch_that_stays(context, draft)
+    before = draft
     if draft.state.change is not None:
         kept, dropped = kept_overlay(base, settled_overlay(context, draft), context.policy.bounds)
         wanted = effective(base, kept)
@@ -73,7 +79,9 @@ def adopt_edit(context: Context, draft: Draft) -> Draft:
     )
     summary = f"The user's configuration changed in {', '.join(edited)}{back}; generation {generation}."
     changed = tuple(KnobChange(name, promoted.config.get(name), wanted.get(name)) for name in edited)
-    seen = watched or watch_of_edit(context, draft.next_id, changed)
+    # A change of the tuner is taken back where it does harm, and an edit only reported: the guard goes first.
+    guard = _watch_that_stays(context, before, wanted)
+    seen = guard if guard is not None and guard.own else watch_of_edit(context, draft.next_id, changed)
     draft = draft.recorded(context, rule="user-edit", outcome="Reset", summary=summary, generation=generation)
     draft = draft.with_state(overlay=kept, last_generation=generation, watch=seen)
     return draft.reporting(context, _key(generation, wanted)).acting(WriteConfig(generation, wanted))
@@ -98,13 +106,16 @@ def _edited(context: Context, overlay: tuple[OverlayEntry, ...], knob: str) -> b
     return bool(context.observation.base.get(knob) != known)
 
 
-def _watch_that_stays(context: Context, draft: Draft) -> Watch | None:
-    """The watch over an emergency that something interrupts: it is taken back if it frees no memory."""
-    change = draft.state.change
-    if change is None or change.verdict != reasons.EMERGENCY:
-        return None
-    kept = not any(_edited(context, draft.state.overlay, item.knob) for item in change.values)
-    return watch_of(context, change) if kept else None
+def _watch_that_stays(context: Context, draft: Draft, wanted: Mapping[str, Any]) -> Watch | None:
+    """The watch over what runs everywhere, or over an emergency that is interrupted, while it stays in force.
+
+    It ends where another configuration changes what it watches; any other one must not remove it.
+    """
+    change, seen = draft.state.change, draft.state.watch
+    if change is not None:
+        seen = watch_of(context, change) if change.verdict == reasons.EMERGENCY else None
+    stays = seen is not None and all(value(wanted, item.knob) == item.after for item in seen.values)
+    return seen if stays else None
 
 
 def replace_overlay(
@@ -128,7 +139,7 @@ def replace_overlay(
     wanted = effective(context.observation.base, overlay)
     same = wanted == dict(promoted.config)
     reason, message, knobs = interrupts
-    watched = _watch_that_stays(context, draft)
+    watched = _watch_that_stays(context, draft, wanted)
     if (change := draft.state.change) is not None:
         concerned = knobs is None or any(item.knob in knobs for item in change.values)
         if concerned or not same:

@@ -62,7 +62,7 @@ def watch(context: Context, draft: Draft) -> Draft:
             return _harm(context, draft, seen, "more requests fail than before", evidence)
         if slower >= HARM_EVIDENCE:
             return _harm(context, draft, seen, "the engines do less work per second than before", evidence)
-    unseen = context.trust.nothing is not None
+    unseen = context.trust.nothing is not None or not context.current
     longest = seen.until + EXPOSURE_LIMIT * context.policy.pace.verify
     if context.now < seen.until or (unseen and context.now < longest):
         return draft

@@ -201,6 +201,17 @@ def test_a_watch_does_not_end_while_nothing_is_seen_but_not_for_ever() -> None:
     assert watched(blind, watching(since=5 * VERIFY_S)).state.watch is None
 
 
+def test_a_guard_waits_for_the_engines_that_take_another_configuration() -> None:
+    """The pin of another knob raised the generation a moment before the end: no engine runs it yet."""
+    full = many(3, config=CANDIDATE, generation=2, epoch=1, gauges=gauges(memory_ratio=0.97))
+    state = watching(since=VERIFY_S, memory_before=0.97)
+    pinned = Promoted(3, {**CANDIDATE, "prefetchSize": 16})
+    seen = replace(observe(*full, config=CANDIDATE), base=CONFIG, promoted=pinned)
+    assert watched(seen, state).state.watch == state.watch
+    late = watching(since=5 * VERIFY_S, memory_before=0.97)
+    assert watched(seen, late).state.watch is None
+
+
 def test_memory_of_an_engine_that_did_not_take_the_emergency_says_nothing_of_it() -> None:
     relieved = many(2, config=CANDIDATE, generation=2, epoch=1, gauges=gauges(memory_ratio=0.7))
     stuck = replica("chat-9", config=CONFIG, gauges=gauges(memory_ratio=0.97))

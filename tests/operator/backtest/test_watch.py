@@ -1,0 +1,59 @@
+"""The guard over what runs on all replicas, through the real reconciler."""
+
+from __future__ import annotations
+
+import pytest
+from tests.operator.backtest.simulations import SMALL, assert_settled, promoted, simulate, spec_of
+
+from kvpilot_operator.backtest.model import EngineModel
+from kvpilot_operator.backtest.simulation import Simulation
+from kvpilot_operator.tuning.configuration import value
+from kvpilot_operator.tuning.observation import Pin
+
+
+def slow_down(sim: Simulation, factor: float) -> None:
+    """Let every engine take so many times as long for a step."""
+    for engine in sim.cluster.engines:
+        engine.outlier = factor
+
+
+@pytest.mark.parametrize("by", ["pin", "edit"])
+def test_what_others_change_does_not_save_a_change_that_does_harm(by: str) -> None:
+    sim = promoted()
+    made = sim.promoted.config["numWorkers"]
+    slow_down(sim, 12.0)
+    if by == "pin":
+        sim.cluster.pins = (Pin("mine", "prefetchSize", 16, sim.cluster.now + 600),)
+    else:
+        sim.cluster.edit(spec_of({**SMALL, "maxQueue": 200}))
+    sim.run(40)
+    back = next(record for record in sim.records if record.outcome == "Reverted")
+    assert f"numWorkers 2 -> {made}, batchSize 2 -> {made} was reverted (Harmful)" in back.summary
+    assert (sim.promoted.config["numWorkers"], sim.promoted.config["batchSize"]) == (2, 2)
+    assert ("numWorkers", made) in {(item.knob, item.value) for item in sim.state.blocked_values}
+
+
+@pytest.mark.parametrize("by", ["pin", "edit"])
+def test_who_changes_the_knob_itself_ends_the_guard_over_it(by: str) -> None:
+    sim = promoted()
+    slow_down(sim, 12.0)
+    if by == "pin":
+        sim.cluster.pins = (Pin("mine", "numWorkers", 3, sim.cluster.now + 600),)
+    else:
+        sim.cluster.edit(spec_of({**SMALL, "numWorkers": 3}))
+    sim.run(40)
+    assert "Reverted" not in sim.outcomes(), sim.report()
+
+
+def test_a_pin_does_not_save_an_emergency_that_frees_nothing() -> None:
+    full = EngineModel(memory=lambda config: 0.97)
+    sim = simulate({"numWorkers": 8, "batchSize": 8}, model=full, load=lambda _: 20.0)
+    sim.run(120, until=lambda s: s.state.watch is not None)
+    assert sim.outcomes()[-1] == "Emergency"
+    sim.cluster.pins = (Pin("mine", "prefetchSize", 16, sim.cluster.now + 600),)
+    sim.run(sim.pace.settle + 10, until=lambda s: "Reverted" in s.outcomes())
+    assert sim.outcomes()[1:3] == ["Pinned", "Reverted"], sim.report()
+    assert "memory did not fall" in sim.records[-1].summary
+    sim.run(10)
+    assert value(sim.promoted.config, "batchSize") == 8
+    assert_settled(sim)
