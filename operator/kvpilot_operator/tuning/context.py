@@ -170,11 +170,14 @@ class Context:
 
     @property
     def relief_blocks(self) -> tuple[tuple[str, str], ...]:
-        """Why not even more capacity or relief of memory may be asked for."""
-        lifted = {reasons.ROLLING_OUT}
-        if self.trust.nothing is None and self.trust.too_few is not None:
-            lifted.add(self.trust.too_few[0])
-        return tuple(item for item in self.blocks if item[0] not in lifted)
+        """Why not even relief of memory may be tried: it needs only trusted replicas that show the need."""
+        lifted = self.trust.too_few if self.trust.nothing is None else None
+        return tuple(item for item in self.blocks if item != lifted)
+
+    @property
+    def urgent_blocks(self) -> tuple[tuple[str, str], ...]:
+        """Why not even what needs no arms may be done: more capacity, and the emergency on all replicas."""
+        return tuple(item for item in self.relief_blocks if item[0] != reasons.ROLLING_OUT)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ def _experiment(context: Context, draft: Draft, plan: Plan) -> Draft:  # noqa: P
     """Begin the cheapest experiment that promises relief, or say why none begins."""
     policy, state, proposal = context.policy, draft.state, plan.canary
     relieves = proposal is not None and proposal.objective == "memory"
-    if policy.mode == "Off" or state.change is not None or context.blocks:
+    blocks = context.relief_blocks if relieves else context.blocks
+    if policy.mode == "Off" or state.change is not None or blocks:
         return draft
     if state.watch is not None:
         return draft.held(context, reasons.WATCHING, "the last change is still compared with before")

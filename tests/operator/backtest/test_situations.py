@@ -159,6 +159,22 @@ def test_a_leak_never_scales_in() -> None:
     assert [record for record in sim.records if record.outcome == "ScaledIn"] == [], sim.report()
 
 
+def test_relief_of_memory_does_not_wait_for_a_replica_that_is_silent() -> None:
+    def memory(config: Mapping[str, Any]) -> float:
+        return 0.9 if sim.seconds > 120 and value(config, "maxMemoryMb") is None else 0.7
+
+    sim = simulate(
+        SMALL, load=lambda _: 5.0, model=EngineModel(memory=memory), faults=[TimedFault("silent", 20.0, HOUR)]
+    )
+    sim.run(300)
+    _, *others = (engine.name for engine in sim.cluster.engines)
+    made = [(record.rule, record.outcome) for record in sim.records[:2]]
+    assert made == [("memory-relief", "Started"), ("memory-relief", "Promoted")], sim.report()
+    assert {sim.records[0].canary, *sim.records[0].controls} == set(others)
+    assert {value(engine.config, "maxMemoryMb") for engine in sim.cluster.engines} == {100}
+    assert [hold.reason for hold in sim.state.holds] == ["MetricsMissing"]
+
+
 def test_an_invalid_edit_takes_the_candidate_off_within_two_ticks() -> None:
     sim = in_verify()
     broken = spec_of(SMALL)

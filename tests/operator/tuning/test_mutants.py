@@ -196,7 +196,7 @@ def cooldown_ignored(patch: Patch) -> None:
 
 
 def capacity_held_by_one_young_replica(patch: Patch) -> None:
-    patch.setattr(Context, "relief_blocks", Context.blocks)
+    patch.setattr(Context, "urgent_blocks", Context.blocks)
 
 
 def capacity_is_never_added(patch: Patch) -> None:

@@ -102,18 +102,22 @@ def consider(context: Context, state: TuningState) -> Plan:
 
 def _refused(context: Context, state: TuningState, remedy: Remedy) -> tuple[str, str] | None:
     """Why a remedy must not be considered, or None: what is checked of all of them alike."""
-    everywhere = remedy.scope == "everywhere"
-    # More capacity and relief need no replicas to compare, so they need not wait for them.
-    relieves = everywhere or remedy.replicas > 0
-    for block in context.relief_blocks if relieves else context.blocks:
+    for block in _blocks(context, remedy):
         return block
     if remedy.name in context.policy.disabled_rules:
         return reasons.RULE_DISABLED, "disabled by the resource"
-    if everywhere and state.phase in {Phase.EMERGENCY, Phase.PROMOTE}:
+    if remedy.scope == "everywhere" and state.phase in {Phase.EMERGENCY, Phase.PROMOTE}:
         return reasons.COOLDOWN, "another change is being made everywhere"
     if any(item.key == remedy.name for item in state.reported):
         return reasons.COOLDOWN, "made a short while ago"
     return None
+
+
+def _blocks(context: Context, remedy: Remedy) -> tuple[tuple[str, str], ...]:
+    """More capacity and relief of memory need not wait for replicas that cannot be trusted."""
+    if remedy.scope == "everywhere" or remedy.replicas > 0:
+        return context.urgent_blocks
+    return context.relief_blocks if "memory" in remedy.cures else context.blocks
 
 
 def _by_context(find: Callable[[Context], Found]) -> Callable[[Context, TuningState, Plan], Found]:

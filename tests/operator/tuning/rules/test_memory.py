@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import context_of, curve, gauges, observe, three
+from tests.operator.tuning.observations import NOW, context_of, curve, gauges, observe, three
+from tests.operator.tuning.policies import policy_of
 
 from kvpilot_operator.tuning.context import Plan
+from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.observation import MemoryUse
 from kvpilot_operator.tuning.rules.memory import memory_emergency, memory_relief
 from kvpilot_operator.tuning.state import BlockedValue, TuningState
@@ -22,6 +24,15 @@ CONFIG = {"maxTokens": 65536, "hostMemoryMb": 8192, "useCompression": False}
 def relief(**changes: Any) -> Any:
     full = gauges(**changes)
     return memory_relief(context_of(observe(*three(gauges=full), config=CONFIG)))
+
+
+def test_relief_waits_for_a_rollout_since_its_canary_must_stay() -> None:
+    rolling = observe(*three(gauges=gauges(memory_ratio=0.9)), rolling_out=True)
+    decision = decide(rolling, TuningState(last_generation=1), policy_of(), NOW)
+    assert (decision.records, decision.state.change) == ((), None)
+    assert [(hold.reason, hold.message) for hold in decision.state.holds] == [
+        ("RollingOut", "the workload replaces its pods")
+    ]
 
 
 def test_device_over_its_limit_shrinks_the_pool_and_not_the_host_tier() -> None:
