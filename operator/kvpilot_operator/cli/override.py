@@ -154,7 +154,7 @@ def rollback(
     where: Where = ANYWHERE,
     output: Output = Format.TEXT,
 ) -> None:
-    """Go back to the configuration of an earlier generation; without --to, to the one before."""
+    """Go back to the configuration of an earlier generation; without --to, to the last that differs."""
     from kvpilot_operator.cli.asking import Asked, ask
 
     with reporting("rollback"):
@@ -165,17 +165,30 @@ def rollback(
 
 
 def _generation_before(target: Target) -> int:
-    """The kept generation before the present one.
+    """The kept generation to go back to without ``--to``.
 
     Raises:
-        CommandError: there is none.
+        CommandError: there is none, or the resource is invalid.
     """
     from kvpilot_operator.cli.status import status_of
+    from kvpilot_operator.resource.errors import ManifestError
+    from kvpilot_operator.resource.model import KVCacheDeployment
+    from kvpilot_operator.resource.resolve import base_config, policy_of
+    from kvpilot_operator.status.codec import state_of
+    from kvpilot_operator.tuning.permission.generations import generation_before
 
     status = status_of(target)
     present = status.config.generation if status.config else None
-    kept = [item.number for item in (status.tuning.generations if status.tuning else ())]
-    earlier = [number for number in kept if present is not None and number < present]
-    if not earlier:
-        raise CommandError(f"no generation before the present one ({present}) is kept")
-    return max(earlier)
+    try:
+        spec = KVCacheDeployment.parse(target.manifest).spec
+        bounds = policy_of(spec).bounds
+    except ManifestError as error:
+        raise CommandError(f"{error}; --to says where to go back to") from None
+    base = base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
+    found = None if present is None else generation_before(state_of(status), present, base, bounds)
+    if found is None:
+        raise CommandError(
+            f"no kept generation before the present one ({present}) has other tuned knobs and was not "
+            "taken back"
+        )
+    return found

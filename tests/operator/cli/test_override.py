@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.operator.cli.runs import kvpilot, manifest, ok, refused
+from tests.operator.cli.runs import STATUS, kvpilot, manifest, ok, refused
 
 from kvpilot_operator.local.state import StateDirectory
 from kvpilot_operator.resource import KVCacheOverride
@@ -180,8 +180,24 @@ def test_boost_of_a_fixed_number_is_refused(run: StateDirectory) -> None:
 def test_rollback_without_an_earlier_generation_is_refused(run: StateDirectory) -> None:
     run.write_resource(manifest(status={"config": {"generation": 1}}))
     assert refused("rollback", "chat") == (
-        "kvpilot rollback: no generation before the present one (1) is kept"
+        "kvpilot rollback: no kept generation before the present one (1) has other tuned knobs and was not "
+        "taken back"
     )
+
+
+def test_rollback_passes_over_what_is_in_force_already_and_what_was_taken_back(run: StateDirectory) -> None:
+    tuned = (("Found", "{}"), ("Promoted", '{"numWorkers":16}'), ("Promoted", '{"numWorkers":64}'),
+             ("TakenBack", '{"numWorkers":16}'), ("Pinned", '{"numWorkers":16}'))  # fmt: skip
+    at = "2026-11-22T08:00:00Z"
+    generations = [
+        {"number": number, "at": at, "verdict": verdict, "knobs": knobs}
+        for number, (verdict, knobs) in enumerate(tuned, 3)
+    ]
+    run.write_resource(
+        manifest(status={**STATUS, "tuning": {**STATUS["tuning"], "generations": generations}})
+    )
+    ok("rollback", "chat")
+    assert [item["spec"]["rollback"] for item in written(run)] == [{"to": 3}]
 
 
 def test_newer_rollback_needs_no_end_of_the_older_one(run: StateDirectory) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY
@@ -12,15 +12,21 @@ from kvpilot_operator.tuning.base_change import replace_overlay
 from kvpilot_operator.tuning.configuration import KNOBS, effective, value, within
 from kvpilot_operator.tuning.context import Context, Draft, format_value
 from kvpilot_operator.tuning.decision import WriteConfig
+from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.observation import Promoted, Rollback
 from kvpilot_operator.tuning.permission.overrides import answerable, handle, refuse
+from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
     MAX_GENERATIONS,
     BlockedValue,
     Generation,
     OverlayEntry,
+    TuningState,
 )
+
+ROLLED_BACK: Final = "RolledBack"
+"""Verdict of a generation that an override went back to."""
 
 
 def note_generation(context: Context, draft: Draft) -> Draft:
@@ -68,9 +74,9 @@ def roll_back(context: Context, draft: Draft) -> Draft:
         return refuse(context, draft, asked.name, asked.by, message)
     base, held = context.observation.base, draft.state.overlay
     pins = tuple(entry for entry in held if entry.pinned)
-    restored = _restored(context, draft, target)
+    found = restored(base, context.policy.bounds, target, draft.next_id)
     before = effective(base, (entry for entry in held if not entry.pinned))
-    after = effective(base, restored)
+    after = effective(base, found)
     if before == after and draft.state.change is None:
         message = f"the tuned knobs are those of generation {asked.to} already"
         return refuse(context, draft, asked.name, asked.by, message)
@@ -78,22 +84,49 @@ def roll_back(context: Context, draft: Draft) -> Draft:
     draft = replace_overlay(
         context,
         draft,
-        (*restored, *pins),
+        (*found, *pins),
         rule="rollback",
-        outcome="RolledBack",
+        outcome=ROLLED_BACK,
         why=f"Back to the tuned knobs of generation {asked.to}, {_differences(before, after)}, {_by(asked)}",
         interrupts=(reasons.ROLLED_BACK, f"{_by(asked)} goes back to generation {asked.to}", None),
     )
     return handle(draft, asked.name)
 
 
-def _restored(context: Context, draft: Draft, target: Generation) -> tuple[OverlayEntry, ...]:
+def generation_before(
+    state: TuningState, present: int, base: Mapping[str, Any], bounds: Mapping[str, KnobBounds]
+) -> int | None:
+    """The newest kept generation before the present one to which a rollback changes something.
+
+    One that was taken back, or that someone rolled back from, is no way back.
+    """
+
+    def tuned(item: Generation) -> dict[str, Any]:
+        return effective(base, restored(base, bounds, item, ""))
+
+    standing: list[Generation] = []
+    for item in state.generations:
+        if item.verdict in {TAKEN_BACK, ROLLED_BACK} and standing:
+            left = tuned(standing[-1])
+            # Those since the one that it goes back to are left; without that one here, the last is.
+            known = any(tuned(one) == tuned(item) for one in standing)
+            while standing and tuned(standing[-1]) != tuned(item) and (known or tuned(standing[-1]) == left):
+                standing.pop()
+        standing.append(item)
+    now = effective(base, (entry for entry in state.overlay if not entry.pinned))
+    earlier = (item.number for item in standing if item.number < present and tuned(item) != now)
+    return max(earlier, default=None)
+
+
+def restored(
+    base: Mapping[str, Any], bounds: Mapping[str, KnobBounds], target: Generation, decision: str
+) -> tuple[OverlayEntry, ...]:
     """The overlay of a generation over the present base; what the bounds now exclude stays out."""
-    base, knobs = context.observation.base, json.loads(target.knobs)
+    knobs = json.loads(target.knobs)
     return tuple(
-        OverlayEntry(knob, base.get(knob), item, draft.next_id)
+        OverlayEntry(knob, base.get(knob), item, decision)
         for knob, item in knobs.items()
-        if base.get(knob) != item and within(context.policy.bounds.get(knob), item)
+        if base.get(knob) != item and within(bounds.get(knob), item)
     )
 
 

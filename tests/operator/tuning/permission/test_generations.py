@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from tests.operator.tuning.experiments import CANDIDATE, canary, controls, in_phase, seen
 from tests.operator.tuning.observations import NOW, observe, three
 from tests.operator.tuning.policies import policy_of
@@ -13,6 +14,7 @@ from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, WriteConfig
 from kvpilot_operator.tuning.observation import FleetLimits, Observation, Pin, Promoted, Rollback
+from kvpilot_operator.tuning.permission.generations import generation_before
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.state import BlockedValue, Generation, OverlayEntry, Phase, TuningState
 
@@ -61,6 +63,47 @@ def test_the_way_back_is_open_while_tuning_is_off() -> None:
     decision = act(running(rollback=BACK, fleet=off))
     assert [item.values["numWorkers"] for item in written(decision)] == [8]
     assert [record.outcome for record in decision.records] == ["RolledBack"]
+
+
+def made(*history: tuple[str, str]) -> tuple[Generation, ...]:
+    """Generations from 1, by verdict and tuned workers ("" for none)."""
+    return tuple(
+        Generation(number, NOW, "", verdict, f'{{"numWorkers":{workers}}}' if workers else "{}")
+        for number, (verdict, workers) in enumerate(history, 1)
+    )
+
+
+FOUND, EIGHT, SIXTEEN = ("Found", ""), ("Promoted", "8"), ("Promoted", "16")
+
+
+@pytest.mark.parametrize(
+    ("history", "back"),
+    [
+        ((FOUND, EIGHT, SIXTEEN), 2),
+        ((FOUND, EIGHT, ("Pinned", "8"), ("Found", "8")), 1),
+        ((FOUND, EIGHT, SIXTEEN, ("TakenBack", "8")), 1),
+        ((FOUND, EIGHT, SIXTEEN, ("Pinned", "16"), ("TakenBack", "8"), ("Found", "8")), 1),
+        ((FOUND, EIGHT, SIXTEEN, ("RolledBack", "8")), 1),
+        ((FOUND, EIGHT, SIXTEEN, ("Promoted", "32"), ("RolledBack", "8")), 1),
+        ((FOUND, SIXTEEN, ("TakenBack", ""), EIGHT, ("Promoted", "16"), ("Promoted", "32")), 5),
+        ((EIGHT, SIXTEEN, ("RolledBack", "4")), 1),
+        ((SIXTEEN, ("TakenBack", "8")), None),
+        ((FOUND, ("Found", "")), None),
+        ((FOUND, ("Promoted", "500"), ("Found", "")), None),
+        ((EIGHT,), None),
+        ((), None),
+    ],
+)
+def test_the_way_back_is_the_last_that_differs_and_was_not_left(
+    history: tuple[tuple[str, str], ...], back: int | None
+) -> None:
+    workers = history[-1][1] if history else ""
+    overlay = (
+        *((OverlayEntry("numWorkers", 2, int(workers), "d-0001"),) if workers else ()),
+        OverlayEntry("numWorkers", 2, 64, "pin:mine"),
+    )
+    state = TuningState(overlay=overlay, generations=made(*history))
+    assert generation_before(state, len(history), SMALL, policy_of().bounds) == back
 
 
 def test_ten_are_kept() -> None:
