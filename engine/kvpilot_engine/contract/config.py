@@ -30,6 +30,11 @@ class CacheStrategy(StrEnum):
     FIFO = "fifo"
     ADAPTIVE = "adaptive"
 
+    @property
+    def runs_as(self) -> CacheStrategy:
+        """The strategy whose policy runs: ``adaptive`` has none of its own yet."""
+        return CacheStrategy.LRU if self is CacheStrategy.ADAPTIVE else self
+
 
 class ConfigWarning(UserWarning):
     """A setting that is accepted but doubtful, or that has no effect in this version."""
@@ -207,9 +212,9 @@ class KVCacheConfig(BaseModel):
 
     def not_yet_effective(self) -> list[Notice]:
         """Explicitly given values that this version accepts and ignores."""
-        given = self.model_fields_set
+        given, strategy = self.model_fields_set, self.cache_strategy
         inert = (
-            ("cache_strategy", self.cache_strategy is CacheStrategy.ADAPTIVE, "adaptive runs as lru"),
+            ("cache_strategy", strategy.runs_as is not strategy, f"{strategy} runs as {strategy.runs_as}"),
             ("use_quantization", self.use_quantization, "the device pool stays in dtype"),
             ("quantization_bits", self.quantization_bits != 8, "the device pool stays in dtype"),
             ("enable_gc", not self.enable_gc, "pages are evicted on demand only"),

@@ -144,10 +144,9 @@ _POLICIES: dict[CacheStrategy, type[Policy]] = {
     CacheStrategy.LRU: LRU,
     CacheStrategy.LFU: LFU,
     CacheStrategy.FIFO: FIFO,
-    CacheStrategy.ADAPTIVE: LRU,
 }
 
 
 def make_policy(strategy: CacheStrategy) -> Policy:
-    """Make the policy of a strategy; ``adaptive`` uses LRU."""
-    return _POLICIES[strategy]()
+    """Make the policy that runs for a strategy."""
+    return _POLICIES[strategy.runs_as]()

@@ -166,6 +166,11 @@ def strategy_adaptive(context: Context) -> Found:
     strategy = room(context, "cacheStrategy")
     if strategy.now == CacheStrategy.ADAPTIVE:
         return reasons.NOT_EFFECTIVE, "cacheStrategy is adaptive"
+    if CacheStrategy(strategy.now) is CacheStrategy.ADAPTIVE.runs_as:
+        return (
+            reasons.NOT_EFFECTIVE,
+            f"cacheStrategy adaptive runs as {strategy.now} so far, which is in force",
+        )
     if not context.long.evicted_pages:
         return reasons.NO_EVICTIONS, "nothing is evicted"
     rate, top = hit_rate(context.long) or 0.0, ceiling(context.long) or 0.0

@@ -97,8 +97,10 @@ def test_memory_that_is_not_the_caches_is_not_cut_below_the_bound() -> None:
 CALM_BUT_MISSING = {"hit": 0.5, "ceiling": 0.9, "evicted": 2.0}
 
 
-def missing(**figures: Any) -> Plan:
-    seen = observe(*three(**{**CALM_BUT_MISSING, **figures}), config={"maxTokens": 4096})
+def missing(strategy: str = "adaptive", **figures: Any) -> Plan:
+    seen = observe(
+        *three(**{**CALM_BUT_MISSING, **figures}), config={"maxTokens": 4096, "cacheStrategy": strategy}
+    )
     return consider(context_of(seen, policy_of(objectives=PRODUCTION)), TuningState())
 
 
@@ -130,6 +132,24 @@ def test_quota_grows_when_the_hit_rate_is_low_and_pages_are_evicted() -> None:
 )
 def test_quota_does_not_grow(figures: dict[str, Any], reason: str, message: str) -> None:
     assert why_not(missing(**figures), "cache-quota-up") == (reason, message)
+
+
+@pytest.mark.parametrize("fixed", ["lfu", "fifo"])
+def test_a_fixed_strategy_makes_way_for_adaptive_when_the_hit_rate_is_low(fixed: str) -> None:
+    found = missing(fixed)
+    assert proposed(found).rule == "strategy-adaptive"
+    assert values(found) == {"cacheStrategy": (fixed, "adaptive")}
+
+
+def test_a_strategy_that_runs_already_delays_no_other_cure() -> None:
+    found = missing("lru")
+    assert why_not(found, "strategy-adaptive") == (
+        "NotEffective",
+        "cacheStrategy adaptive runs as lru so far, which is in force",
+    )
+    assert proposed(found).rule == "cache-quota-up"
+    same = missing("adaptive")
+    assert why_not(same, "strategy-adaptive") == ("NotEffective", "cacheStrategy is adaptive")
 
 
 def test_quota_grows_the_host_tier_when_the_device_pool_is_at_its_ceiling() -> None:
