@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.operator.backtest.simulations import SMALL, assert_settled, promoted, simulate, spec_of
 
-from kvpilot_operator.backtest.model import EngineModel
+from kvpilot_operator.backtest.model import EngineModel, Fault
 from kvpilot_operator.backtest.simulation import Simulation
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.observation import Pin
@@ -57,3 +57,16 @@ def test_a_pin_does_not_save_an_emergency_that_frees_nothing() -> None:
     sim.run(10)
     assert value(sim.promoted.config, "batchSize") == 8
     assert_settled(sim)
+
+
+@pytest.mark.parametrize(("slower", "harmful"), [(2.0, True), (1.0, False)])
+def test_an_edit_that_makes_every_engine_slower_is_reported(slower: float, harmful: bool) -> None:
+    config = {"numWorkers": 8, "batchSize": 8}
+    model = EngineModel(noise=0.05, fault=Fault(above={"prefetchSize": 4}, slower=slower))
+    sim = simulate(config, model=model, load=lambda _: 150.0, mode="Recommend").run(80)
+    sim.cluster.edit(spec_of({**config, "prefetchSize": 5}, mode="Recommend"))
+    sim.run(60)
+    harm = [record.summary for record in sim.records if record.outcome == "Harmful"]
+    why = "the engines do less work per second than before"
+    named = f"prefetchSize unset -> 5, the user's change, does harm: {why}."
+    assert harm == ([named] if harmful else []), sim.report()

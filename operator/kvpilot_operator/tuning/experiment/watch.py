@@ -1,7 +1,8 @@
 """The watch over a change that runs on all replicas: harm takes it back.
 
 Before and after are no proof for latencies, since the load moves them. They are one for step rates and
-errors, which do not depend on the load while there is work.
+errors, which do not depend on the load while there is work. The engines are compared with their own past, so
+what machines differ by is not in it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
 from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, error_evidence
 from kvpilot_operator.tuning.experiment.start import errors_of
 from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
-from kvpilot_operator.tuning.experiment.step_rate import as_loaded, corrected, difference, step_rate
+from kvpilot_operator.tuning.experiment.step_rate import as_loaded, difference, of_other_times, step_rate
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
@@ -51,7 +52,7 @@ def watch(context: Context, draft: Draft) -> Draft:
         bound = harm_below(seen.ratio)
         slower = 0.0
         if found is not None and as_loaded(rate, seen.rate_before, seen.values):
-            slower = mixture_evidence(corrected(found, None), bound, above=False)
+            slower = mixture_evidence(of_other_times(found), bound, above=False)
         evidence = {
             "verdict": reasons.HARMFUL,
             "ratio": None if found is None else round(math.exp(found.log_ratio), 3),
@@ -77,7 +78,7 @@ def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ..
     rate, errors, pace = step_rate(context.long, changed), errors_of(context), context.policy.pace
     if errors.share is None:
         return None
-    since = context.now + pace.scrape  # when the engines run it
+    since = context.now + pace.tick + pace.scrape  # no scrape before the engines ran it counts
     return Watch(
         decision,
         "user-edit",

@@ -89,6 +89,13 @@ def test_harm_takes_the_change_back_on_all_replicas(figures: dict[str, float], w
     assert state.blocked_values == (BlockedValue("numWorkers", 4, NOW + DAY_S),)
 
 
+@pytest.mark.parametrize(("rate", "harmful"), [(66.7, True), (85.0, False)])
+def test_engines_are_compared_with_their_own_past(rate: float, harmful: bool) -> None:
+    """What machines differ by is not in it: steps that take 1.5 times as long are seen."""
+    draft = watched(fleet(row_rate=rate), watching())
+    assert [record.outcome for record in draft.records] == (["Reverted"] if harmful else [])
+
+
 def test_what_is_taken_back_is_pushed_everywhere_and_then_written() -> None:
     decision = decide(fleet(row_rate=50.0), watching(), policy_of(), NOW)
     pushes = [action for action in decision.actions if isinstance(action, Push)]
