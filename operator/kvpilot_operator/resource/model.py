@@ -251,7 +251,9 @@ class Tuning(Part):
         description="With one replica there is no control: recommend, or judge before and after (unproven).",
     )
     recycle_outliers: bool = Field(
-        False, description="Replace a replica that is slower or fails more than the others by itself."
+        False,
+        description="Replace a replica that is slower, fails more or leaks memory by itself; not for a cold "
+        "cache.",
     )
     budgets: Budgets = Field(default_factory=Budgets, description="Limits on what tuning may cost.")
     maintenance_windows: tuple[RecurringWindow, ...] = Field(

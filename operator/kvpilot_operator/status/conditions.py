@@ -27,7 +27,7 @@ CONDITION_TYPES: Mapping[str, str] = {
     "Ready": "At least the minimum of replicas is ready.",
     "Progressing": "Replicas are being replaced or started.",
     "MetricsTrusted": "Measurements are fresh and complete; without them no change is decided.",
-    "ReplicaOutlier": "A replica is slower or fails more than the others; no knob cures that.",
+    "ReplicaOutlier": "A replica is slower, fails more, is fuller or colder than others; no knob cures it.",
     "SLOMet": "Every objective is met.",
     "TuningActive": "kvpilot may make a change now.",
     "ApprovalPending": "A change waits for an approval; `kvpilot approve` gives it.",

@@ -11,7 +11,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.assess.forecast import offered
 from kvpilot_operator.tuning.assess.objectives import judged_window, rates
-from kvpilot_operator.tuning.assess.outliers import Outlier
+from kvpilot_operator.tuning.assess.outliers import FULLER, Outlier
 from kvpilot_operator.tuning.assess.trust import Trust
 from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected, WriteConfig
 from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation, ObservedReplica
@@ -110,9 +110,17 @@ class Context:
         return self.observation.promoted.config if self.observation.promoted is not None else {}
 
     @property
+    def relievable(self) -> tuple[ObservedReplica, ...]:
+        """Trusted replicas whose memory a knob of all may relieve: none that is fuller by itself."""
+        apart = {item.uid for item in self.outliers if item.clause == FULLER}
+        return tuple(replica for replica in self.trust.trusted if replica.uid not in apart)
+
+    @property
     def memory(self) -> float:
-        """The highest memory ratio of the current replicas, of all trusted ones if none is."""
-        samples = (replica.sample for replica in self.current or self.trust.trusted)
+        """The highest memory ratio of the current replicas that can be relieved, of all such if none is."""
+        current = {replica.uid for replica in self.current}
+        alike = self.relievable
+        samples = (replica.sample for replica in [r for r in alike if r.uid in current] or alike)
         return max((sample.gauges.memory_ratio for sample in samples if sample is not None), default=0.0)
 
     @property

@@ -88,7 +88,7 @@ def assess(observation: Observation, policy: Policy, now: float) -> Context:
     # A replica that runs a candidate differs because of it.
     promoted = observation.promoted.generation if observation.promoted is not None else 0
     alike = [r for r in found.trusted if r.engine is not None and r.engine.generation == promoted]
-    apart = outliers(alike)
+    apart = outliers(alike, found.trusted, policy.objectives.memory)
     measured = _with_replicas(trusted, {r.uid for r in found.trusted} - {item.uid for item in apart})
     counts = measured.counts(judged_window(measured))
     capacity = capacity_of(measured)

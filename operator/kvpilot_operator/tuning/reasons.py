@@ -126,7 +126,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(
         OUTLIER,
         "hold",
-        "Only replicas that are slower or fail more than the others breach an objective; no knob cures them.",
+        "Only replicas that differ from the others by themselves breach an objective; no knob cures them.",
     ),
     Reason(ENGINE_UNREACHABLE, "hold", "The admin API of a ready replica did not answer."),
     Reason(STALLED, "hold", "Requests arrive at a replica and none ends; it is not scaled in for that."),

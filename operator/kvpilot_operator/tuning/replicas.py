@@ -13,6 +13,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import USE
 from kvpilot_operator.tuning.assess.diagnosis import busy_share
 from kvpilot_operator.tuning.assess.objectives import rates
+from kvpilot_operator.tuning.assess.outliers import COLD
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.decision import Recycle, Scale, TakeOverReplicas
 from kvpilot_operator.tuning.experiment.ends import TRIED, abort
@@ -232,13 +233,17 @@ def _first_to_go(context: Context, count: int) -> tuple[str, ...]:
 
 
 def recycle_outlier(context: Context, draft: Draft) -> Draft:
-    """Replace one replica that differs by itself, where the user allows it; at most one per look-back."""
-    wanted = context.policy.recycle_outliers and context.policy.mode == "Auto" and context.outliers
+    """Replace one replica that differs by itself, where the user allows it; at most one per look-back.
+
+    One with a cold cache is left to warm up: its replacement would be colder.
+    """
+    found = [item for item in context.outliers if item.clause != COLD]
+    wanted = context.policy.recycle_outliers and context.policy.mode == "Auto" and found
     if not wanted or context.blocks or draft.state.change is not None or draft.acted:
         return draft
     if any(item.key == RECYCLED for item in draft.state.reported):
         return draft
-    item = context.outliers[0]
+    item = found[0]
     return (
         draft.acting(Recycle(item.uid))
         .recorded(

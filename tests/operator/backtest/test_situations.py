@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_a_leak_never_scales_in() -> None:
     )
     sim.run(HOUR)
     assert [record for record in sim.records if record.outcome == "ScaledIn"] == [], sim.report()
+
+
+def test_a_leak_of_one_replica_changes_no_knob_of_all() -> None:
+    model = EngineModel(step_s=lambda rows: 0.016 + 0.004 * rows)
+    sim = simulate({"numWorkers": 8, "batchSize": 8}, replicas=20, load=lambda _: 40.0, model=model)
+    sim.run(10)
+    leaking = sim.cluster.engines[7]
+    leaking.model = replace(model, memory=lambda _: 0.97)
+    sim.run(120)
+    assert [record for record in sim.records if record.changes] == [], sim.report()
+    assert sim.state.blocked_values == ()
+    reason, message = conditions(sim)["ReplicaOutlier"]
+    assert (reason, message.startswith(f"{leaking.name}: its memory is far fuller")) == ("Differs", True)
 
 
 def test_relief_of_memory_does_not_wait_for_a_replica_that_is_silent() -> None:

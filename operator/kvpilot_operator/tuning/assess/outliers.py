@@ -1,4 +1,4 @@
-"""Replicas that differ from the others by themselves: a slow device, a noisy neighbour, a bad node.
+"""Replicas that differ from the others by themselves: a slow device, a noisy neighbour, a leak, a cold cache.
 
 A knob of all replicas does not cure one of them. An outlier is named, takes part in no experiment, and does
 not count for a diagnosis.
@@ -7,11 +7,11 @@ not count for a diagnosis.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import median
 
-from kvpilot_operator.tuning.assess.objectives import MIN_JUDGED
+from kvpilot_operator.tuning.assess.objectives import MIN_JUDGED, enough, hit_rate
 from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, ObservedReplica
 
 MIN_REPLICAS = 3
@@ -23,6 +23,18 @@ of equal engines on unequal machines."""
 
 MORE_ERRORS = 0.1
 """A replica is an outlier if it fails this share of its requests more than the median."""
+
+MORE_MEMORY = 0.15
+"""A replica over the memory objective is an outlier if the median is within it, and lower by this share of
+the limit. Where the others are nearly as full, it is the load or the configuration of all."""
+
+FEWER_HITS = 0.3
+"""A replica is an outlier if its hit rate is lower than the median by this share of the tokens, and less than
+half of it: what different prefixes make of equal caches is less."""
+
+FULLER = "its memory is far fuller than that of the other replicas"
+COLD = "its cache is far colder than those of the other replicas"
+"""Clauses of such replicas."""
 
 MIN_SECONDS = 1.0
 """Time in steps of a bucket of rows from which on its rate counts."""
@@ -37,24 +49,35 @@ class Outlier:
     clause: str
 
 
-def outliers(replicas: Iterable[ObservedReplica]) -> tuple[Outlier, ...]:
-    """The outliers among replicas of one configuration; at most a minority, over the long window."""
+def outliers(
+    replicas: Collection[ObservedReplica], trusted: Collection[ObservedReplica], memory: float
+) -> tuple[Outlier, ...]:
+    """The outliers among replicas of one configuration; at most a minority, over the long window.
+
+    Args:
+        replicas: those that run one configuration.
+        trusted: those and the ones that run a candidate: the memory of all is compared.
+        memory: share of the memory limit that the objective allows.
+    """
     counts = {
-        replica.uid: (replica.name, replica.sample.windows.get("long", NO_COUNTS))
+        replica.uid: replica.sample.windows.get("long", NO_COUNTS)
         for replica in replicas
         if replica.sample is not None
     }
-    if len(counts) < MIN_REPLICAS:
-        return ()
-    slow = _slowness({uid: item for uid, (_, item) in counts.items()})
-    failing = _failing({uid: item for uid, (_, item) in counts.items()})
+    slow, failing, full, cold = _slowness(counts), _failing(counts), _full(trusted, memory), _cold(counts)
     found = []
-    for uid, (name, _) in counts.items():
-        if slow.get(uid, 1.0) >= SLOWER:
-            found.append(Outlier(uid, name, "its steps are slower than those of the other replicas"))
-        elif failing.get(uid, 0.0) >= MORE_ERRORS:
-            found.append(Outlier(uid, name, "it fails more requests than the other replicas"))
-    return tuple(found) if 2 * len(found) < len(counts) else ()
+    for replica in replicas:
+        if replica.uid in full:
+            found.append(Outlier(replica.uid, replica.name, FULLER))
+        elif slow.get(replica.uid, 1.0) >= SLOWER:
+            clause = "its steps are slower than those of the other replicas"
+            found.append(Outlier(replica.uid, replica.name, clause))
+        elif failing.get(replica.uid, 0.0) >= MORE_ERRORS:
+            clause = "it fails more requests than the other replicas"
+            found.append(Outlier(replica.uid, replica.name, clause))
+        elif replica.uid in cold:
+            found.append(Outlier(replica.uid, replica.name, COLD))
+    return tuple(found) if 2 * len(found) < len(trusted) else ()
 
 
 def _slowness(counts: dict[str, Counts]) -> dict[str, float]:
@@ -84,3 +107,22 @@ def _failing(counts: dict[str, Counts]) -> dict[str, float]:
         return {}
     middle = median(shares.values())
     return {uid: share - middle for uid, share in shares.items()}
+
+
+def _full(replicas: Collection[ObservedReplica], allowed: float) -> set[str]:
+    """Replicas whose memory is over what is allowed, while that of most others is far below theirs."""
+    ratios = {r.uid: r.sample.gauges.memory_ratio for r in replicas if r.sample is not None}
+    if len(ratios) < MIN_REPLICAS or (middle := median(ratios.values())) > allowed:
+        return set()
+    return {uid for uid, ratio in ratios.items() if ratio > allowed and ratio - middle >= MORE_MEMORY}
+
+
+def _cold(counts: dict[str, Counts]) -> set[str]:
+    """Replicas whose cache serves far less than those of most others."""
+    rates = {
+        uid: rate for uid, item in counts.items() if enough(item) and (rate := hit_rate(item)) is not None
+    }
+    if len(rates) < MIN_REPLICAS:
+        return set()
+    middle = median(rates.values())
+    return {uid for uid, rate in rates.items() if middle - rate >= FEWER_HITS and rate < middle / 2}

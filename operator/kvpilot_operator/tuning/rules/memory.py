@@ -81,8 +81,8 @@ def memory_relief(context: Context) -> Found:
 
 
 def pressure_of(context: Context) -> Pressure | None:
-    """The fullest kind of memory of all trusted replicas; None if no engine reports its memory by kind."""
-    gauges = [replica.sample.gauges for replica in context.trust.trusted if replica.sample is not None]
+    """The fullest kind of memory of the replicas that can be relieved; None if none reports it by kind."""
+    gauges = [replica.sample.gauges for replica in context.relievable if replica.sample is not None]
     found = [*_uses("host", gauges), *_uses("device", gauges)]
     return max(found, key=lambda item: item.use.ratio, default=None)
 

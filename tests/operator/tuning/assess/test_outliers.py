@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import BAD, GOOD, NOW, many, observe, replica
+from tests.operator.tuning.observations import BAD, GOOD, NOW, gauges, many, observe, replica
 from tests.operator.tuning.policies import policy_of
 
-from kvpilot_operator.tuning.assess.outliers import outliers
+from kvpilot_operator.tuning.assess.outliers import COLD, FULLER, outliers
 from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.state import TuningState
@@ -28,7 +28,7 @@ def fleet(*odd: dict[str, Any], alike: int, **figures: Any) -> list[ObservedRepl
 
 
 def named(pods: list[ObservedReplica]) -> list[tuple[str, str]]:
-    return [(item.name, item.clause) for item in outliers(pods)]
+    return [(item.name, item.clause) for item in outliers(pods, pods, 0.8)]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,69 @@ def test_replica_that_fails_more_is_named() -> None:
     assert named(fleet({"errors": 0.15}, alike=2, errors=0.1)) == [], "the others fail as well"
     shedding = {"errors": 0.15, "shed": 1.0}
     assert named(fleet(shedding, alike=2)) == [("odd-0", FAILS)], "of the requests that it answers"
+
+
+@pytest.mark.parametrize(
+    ("others", "ratio", "found"),
+    [(0.5, 0.97, True), (0.66, 0.81, True), (0.7, 0.84, False), (0.5, 0.79, False), (0.81, 0.97, False)],
+)
+def test_replica_that_is_far_fuller_is_named(others: float, ratio: float, found: bool) -> None:
+    """Only over the objective of 80%, which the others meet by far."""
+    full = {"gauges": gauges(memory_ratio=ratio)}
+    expected = [("odd-0", FULLER)] if found else []
+    assert named(fleet(full, alike=2, gauges=gauges(memory_ratio=others))) == expected
+
+
+@pytest.mark.parametrize(
+    ("others", "rate", "found"), [(0.8, 0.1, True), (0.8, 0.41, False), (0.3, 0.01, False), (0.8, 1.0, False)]
+)
+def test_replica_with_a_cold_cache_is_named(others: float, rate: float, found: bool) -> None:
+    expected = [("odd-0", COLD)] if found else []
+    assert named(fleet({"hit": rate}, alike=2, hit=others)) == expected
+    assert named(fleet({"hit": rate, "rate": 0.2}, alike=2, hit=others)) == [], "of too few requests"
+
+
+def test_of_two_replicas_neither_is_the_fuller_one() -> None:
+    assert named(fleet({"gauges": gauges(memory_ratio=0.97)}, alike=1)) == []
+
+
+def test_memory_of_one_replica_changes_no_knob_of_all() -> None:
+    pods = fleet({"gauges": gauges(memory_ratio=0.97)}, alike=19)
+    decision = decide(
+        observe(*pods, config=SMALL), TuningState(last_generation=1), policy_of(scaling=None), NOW
+    )
+    assert (decision.outliers, decision.records, decision.actions) == ((f"odd-0: {FULLER}",), (), ())
+    assert decision.state.blocked_values == ()
+    assert [(hold.reason, hold.message) for hold in decision.state.holds] == [
+        ("ReplicaOutlier", f"no knob of all replicas cures one of them (odd-0: {FULLER})"),
+    ]
+    full = fleet(alike=20, gauges=gauges(memory_ratio=0.97))
+    decision = decide(
+        observe(*full, config=SMALL), TuningState(last_generation=1), policy_of(scaling=None), NOW
+    )
+    assert [record.outcome for record in decision.records] == ["Emergency"], "all of them leak"
+
+
+def test_memory_of_one_replica_is_seen_beside_a_candidate() -> None:
+    """Of three replicas one is tried on: the other two alone have no majority."""
+    full = replica("odd-0", gauges=gauges(memory_ratio=0.97))
+    tried = replica("chat-0", generation=2)
+    decision = decide(
+        observe(tried, replica("chat-1"), full), TuningState(last_generation=1), policy_of(), NOW
+    )
+    assert decision.outliers == (f"odd-0: {FULLER}",)
+
+
+def test_a_replica_with_a_cold_cache_is_not_replaced_by_a_colder_one() -> None:
+    policy = policy_of(recycle_outliers=True)
+
+    def recycled(odd: dict[str, Any]) -> list[str]:
+        seen = observe(*fleet(odd, alike=3), config=SMALL)
+        records = decide(seen, TuningState(last_generation=1), policy, NOW).records
+        return [record.outcome for record in records]
+
+    assert recycled({"hit": 0.1}) == []
+    assert recycled({"gauges": gauges(memory_ratio=0.97)}) == ["Recycled"]
 
 
 def test_few_replicas_have_no_majority() -> None:
