@@ -49,6 +49,9 @@ AT_FAULT = {
 BY_OTHERS = frozenset({"replicas-bounds", "spec-replicas", "boost", "boost-decay"})
 """Rules that keep replicas where the user or an override wants them."""
 
+RELIEVES = frozenset(remedy.name for remedy in REMEDIES if "memory" in remedy.cures)
+"""Rules that need only trusted replicas that show the need."""
+
 SURPLUS_PART = 0.5
 """At most this share of the surplus goes at once."""
 
@@ -260,7 +263,9 @@ def assert_permitted(step: Step) -> None:
     found = trust(seen, policy)
     made = {record.outcome for record in step.decision.records if record.rule not in BY_OTHERS}
     if found.too_few is not None:
-        assert not made & {"Started", "ScaledIn"}, "too few can be trusted"
+        assert "ScaledIn" not in made, "too few can be trusted"
+        rules = {record.rule for record in step.decision.records if record.outcome == "Started"}
+        assert rules <= RELIEVES, "too few can be trusted to tune"
     if "Promoted" in made and step.before.change is not None:
         trusted = {replica.uid for replica in found.trusted}
         others = step.before.change.others

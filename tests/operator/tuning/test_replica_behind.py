@@ -47,6 +47,6 @@ def test_it_is_named_first_once_it_had_time_enough() -> None:
 def test_its_memory_cuts_the_batch_of_no_other() -> None:
     full = gauges(memory_ratio=0.97)
     assert decide(behind(full), KNOWN, policy_of(), NOW).state.phase is not Phase.EMERGENCY
-    pods = (replica("chat-9", generation=2, gauges=full), *many(2, generation=2))
+    pods = many(3, generation=2, gauges=full)
     current = replace(observe(*pods, config=SMALL), promoted=Promoted(2, SMALL))
     assert decide(current, KNOWN, policy_of(), NOW).state.phase is Phase.EMERGENCY

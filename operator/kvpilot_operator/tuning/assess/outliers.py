@@ -64,7 +64,12 @@ def outliers(
         for replica in replicas
         if replica.sample is not None
     }
-    slow, failing, full, cold = _slowness(counts), _failing(counts), _full(trusted, memory), _cold(counts)
+    slow, failing, full, cold = (
+        _slowness(counts),
+        _failing(counts),
+        _full(replicas, trusted, memory),
+        _cold(counts),
+    )
     found = []
     for replica in replicas:
         if replica.uid in full:
@@ -109,12 +114,21 @@ def _failing(counts: dict[str, Counts]) -> dict[str, float]:
     return {uid: share - middle for uid, share in shares.items()}
 
 
-def _full(replicas: Collection[ObservedReplica], allowed: float) -> set[str]:
-    """Replicas whose memory is over what is allowed, while that of most others is far below theirs."""
-    ratios = {r.uid: r.sample.gauges.memory_ratio for r in replicas if r.sample is not None}
-    if len(ratios) < MIN_REPLICAS or (middle := median(ratios.values())) > allowed:
+def _full(
+    replicas: Collection[ObservedReplica], trusted: Collection[ObservedReplica], allowed: float
+) -> set[str]:
+    """Replicas whose memory is over what is allowed, while that of most others is far below theirs.
+
+    Also below those of their own configuration: where a candidate relieves memory, its controls stay full.
+    """
+    ratios, alike = (
+        {r.uid: r.sample.gauges.memory_ratio for r in some if r.sample is not None}
+        for some in (trusted, replicas)
+    )
+    if len(ratios) < MIN_REPLICAS or not alike or median(ratios.values()) > allowed:
         return set()
-    return {uid for uid, ratio in ratios.items() if ratio > allowed and ratio - middle >= MORE_MEMORY}
+    middle = max(median(ratios.values()), median(alike.values()))
+    return {uid for uid, ratio in alike.items() if ratio > allowed and ratio - middle >= MORE_MEMORY}
 
 
 def _cold(counts: dict[str, Counts]) -> set[str]:

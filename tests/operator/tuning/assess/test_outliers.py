@@ -97,6 +97,12 @@ def test_memory_of_one_replica_is_seen_beside_a_candidate() -> None:
     assert decision.outliers == (f"odd-0: {FULLER}",)
 
 
+def test_a_control_is_not_fuller_by_itself_than_the_replicas_that_were_relieved() -> None:
+    relieved = [replica(f"chat-{n}", gauges=gauges(memory_ratio=0.7)) for n in range(2)]
+    control = replica("chat-2", gauges=gauges(memory_ratio=0.9))
+    assert outliers([control], [*relieved, control], 0.8) == ()
+
+
 def test_a_replica_with_a_cold_cache_is_not_replaced_by_a_colder_one() -> None:
     policy = policy_of(recycle_outliers=True)
 
