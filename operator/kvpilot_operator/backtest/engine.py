@@ -351,7 +351,6 @@ class SimulatedEngine:
 
     def _lose(self, request: SimulatedRequest, clock: float) -> None:
         self.counters[TIMEOUT] += 1.0
-        self.counters[ADMISSION] += clock - request.at
         self.ended.append((request.at, math.inf, math.inf))
 
     # What it publishes
@@ -388,24 +387,25 @@ class SimulatedEngine:
     def _count_done(self) -> None:
         """Count the requests that ended since the last time: all at once, which costs half of one by one."""
         count, done, loading, number = self.counters, self._done, self._loading, float(len(self._done))
-        came, took, until_first = list[float](), list[float](), list[float]()
-        admission = batch = prefill = decode = out = 0.0
+        came, took, until_first, well = list[float](), list[float](), list[float](), done
         for request in done:
-            at, admitted, rowed = request.at, request.admitted, request.rowed
-            first, end = request.first, request.ended
-            admission += admitted - at
-            batch += rowed - admitted
-            prefill += first - rowed
-            decode += end - first
-            out += request.out
+            at = request.at
             came.append(at)
-            took.append(end - at)
-            until_first.append(first - at)
+            took.append(request.ended - at)
+            until_first.append(request.first - at)
         if loading:
             took, until_first = ([time + loading for time in times] for times in (took, until_first))
         if self._errors or max(took) > self._timeout:
             self._fail(took, until_first)
-        count[OK] += number - took.count(math.inf)
+            well = [request for request, time in zip(done, took, strict=True) if time < math.inf]
+        admission = batch = prefill = decode = 0.0  # of the successful ones
+        for request in well:
+            admitted, rowed, first = request.admitted, request.rowed, request.first
+            admission += admitted - request.at
+            batch += rowed - admitted
+            prefill += first - rowed
+            decode += request.ended - first
+        count[OK] += len(well)
         for start, times in ((WITHIN, took), (FIRST, until_first)):
             ordered, below = sorted(times), 0
             for slot, edge in enumerate(_EDGES, start):
@@ -418,11 +418,11 @@ class SimulatedEngine:
             (BATCH, batch),
             (PREFILL, prefill),
             (DECODE, decode),
-            (OUT, out),
+            (OUT, sum([request.out for request in done])),
             (USED, number * self._prefetched[0]),
             (WASTED, number * self._prefetched[1]),
             (EVICTED, number),
-            (TIER_LOAD, number * loading),
+            (TIER_LOAD, len(well) * loading),
             (DECODING, number * loading * self.model.decoding),
         ):
             count[counter] += grown

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.assess.forecast import offered
-from kvpilot_operator.tuning.assess.objectives import judged_window, rates
+from kvpilot_operator.tuning.assess.objectives import judged_window, overflow
 from kvpilot_operator.tuning.assess.outliers import FULLER, Outlier
 from kvpilot_operator.tuning.assess.trust import Trust
 from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected, WriteConfig
@@ -29,7 +29,7 @@ from kvpilot_operator.tuning.state import (
 Traffic = Literal["Busy", "NoTraffic", "Stalled"]
 
 OVERLOAD = 1.05
-"""Arrivals over completions from which on queues grow for more than chance."""
+"""Overflow from which on queues grow for more than chance."""
 
 Scope = Literal["everywhere", "canary", "replicas"]
 """Where a remedy acts: on all replicas at once, on a canary first, or on the number of replicas."""
@@ -90,9 +90,8 @@ class Context:
 
     @property
     def overloaded(self) -> bool:
-        """True if more requests arrive than are completed in the short window, so that queues grow."""
-        arrivals, completed = rates(self.measured, "short")
-        return arrivals > OVERLOAD * completed
+        """True if more requests arrive than end by themselves in the short window, so that queues grow."""
+        return overflow(self.measured, "short") > OVERLOAD
 
     @property
     def short(self) -> Counts:

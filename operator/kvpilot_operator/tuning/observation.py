@@ -31,7 +31,7 @@ class Counts:
         arrivals: requests that came in.
         outcomes: requests that ended, by ``Outcome`` value.
         request_within, first_token_within: successful requests at or under each published edge (s).
-        stage_seconds: time spent, by ``Stage`` value, of requests that ended.
+        stage_seconds: time spent, by ``Stage`` value, of successful requests.
         query_tokens, hit_tokens, ceiling_tokens: prompt tokens looked up, served from any tier, and what an
             infinite cache would have served; host_hit_tokens are those of the host tier.
         prefetch_used, prefetch_wasted: blocks.
@@ -105,6 +105,11 @@ class Counts:
     def completed(self) -> float:
         """Successful requests."""
         return self.outcomes.get("ok", 0.0)
+
+    @property
+    def left(self) -> float:
+        """Requests that ended by no fault of the load, well or not: others were shed or timed out."""
+        return sum(self.outcomes.values()) - sum(self.outcomes.get(name, 0.0) for name in ("shed", "timeout"))
 
     @property
     def failed(self) -> float:

@@ -12,7 +12,7 @@ from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import USE
 from kvpilot_operator.tuning.assess.diagnosis import busy_share
-from kvpilot_operator.tuning.assess.objectives import rates
+from kvpilot_operator.tuning.assess.objectives import overflow
 from kvpilot_operator.tuning.assess.outliers import COLD
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.decision import Recycle, Scale, TakeOverReplicas
@@ -309,18 +309,14 @@ def _out_of_knobs(context: Context, state: TuningState, plan: Plan) -> bool:
 
 
 def _overflow(context: Context) -> float:
-    """Arrivals over completions, the smaller one of both windows; 1 at least.
+    """Arrivals over what ends by itself, the smaller one of both windows; 1 at least.
 
     Replicas that have just begun to serve still have their first requests in flight: without a queue that is
     no overflow.
     """
     if context.trust.all_new and context.waiting <= len(context.ready):
         return 1.0
-    ratios = []
-    for window in ("short", "long"):
-        arrivals, completed = rates(context.measured, window)
-        ratios.append(arrivals / completed if completed else 1.0 if not arrivals else 2.0)
-    return max(1.0, min(ratios))
+    return max(1.0, min(overflow(context.measured, window) for window in ("short", "long")))
 
 
 def _mark_need(context: Context, draft: Draft, scaling: Scaling, floor: int) -> Draft:

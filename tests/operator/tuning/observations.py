@@ -73,7 +73,7 @@ def counts(
         outcomes={"ok": ended * (1 - errors), "shed": ended * shed, "error": ended * errors},
         request_within=within,
         first_token_within=within,
-        stage_seconds={name: each * ended for name, each in stages.items()},
+        stage_seconds={name: each * ended * (1 - errors) for name, each in stages.items()},
         query_tokens=tokens,
         hit_tokens=tokens * hit,
         ceiling_tokens=tokens * ceiling,

@@ -8,8 +8,9 @@ long one. An objective is Unknown if the long window holds fewer as well, or if 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from operator import attrgetter
 
 from kvpilot_operator.tuning.decision import Objective
 from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation
@@ -65,13 +66,29 @@ def ceiling(counts: Counts) -> float | None:
 
 def rates(observation: Observation, window: str) -> tuple[float, float]:
     """Arrivals/s and completions/s of the whole deployment: each replica over the time it was measured."""
-    arrivals = completed = 0.0
+    return _rate(observation, window, attrgetter("arrivals")), _rate(
+        observation, window, attrgetter("completed")
+    )
+
+
+def overflow(observation: Observation, window: str) -> float:
+    """Arrivals over requests that ended by no fault of the load; 2 if none did.
+
+    What fails for another reason makes no queue longer.
+    """
+    arrivals = _rate(observation, window, attrgetter("arrivals"))
+    left = _rate(observation, window, attrgetter("left"))
+    return arrivals / left if left else 1.0 if not arrivals else 2.0
+
+
+def _rate(observation: Observation, window: str, number: Callable[[Counts], float]) -> float:
+    """A count per second, of all replicas."""
+    found = 0.0
     for replica in observation.ready:
         counts = replica.sample.windows.get(window) if replica.sample is not None else None
         if counts is not None and counts.replica_seconds > 0:
-            arrivals += counts.arrivals / counts.replica_seconds
-            completed += counts.completed / counts.replica_seconds
-    return arrivals, completed
+            found += number(counts) / counts.replica_seconds
+    return found
 
 
 def late(observation: Observation, edge_s: float) -> float:

@@ -26,26 +26,28 @@ def unreachable(counts: Counts, capacity: Capacity | None, wanted: Objectives) -
     An engine with one row at work serves a request, or its first token, in ``unloaded`` s on average, of
     ``mean`` s now. If every request took its time x unloaded / mean, the share within an edge e would be that
     within e x mean / unloaded now. The histogram gives it at the published edges, rounded in the objective's
-    favour.
+    favour. Requests that failed are in neither: their time says nothing about the work.
     """
-    ended = counts.ended
+    completed = counts.completed
     seconds = sum(counts.stage_seconds.values())
-    if capacity is None or ended <= 0 or seconds <= 0:
+    if capacity is None or completed <= 0 or seconds <= 0:
         return ()
     within, unloaded = counts.request_within, capacity.work_s(1)
     if wanted.signal == "firstToken":
         within, unloaded = counts.first_token_within, capacity.first_token_s(1)
         seconds -= counts.stage_seconds.get(Stage.DECODE, 0.0)
-    scale = max(1.0, seconds / ended / unloaded)
+    scale = max(1.0, seconds / completed / unloaded)
     found = []
     for name, (edge, required) in wanted.latency.items():
-        if not _reached(within, ended, edge, scale, required):
-            least = next((e for e in EDGES_S if _reached(within, ended, e, scale, required)), None)
+        if not _reached(within, completed, edge, scale, required):
+            least = next((e for e in EDGES_S if _reached(within, completed, e, scale, required)), None)
             found.append(Unreachable(name, edge, least))
     return tuple(found)
 
 
-def _reached(within: Mapping[float, float], ended: float, edge: float, scale: float, required: float) -> bool:
+def _reached(
+    within: Mapping[float, float], completed: float, edge: float, scale: float, required: float
+) -> bool:
     """True if enough requests would end within an edge if they were served ``scale`` times faster."""
     above = next((known for known in EDGES_S if known >= edge * scale), None)
-    return above is None or within.get(above, 0.0) >= required * ended
+    return above is None or within.get(above, 0.0) >= required * completed

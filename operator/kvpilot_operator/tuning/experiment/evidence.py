@@ -77,24 +77,24 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
 
     ``errors``: failed requests, as the objective counts them; ``faults``: those that failed by a fault of the
     engine, of the ones that were not shed, since an arm must not look better by what it refused.
-    ``seconds``: mean request time; ``work``: the part of it in work. Shed requests spend none.
+    ``seconds``: mean time of successful requests; ``work``: the part of it in work.
     """
     judged = counts.judged
     within = [
         Measure(name, judged * (1 - (counts.attainment(wanted.signal, edge) or 0.0)), judged)
         for name, (edge, _) in wanted.latency.items()
     ]
-    ended = counts.ended
+    completed = counts.completed
     spent = counts.stage_seconds
     return (
         *within,
         Measure(ERRORS, counts.failed, judged),
         Measure(FAULTS, counts.errors, counts.admitted),
-        Measure(SECONDS, sum(spent.values()), ended),
-        Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), ended),
-        Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), ended),
+        Measure(SECONDS, sum(spent.values()), completed),
+        Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), completed),
+        Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), completed),
         Measure(MISSES, counts.query_tokens - counts.hit_tokens, counts.query_tokens),
-        Measure(WASTE, counts.prefetch_wasted, ended),
+        Measure(WASTE, counts.prefetch_wasted, counts.ended),
     )
 
 

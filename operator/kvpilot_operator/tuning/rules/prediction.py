@@ -27,16 +27,16 @@ def needed_concurrency(counts: Counts, arrivals: float) -> float:
     """Requests in work at once per engine, by Little's law: L = lambda x S.
 
     Args:
-        counts: of a window; S is the time per ended request in the stages of work (tier load, prefill,
+        counts: of a window; S is the time per successful request in the stages of work (tier load, prefill,
             decode, preempted). Neither wait counts: both vanish once workers and batch suffice.
         arrivals: requests/s that come to one engine.
     """
-    ended = counts.ended
-    if ended <= 0:
+    completed = counts.completed
+    if completed <= 0:
         return 0.0
     waits = (Stage.ADMISSION_WAIT, Stage.BATCH_WAIT)
     work = sum(seconds for stage, seconds in counts.stage_seconds.items() if stage not in waits)
-    return arrivals * work / ended
+    return arrivals * work / completed
 
 
 def grown(now: int, needed: float, maximum: float) -> int:

@@ -64,6 +64,14 @@ def test_shed_requests_say_nothing_about_work() -> None:
     assert set(found(0.6, 0.6, attained=SLOW, shed=1.0)) == {"p50", "p95"}
 
 
+@pytest.mark.parametrize("errors", [0.02, 0.06, 0.5])
+def test_requests_that_fail_say_nothing_about_work(errors: float) -> None:
+    """Failures miss every limit; a faster engine would not help them, and no target needs to be relaxed."""
+    well = dict.fromkeys(GOOD, 1 - errors)
+    assert found(0.08, 0.08, attained=well, errors=errors) == {}
+    assert set(found(0.6, 0.6, attained=SLOW, errors=errors)) >= {"p50", "p95"}
+
+
 @pytest.mark.parametrize("capacity", [None, engine(0.6)])
 def test_nothing_is_said_without_a_measurement(capacity: Capacity | None) -> None:
     seen = counts(60.0, stages={"decode": 0.6}, attained=SLOW, rate=0.0 if capacity else 20.0)

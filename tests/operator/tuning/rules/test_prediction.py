@@ -20,7 +20,7 @@ def test_concurrency_follows_littles_law_without_waits() -> None:
         outcomes={"ok": 80.0, "timeout": 20.0, "shed": 50.0},
         stage_seconds={"admission_wait": 900.0, "batch_wait": 90.0, "prefill": 10.0, "decode": 30.0},
     )
-    assert needed_concurrency(counts, arrivals=20.0) == pytest.approx(20.0 * 0.4)
+    assert needed_concurrency(counts, arrivals=20.0) == pytest.approx(20.0 * 0.5)  # 40 s of 80
     assert needed_concurrency(Counts(), arrivals=20.0) == 0.0
 
 
