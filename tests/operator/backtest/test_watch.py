@@ -17,15 +17,20 @@ def slow_down(sim: Simulation, factor: float) -> None:
         engine.outlier = factor
 
 
-@pytest.mark.parametrize("by", ["pin", "edit"])
-def test_what_others_change_does_not_save_a_change_that_does_harm(by: str) -> None:
+def interfere(sim: Simulation, by: str, knob: str, value: int) -> None:
+    """A pin of a knob, or an edit of the base."""
+    if by == "pin":
+        sim.cluster.pins = (Pin("mine", knob, value, sim.cluster.now + 600),)
+    else:
+        sim.cluster.edit(spec_of({**SMALL, knob: value}))
+
+
+@pytest.mark.parametrize(("by", "knob", "to"), [("pin", "prefetchSize", 16), ("edit", "maxQueue", 200)])
+def test_what_others_change_does_not_save_a_change_that_does_harm(by: str, knob: str, to: int) -> None:
     sim = promoted()
     made = sim.promoted.config["numWorkers"]
     slow_down(sim, 12.0)
-    if by == "pin":
-        sim.cluster.pins = (Pin("mine", "prefetchSize", 16, sim.cluster.now + 600),)
-    else:
-        sim.cluster.edit(spec_of({**SMALL, "maxQueue": 200}))
+    interfere(sim, by, knob, to)
     sim.run(40)
     back = next(record for record in sim.records if record.outcome == "Reverted")
     assert f"numWorkers 2 -> {made}, batchSize 2 -> {made} was reverted (Harmful)" in back.summary
@@ -37,10 +42,7 @@ def test_what_others_change_does_not_save_a_change_that_does_harm(by: str) -> No
 def test_who_changes_the_knob_itself_ends_the_guard_over_it(by: str) -> None:
     sim = promoted()
     slow_down(sim, 12.0)
-    if by == "pin":
-        sim.cluster.pins = (Pin("mine", "numWorkers", 3, sim.cluster.now + 600),)
-    else:
-        sim.cluster.edit(spec_of({**SMALL, "numWorkers": 3}))
+    interfere(sim, by, "numWorkers", 3)
     sim.run(40)
     assert "Reverted" not in sim.outcomes(), sim.report()
 

@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from kvpilot_engine.contract.step_curve import time_of
-from kvpilot_operator.tuning.assess.objectives import judged_window, rates
+from kvpilot_operator.tuning.assess.objectives import arrival_rate, judged_window
 from kvpilot_operator.tuning.observation import Counts, Observation
 from kvpilot_operator.tuning.policy import Objectives
 
@@ -161,7 +161,7 @@ def demand(observation: Observation, waiting: float, long_s: float) -> float:
 
     The busier window, its rise carried on for half a long window, and the backlog worked off in that time.
     """
-    short, long = (rates(observation, window)[0] for window in ("short", "long"))
+    short, long = (arrival_rate(observation, window) for window in ("short", "long"))
     rise = max(0.0, short - long)
     return (max(short, long) + rise + waiting / (long_s / 2)) / max(1, len(observation.ready))
 

@@ -66,9 +66,12 @@ def ceiling(counts: Counts) -> float | None:
 
 def rates(observation: Observation, window: str) -> tuple[float, float]:
     """Arrivals/s and completions/s of the whole deployment: each replica over the time it was measured."""
-    return _rate(observation, window, attrgetter("arrivals")), _rate(
-        observation, window, attrgetter("completed")
-    )
+    return arrival_rate(observation, window), _rate(observation, window, attrgetter("completed"))
+
+
+def arrival_rate(observation: Observation, window: str) -> float:
+    """Arrivals/s of the whole deployment."""
+    return _rate(observation, window, attrgetter("arrivals"))
 
 
 def overflow(observation: Observation, window: str) -> float:
@@ -76,7 +79,7 @@ def overflow(observation: Observation, window: str) -> float:
 
     What fails for another reason makes no queue longer.
     """
-    arrivals = _rate(observation, window, attrgetter("arrivals"))
+    arrivals = arrival_rate(observation, window)
     left = _rate(observation, window, attrgetter("left"))
     return arrivals / left if left else 1.0 if not arrivals else 2.0
 

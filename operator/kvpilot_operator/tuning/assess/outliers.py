@@ -32,9 +32,11 @@ FEWER_HITS = 0.3
 """A replica is an outlier if its hit rate is lower than the median by this share of the tokens, and less than
 half of it: what different prefixes make of equal caches is less."""
 
+SLOW = "its steps are slower than those of the other replicas"
+FAILING = "it fails more requests than the other replicas"
 FULLER = "its memory is far fuller than that of the other replicas"
 COLD = "its cache is far colder than those of the other replicas"
-"""Clauses of such replicas."""
+"""What is said of an outlier."""
 
 MIN_SECONDS = 1.0
 """Time in steps of a bucket of rows from which on its rate counts."""
@@ -64,25 +66,15 @@ def outliers(
         for replica in replicas
         if replica.sample is not None
     }
-    slow, failing, full, cold = (
-        _slowness(counts),
-        _failing(counts),
-        _full(replicas, trusted, memory),
-        _cold(counts),
-    )
-    found = []
-    for replica in replicas:
-        if replica.uid in full:
-            found.append(Outlier(replica.uid, replica.name, FULLER))
-        elif slow.get(replica.uid, 1.0) >= SLOWER:
-            clause = "its steps are slower than those of the other replicas"
-            found.append(Outlier(replica.uid, replica.name, clause))
-        elif failing.get(replica.uid, 0.0) >= MORE_ERRORS:
-            clause = "it fails more requests than the other replicas"
-            found.append(Outlier(replica.uid, replica.name, clause))
-        elif replica.uid in cold:
-            found.append(Outlier(replica.uid, replica.name, COLD))
-    return tuple(found) if 2 * len(found) < len(trusted) else ()
+    slow, failing, cold = _slowness(counts), _failing(counts), _cold(counts)
+    clauses = {  # the last that holds of a replica counts
+        **dict.fromkeys(cold, COLD),
+        **{uid: FAILING for uid, more in failing.items() if more >= MORE_ERRORS},
+        **{uid: SLOW for uid, times in slow.items() if times >= SLOWER},
+        **dict.fromkeys(_full(replicas, trusted, memory), FULLER),
+    }
+    found = tuple(Outlier(r.uid, r.name, clauses[r.uid]) for r in replicas if r.uid in clauses)
+    return found if 2 * len(found) < len(trusted) else ()
 
 
 def _slowness(counts: dict[str, Counts]) -> dict[str, float]:
@@ -125,9 +117,9 @@ def _full(
         {r.uid: r.sample.gauges.memory_ratio for r in some if r.sample is not None}
         for some in (trusted, replicas)
     )
-    if len(ratios) < MIN_REPLICAS or not alike or median(ratios.values()) > allowed:
+    if len(ratios) < MIN_REPLICAS or not alike or (middle := median(ratios.values())) > allowed:
         return set()
-    middle = max(median(ratios.values()), median(alike.values()))
+    middle = max(middle, median(alike.values()))
     return {uid for uid, ratio in alike.items() if ratio > allowed and ratio - middle >= MORE_MEMORY}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 
-from kvpilot_operator.tuning.assess.objectives import rates
+from kvpilot_operator.tuning.assess.objectives import arrival_rate
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
 from kvpilot_operator.tuning.decision import Rejected
 from kvpilot_operator.tuning.experiment.capacity_verdict import rates_before
@@ -89,7 +89,7 @@ def errors_of(context: Context) -> Measure:
 
 def enough_exposure(context: Context) -> bool:
     """True if one replica gets enough requests for a verdict within the time allowed."""
-    arrivals = rates(context.measured, "long")[0] / len(context.ready)
+    arrivals = arrival_rate(context.measured, "long") / len(context.ready)
     pace = context.policy.pace
     return arrivals * EXPOSURE_LIMIT * pace.verify >= pace.requests_per_arm
 

@@ -14,7 +14,7 @@ from kvpilot_operator.tuning.assess.capacity import (
     slots_for,
 )
 from kvpilot_operator.tuning.assess.diagnosis import share, waits_for_pages
-from kvpilot_operator.tuning.assess.objectives import judged_window, rates
+from kvpilot_operator.tuning.assess.objectives import arrival_rate, judged_window
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Found, Proposal
 from kvpilot_operator.tuning.experiment.evidence import SECONDS, WORK
@@ -33,7 +33,7 @@ def counts_of(context: Context) -> Counts:
 
 def needed_per_engine(context: Context) -> float:
     """Requests in work at once that the arrivals need per replica, in the busier one of both windows."""
-    arrivals = max(rates(context.measured, window)[0] for window in ("short", "long"))
+    arrivals = max(arrival_rate(context.measured, window) for window in ("short", "long"))
     return needed_concurrency(counts_of(context), arrivals / len(context.ready))
 
 
