@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass
 from itertools import permutations
 from typing import Literal
 
-from kvpilot_engine.contract import BLOCK_TOKENS
+from kvpilot_engine.contract import BLOCK_TOKENS, CATALOGUE
 from kvpilot_engine.contract.wording import counted
-from kvpilot_operator.resource.model import DeploymentSpec
+from kvpilot_operator.resource.model import DeploymentSpec, field_bounds
 from kvpilot_operator.resource.resolve import base_config, not_yet_effective, policy_of
 from kvpilot_operator.tuning.configuration import value, within
 from kvpilot_operator.tuning.context import at_text, format_value
 from kvpilot_operator.tuning.permission.windows import opens_at
-from kvpilot_operator.tuning.policy import KnobBounds, Policy, Window
+from kvpilot_operator.tuning.policy import Policy, Scaling, Window
 from kvpilot_operator.tuning.rules.bands import Cycle, bands, cycles
 from kvpilot_operator.tuning.rules.memory import EMERGENCY_MEMORY
 from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
+from kvpilot_operator.tuning.rules.reach import Obstacle, obstacles, stuck
 from kvpilot_operator.tuning.rules.signals import Move
 
 YEAR_S = 366 * 86_400.0
@@ -54,6 +55,12 @@ class _Subject:
     policy: Policy
     base: dict[str, object]
     now: float
+    obstacles: dict[str, Obstacle]
+
+    def may_act(self, remedy: Remedy) -> bool:
+        """True if an enabled rule can act, now or after another one."""
+        obstacle = self.obstacles.get(remedy.name)
+        return obstacle is None or bool(obstacle.after)
 
 
 def lint(spec: DeploymentSpec, now: float) -> list[Finding]:
@@ -66,13 +73,14 @@ def lint(spec: DeploymentSpec, now: float) -> list[Finding]:
         ManifestError: the spec contradicts itself, so that the operator would refuse it.
     """
     base = base_config(spec).model_dump(by_alias=True, exclude_unset=True, mode="json")
-    subject = _Subject(spec, policy_of(spec), base, now)
+    policy = policy_of(spec)
+    subject = _Subject(spec, policy, base, now, _in_the_way(spec, policy, base))
     found = [finding for check in _CHECKS for finding in check(subject)]
     return sorted(found, key=lambda finding: ORDER.index(finding.severity))
 
 
 def _rules(subject: _Subject) -> Iterator[Finding]:
-    """Rules that can never fire."""
+    """Rules that can never act, or only after another one."""
     policy = subject.policy
     if policy.mode == "Off":
         yield Finding("info", "spec.tuning.mode", "Off: no rule can ever fire")
@@ -81,50 +89,47 @@ def _rules(subject: _Subject) -> Iterator[Finding]:
         if remedy.name in policy.disabled_rules:
             message = f"{remedy.name} can never fire: it is disabled"
             yield Finding("info", "spec.tuning.disabledRules", message)
-        elif (why := _never(remedy, subject)) is not None:
-            field, message, asked = why
-            severity: Severity = "info" if asked else "warning"
-            yield Finding(severity, field, f"{remedy.name} can never fire: {message}")
+        elif (obstacle := subject.obstacles.get(remedy.name)) is not None:
+            yield from _obstructed(remedy, obstacle, subject)
 
 
-def _never(remedy: Remedy, subject: _Subject) -> tuple[str, str, bool] | None:
-    """Field and reason why a rule can never fire, and whether that is asked for; None if it may."""
-    policy = subject.policy
-    if not remedy.knobs:
-        return _never_scales(remedy, policy)
-    if remedy.needs and not _most(subject, remedy.needs):
-        return f"spec.engine.config.{remedy.needs}", f"{remedy.needs} is 0 and stays so", True
-    moves = remedy.moves if remedy.any_knob else remedy.moves[:1]
-    stuck = [_stuck(policy.bounds.get(move.knob), move) for move in moves]
-    if not all(stuck):
-        return None
-    excluded = all(not policy.bounds[move.knob].tune for move in moves)
-    message = "; ".join(f"{move.knob} {why}" for move, why in zip(moves, stuck, strict=True))
-    return "spec.tuning.knobs", message, excluded
+def _obstructed(remedy: Remedy, obstacle: Obstacle, subject: _Subject) -> Iterator[Finding]:
+    """What keeps a rule from acting.
+
+    A wait for another rule is worth a line where a given base stands at its max, so that more load finds no
+    room; a default strategy that leaves nothing to try is not.
+    """
+    given = {*subject.base, *(item.name for item in subject.spec.tuning.knobs)}
+    if obstacle.after:
+        if remedy.knobs[0] in given and all(move.way == "down" for move in obstacle.ends):
+            message = f"{remedy.name} can fire only after {' or '.join(obstacle.after)}: {obstacle.message}"
+            yield Finding("info", obstacle.field, message)
+    elif remedy.knobs != ("cacheStrategy",) or not obstacle.knobs or "cacheStrategy" in given:
+        severity: Severity = "info" if obstacle.asked else "warning"
+        yield Finding(severity, obstacle.field, f"{remedy.name} can never fire: {obstacle.message}")
 
 
-def _stuck(bounds: KnobBounds | None, move: Move) -> str | None:
-    """Why a knob cannot be moved that way; None if it can."""
-    if bounds is None or not bounds.tune:
-        return "is excluded from tuning"
-    if bounds.minimum is not None and bounds.minimum == bounds.maximum:
-        return f"has min and max {bounds.minimum:g}"
-    if bounds.direction == ("DownOnly" if move.way == "up" else "UpOnly"):
-        return f"has direction {bounds.direction}"
-    return None
+def _in_the_way(spec: DeploymentSpec, policy: Policy, base: dict[str, object]) -> dict[str, Obstacle]:
+    """Why rules that are not disabled cannot act at the base values, by name."""
+    limits = {entry.resource_name: field_bounds(entry.name) for entry in CATALOGUE}
+    enabled = [remedy for remedy in REMEDIES if remedy.name not in policy.disabled_rules]
+    found = obstacles([remedy for remedy in enabled if remedy.knobs], base, policy, limits)
+    for remedy in enabled:
+        if not remedy.knobs and (obstacle := _never_scales(remedy, policy.scaling)) is not None:
+            found[remedy.name] = obstacle
+    return found
 
 
-def _never_scales(remedy: Remedy, policy: Policy) -> tuple[str, str, bool] | None:
-    scaling = policy.scaling
+def _never_scales(remedy: Remedy, scaling: Scaling | None) -> Obstacle | None:
     if scaling is None:
         return None  # a person or another autoscaler chooses the number: that is how it is asked for
     if scaling.minimum == scaling.maximum and not scaling.schedules:
-        return "spec.scaling", f"min and max are {scaling.minimum}", False
+        return Obstacle("spec.scaling", (), f"min and max are {scaling.minimum}")
     if scaling.direction == ("InOnly" if remedy.replicas > 0 else "OutOnly"):
-        return "spec.scaling.direction", f"direction is {scaling.direction}", True
+        return Obstacle("spec.scaling.direction", (), f"direction is {scaling.direction}", asked=True)
     if scaling.gpu_limit is not None and remedy.replicas > 0 and scaling.gpu_limit <= scaling.minimum:
         message = f"it allows {counted(scaling.gpu_limit, 'replica')}, as many as the minimum"
-        return "spec.tuning.budgets.maxGPUs", message, False
+        return Obstacle("spec.tuning.budgets.maxGPUs", (), message)
     return None
 
 
@@ -159,12 +164,10 @@ def _cycles(subject: _Subject) -> Iterator[Finding]:
     policy = subject.policy
     if policy.mode != "Auto":
         return  # each change waits for a person, or none is made
-    firing = [
-        item for item in REMEDIES if item.name not in policy.disabled_rules and _never(item, subject) is None
-    ]
+    firing = [item for item in REMEDIES if item.name not in policy.disabled_rules and subject.may_act(item)]
 
     def movable(move: Move) -> bool:
-        return _stuck(policy.bounds.get(move.knob), move) is None
+        return stuck(policy.bounds.get(move.knob), move) is None
 
     for cycle in cycles(firing, bands(policy), movable):
         (first, second), (cured, raised) = cycle.rules, cycle.signals
@@ -185,8 +188,8 @@ def _remedy_of(subject: _Subject, cycle: Cycle) -> str:
     for item in cycle.cures:
         if item.name in policy.disabled_rules:
             ways.append(f"take {item.name} out of spec.tuning.disabledRules, so that it acts first")
-        elif (why := _never(item, subject)) is not None:
-            ways.append(f"let {item.name} act first ({why[1]})")
+        elif not subject.may_act(item):
+            ways.append(f"let {item.name} act first ({subject.obstacles[item.name].message})")
         else:
             ways.append(f"lower spec.objectives.{cycle.signals[1]}, so that {item.name} acts first")
     ways += [f"let {move.knob} go {move.way} with it in spec.tuning.knobs" for move in cycle.along]

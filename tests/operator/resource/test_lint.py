@@ -135,6 +135,133 @@ def test_a_finding_is_one_line(found: list[str], line: str) -> None:
     assert line in found
 
 
+def based(config: dict[str, Any], *knobs: dict[str, Any], **tuning: Any) -> list[str]:
+    return lines({"engine": {"config": config}, "tuning": {"knobs": list(knobs), **tuning}})
+
+
+ONLY_UP = {"direction": "UpOnly"}
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (
+            based({"numWorkers": 8}, {"name": "numWorkers", "max": 8, **ONLY_UP}),
+            "warning: spec.engine.config."
+            "numWorkers: workers-up can never fire: numWorkers is 8, its max; max "
+            "128 or a lower value lets it act",
+        ),
+        (
+            based({"maxStepTokens": 8192}, {"name": "maxStepTokens", **ONLY_UP}),
+            "warning: spec.engine.config."
+            "maxStepTokens: step-tokens-up can never fire: maxStepTokens is 8192, "
+            "its max; max 16384 or a lower value lets it act",
+        ),
+        (  # the engine itself accepts no more, and the rule that could lower it first is disabled
+            based({"numWorkers": 128}, disabledRules=["workers-down"]),
+            "warning: spec.engine.config."
+            "numWorkers: workers-up can never fire: numWorkers is 128, its max; a "
+            "lower value lets it act",
+        ),
+        (
+            based({"numWorkers": 8}, {"name": "numWorkers", "max": 8}),
+            "info: spec.engine.config."
+            "numWorkers: workers-up can fire only after workers-down: numWorkers is "
+            "8, its max; max 128 or a lower value lets it act",
+        ),
+        (
+            based({"numWorkers": 1}, disabledRules=["workers-up"]),
+            "warning: spec.engine.config."
+            "numWorkers: workers-down can never fire: numWorkers is 1, its min; a "
+            "higher value lets it act",
+        ),
+        (
+            based({"numWorkers": 8, "batchSize": 8}, {"name": "batchSize", "tune": False}),
+            "info: spec.engine.config."
+            "numWorkers: workers-up can fire only after workers-down: numWorkers is 8, "
+            "and more would wait for batchSize 8; a larger batchSize lets it act",
+        ),
+        (
+            based({"numWorkers": 8, "batchSize": 8}, {"name": "numWorkers", "tune": False}),
+            "info: spec.engine.config."
+            "batchSize: batch-up can fire only after memory-emergency: batchSize is 8, and more would "
+            "wait for numWorkers 8; a larger numWorkers lets it act",
+        ),
+        (
+            based({"cacheStrategy": "adaptive"}),
+            "info: spec.engine.config."
+            "cacheStrategy: strategy-adaptive can never fire: cacheStrategy is "
+            "adaptive, which runs as lru so far; lfu or fifo lets it act",
+        ),
+        (
+            based({"cacheStrategy": "lru"}),
+            "info: spec.engine.config."
+            "cacheStrategy: strategy-adaptive can never fire: cacheStrategy is lru, "
+            "and adaptive runs as that so far; lfu or fifo lets it act",
+        ),
+        (
+            lines({"objectives": {"hitRate": "0%"}}),
+            "info: spec.objectives.hitRate: "
+            "compression-up can never fire: 0% asks for no hit rate; any above "
+            "lets it act",
+        ),
+        (
+            based({"useCompression": False}, {"name": "useCompression", "tune": False}),
+            "info: spec.engine.config."
+            "useCompression: compression-up can never fire: useCompression is false, "
+            "and excluded from tuning; true lets it act",
+        ),
+        (
+            based({"useCompression": False}, disabledRules=["compression-up"]),
+            "warning: spec.engine.config."
+            "useCompression: compression-down can never fire: useCompression is "
+            "false, and nothing turns it on; true lets it act",
+        ),
+        (
+            based({}, disabledRules=["compression-down"]),
+            "warning: spec.engine.config."
+            "compressionRatio: compression-up can never fire: compressionRatio is "
+            "0.3, and no level is lower; a higher value lets it act",
+        ),
+        (
+            based({"compressionRatio": 0.52}, {"name": "compressionRatio", "min": 0.5, "max": 0.9}),
+            "warning: spec.engine.config."
+            "compressionRatio: compression-down can never fire: compressionRatio "
+            "is 0.52, and the next level 1 is outside of 0.5 to 0.9; wider bounds let it act",
+        ),
+        (
+            based({"hostMemoryMb": 0}, {"name": "hostMemoryMb", "tune": False}),
+            "info: spec.engine.config."
+            "hostMemoryMb: prefetch-up can never fire: hostMemoryMb is 0 and stays so",
+        ),
+    ],
+)
+def test_a_base_value_that_keeps_a_rule_from_acting_is_named(found: list[str], line: str) -> None:
+    assert line in found
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        based({}),
+        # At a bound another rule leads the knob away from, and at the min where a load would not raise it.
+        based({"numWorkers": 1, "batchSize": 1, "prefetchSize": 0}),
+        based({"numWorkers": 16, "batchSize": 16}),
+        based({"numWorkers": 16, "batchSize": 20}),
+        based({"useCompression": False}),
+        based({"enablePrefetch": False, "prefetchSize": 0}),
+        based({"cacheStrategy": "lfu"}),
+        # One of two quotas can still grow.
+        based({"maxTokens": 65536}),
+        based({"hostMemoryMb": 65536}),
+        # Without hits asked for, a quota is still what requests that wait for pages need.
+        [line for line in lines({"objectives": {"hitRate": "0%"}}) if "cache-quota-up" in line],
+    ],
+)
+def test_a_rule_that_can_act_now_or_later_is_no_finding(found: list[str]) -> None:
+    assert found == []
+
+
 def test_a_budget_of_gpus_that_no_schedule_can_have() -> None:
     limits = {"resources": {"limits": {"nvidia.com/gpu": "2"}}}
     schedule = {"schedule": "0 8 * * *", "duration": "8h", "min": 3, "max": 4}

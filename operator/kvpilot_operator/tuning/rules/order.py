@@ -47,6 +47,8 @@ class Remedy:
         any_knob: it makes whichever of its moves fits, instead.
         cures: signals that it acts on and that its moves lower.
         needs: quota without which it has nothing to act on.
+        switch: flag without which it does nothing, unless it is one of its moves.
+        within: knob beyond whose value it does not raise the leading one, unless that goes along.
         drops: what is lost when it is made; "" for nothing.
         reversible: a revert restores at once what was before.
         replicas: replicas that it costs, each with its accelerator.
@@ -61,6 +63,8 @@ class Remedy:
     cures: tuple[Signal, ...] = ()
     any_knob: bool = False
     needs: str = ""
+    switch: str = ""
+    within: str = ""
     drops: str = ""
     reversible: bool = True
     replicas: int = 0
@@ -151,6 +155,7 @@ REMEDIES: tuple[Remedy, ...] = (
         _by_context(workers_up),
         moves=up("numWorkers", "batchSize"),
         cures=("admission wait",),
+        within="batchSize",
     ),
     Remedy(
         "workers-down",
@@ -165,6 +170,7 @@ REMEDIES: tuple[Remedy, ...] = (
         _by_context(batch_up),
         moves=up("batchSize"),
         cures=("batch wait",),
+        within="numWorkers",
     ),
     Remedy(
         "step-tokens-up",
@@ -180,6 +186,7 @@ REMEDIES: tuple[Remedy, ...] = (
         moves=up("prefetchSize", "enablePrefetch"),
         cures=("tier load",),
         needs="hostMemoryMb",
+        switch="enablePrefetch",
     ),
     Remedy(
         "prefetch-down",
@@ -188,6 +195,7 @@ REMEDIES: tuple[Remedy, ...] = (
         moves=down("prefetchSize"),
         cures=("wasted prefetches",),
         needs="hostMemoryMb",
+        switch="enablePrefetch",
     ),
     Remedy(
         "strategy-adaptive",
@@ -203,6 +211,7 @@ REMEDIES: tuple[Remedy, ...] = (
         moves=up("compressionRatio", "hostMemoryMb", "maxMemoryMb"),
         cures=("tier load",),
         needs="hostMemoryMb",
+        switch="useCompression",
     ),
     Remedy(
         "compression-up",
@@ -211,6 +220,7 @@ REMEDIES: tuple[Remedy, ...] = (
         moves=(*down("compressionRatio"), *up("useCompression")),
         cures=("misses",),
         needs="hostMemoryMb",
+        switch="useCompression",
     ),
     Remedy(
         "cache-quota-up",
