@@ -65,8 +65,8 @@ def recorded_device(recording: Recording) -> Calibration:
             f"a fit to half of its intervals misses the time in steps of the others by {error:.0%}, "
             f"allowed are {MAX_ERROR:.0%}"
         )
-    ceiling = sum(window.ceiling_tokens for window in windows)
-    hits = min(1.0, sum(window.hit_tokens for window in windows) / ceiling) if ceiling else 1.0
+    ceiling = sum(window.ceiling_tokens or 0.0 for window in windows)
+    hits = min(1.0, sum(window.hit_tokens or 0.0 for window in windows) / ceiling) if ceiling else 1.0
     return Calibration(replace(device, noise=Device.noise, hits=hits), len(windows), error)
 
 
@@ -98,7 +98,8 @@ def _missed(device: Device, windows: Sequence[Counts]) -> float:
 
 
 def _tells(window: Counts) -> bool:
-    return window.arrivals > 0 and window.completed > 0 and window.busy_seconds > 0
+    counted = window.computed is not None and window.output_tokens is not None
+    return counted and window.arrivals > 0 and window.completed > 0 and window.busy_seconds > 0
 
 
 def calibrated(windows: Iterable[Counts]) -> Device:
@@ -111,7 +112,8 @@ def calibrated(windows: Iterable[Counts]) -> Device:
 
     Args:
         windows: of one engine or the sums of several; what arrives in a window is computed in it, but for a
-            queue that grows or shrinks meanwhile. Those in which no request arrived or ended are left out.
+            queue that grows or shrinks meanwhile. Those in which no request arrived or ended, and those
+            without a count of tokens, are left out.
 
     Raises:
         ValueError: there are fewer windows than costs, or they do not separate the costs.
@@ -127,14 +129,15 @@ def calibrated(windows: Iterable[Counts]) -> Device:
 
 def _quantities(window: Counts) -> tuple[float, ...]:
     """Those of `TERMS`, each summed over the window."""
-    context = window.query_tokens / window.arrivals + window.output_tokens / window.completed / 2
-    decodes = window.output_tokens - window.arrivals  # the first token of an answer is that of the prefill
-    computed = window.query_tokens - window.hit_tokens
-    attended = (window.hit_tokens + computed / 2) / window.arrivals
+    query, hit, output = window.query_tokens or 0.0, window.hit_tokens or 0.0, window.output_tokens or 0.0
+    context = query / window.arrivals + output / window.completed / 2
+    decodes = output - window.arrivals  # the first token of an answer is that of the prefill
+    computed = query - hit
+    attended = (hit + computed / 2) / window.arrivals
     return (
         window.steps,
         window.step_rows,
-        context * decodes + window.hit_tokens,
+        context * decodes + hit,
         computed,
         computed * attended,
     )

@@ -16,6 +16,7 @@ from kvpilot_operator.cli.target import CommandError, Target
 from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.model import KVCacheDeployment
 from kvpilot_operator.resource.resolve import objectives_of
+from kvpilot_operator.tuning.assess.objectives import hit_rate
 from kvpilot_operator.tuning.observation import Counts, Gauges, Sample, Signal
 
 WINDOW_S = 10.0
@@ -156,7 +157,7 @@ class Watcher:
             waiting=sum(item.waiting for item in held),
             running=sum(item.running for item in held),
             memory=max(item.memory_ratio for item in held),
-            hit_rate=_share(counts.hit_tokens, counts.query_tokens),
+            hit_rate=hit_rate(counts),
             rows=_share(counts.step_rows, counts.steps),
             generation=generations.pop() if len(generations) == 1 else None,
         )

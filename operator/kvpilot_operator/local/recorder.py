@@ -162,12 +162,13 @@ def knobs_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantiles_of(counts: Counts, objectives: Objectives) -> dict[str, float]:
-    """p50, p95 and p99 by linear interpolation between the published edges, s.
+    """p50, p95 and p99 by linear interpolation between the published edges, s; none without a histogram.
 
     Failed requests, and those beyond the last edge, count at the last edge.
     """
-    within = counts.request_within if objectives.signal == "request" else counts.first_token_within
-    found = {}
+    within, found = counts.within(objectives.signal), dict[str, float]()
+    if within is None:
+        return found
     for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         rank = share * counts.judged
         below, low = 0.0, 0.0

@@ -18,8 +18,9 @@ from kvpilot_operator.status.snapshot import Snapshot
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import at_text
 from kvpilot_operator.tuning.decision import Decision
-from kvpilot_operator.tuning.observation import Observation
+from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS, Observation
 from kvpilot_operator.tuning.policy import Mode, Policy
+from kvpilot_operator.tuning.rules.order import REMEDIES
 
 State = Literal["True", "False", "Unknown"]
 
@@ -175,10 +176,29 @@ def _metrics_trusted(policy: Policy, observation: Observation, decision: Decisio
     if decision.partly_trusted:
         message = f"Fresh but for a few replicas, which are not judged. {decision.partly_trusted}."
         return Condition("MetricsTrusted", "True", "NearlyAll", message)
+    return _fresh(policy, decision)
+
+
+def _fresh(policy: Policy, decision: Decision) -> Condition:
+    if absent := _absent(policy, decision):
+        return Condition("MetricsTrusted", "True", reasons.METRIC_ABSENT, absent)
     if policy.stretched > 1:
         message = f"The source scrapes seldom, so all durations are {policy.stretched:.1f} times as long."
         return Condition("MetricsTrusted", "True", "SlowScrapes", message)
     return Condition("MetricsTrusted", "True", "Fresh", "Measurements of every ready replica are fresh.")
+
+
+def _absent(policy: Policy, decision: Decision) -> str:
+    """Metrics that not every engine exports, and what stands aside without them; "" without any."""
+    asides = {item.name: item.reads for item in REMEDIES}
+    if policy.objectives.signal == "firstToken":
+        asides["the latency objectives"] = ("first_token_within",)
+    aside = {name: missed for name, reads in asides.items() if (missed := set(reads) & set(decision.absent))}
+    if not aside:
+        return ""
+    metrics = sorted({OPTIONAL_COUNTS[item] for missed in aside.values() for item in missed})
+    text = f"Fresh, but not every engine exports {', '.join(metrics)}"
+    return f"{text}. Without it stand aside: {', '.join(aside)}."
 
 
 def _outlier(decision: Decision) -> Condition:

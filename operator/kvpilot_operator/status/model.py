@@ -149,7 +149,9 @@ class StepRateStatus(_Status):
     rate: Number = Field(0.0, description="Row-steps per second of stepping; 0 if unknown.")
     requests: Number = Field(0.0, description="Requests' worth of row-steps that it rests on.")
     rows: Number = Field(0.0, description="Most rows at once that were seen long enough.")
-    computed: Number = Field(0.0, description="Computed prompt tokens per row-step.")
+    computed: Number | None = Field(
+        None, description="Computed prompt tokens per row-step; absent if the engines do not count them."
+    )
     prefill_s: Number = Field(0.0, description="Seconds that they took.")
 
 

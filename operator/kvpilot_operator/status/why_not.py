@@ -22,8 +22,9 @@ from kvpilot_operator.status.overrides import Overrides
 from kvpilot_operator.status.story import listing, punctuated, story
 from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.context import format_value
+from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS
 from kvpilot_operator.tuning.policy import KnobBounds, Policy
-from kvpilot_operator.tuning.reasons import COOLDOWN, PAUSED, REASONS
+from kvpilot_operator.tuning.reasons import COOLDOWN, METRIC_ABSENT, PAUSED, REASONS
 from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
 from kvpilot_operator.tuning.state import PIN
 
@@ -223,6 +224,11 @@ def _rules(known: Known, name: str) -> Iterator[str]:
 def _last_word(known: Known, remedy: Remedy, name: str) -> str:
     if known.policy is not None and remedy.name in known.policy.disabled_rules:
         return f"Rule {remedy.name} would change it, and spec.tuning.disabledRules leaves it out."
+    trusted = known.status.condition("MetricsTrusted")
+    if trusted is not None and trusted.reason == METRIC_ABSENT:
+        for metric in dict.fromkeys(OPTIONAL_COUNTS[item] for item in remedy.reads):
+            if metric in trusted.message:
+                return f"Rule {remedy.name} stands aside, since not every engine exports {metric}."
     for entry in reversed(known.entries):
         when = moment(entry.at)
         if entry.rule == remedy.name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -14,7 +14,13 @@ from kvpilot_operator.tuning.assess.objectives import judged_window, overflow
 from kvpilot_operator.tuning.assess.outliers import FULLER, Outlier
 from kvpilot_operator.tuning.assess.trust import Trust
 from kvpilot_operator.tuning.decision import Action, Diagnosis, Objective, Record, Rejected, WriteConfig
-from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation, ObservedReplica
+from kvpilot_operator.tuning.observation import (
+    NO_COUNTS,
+    OPTIONAL_COUNTS,
+    Counts,
+    Observation,
+    ObservedReplica,
+)
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import (
     MAX_REPORTED,
@@ -152,6 +158,12 @@ class Context:
         ]
         drained = sum((c.judged - c.arrivals) / c.replica_seconds for c in counts if c.replica_seconds > 0)
         return 0 < self.waiting <= drained * self.policy.pace.long
+
+    def absent(self, counts: Iterable[str]) -> str:
+        """The first metric of these counts that not every measured replica exports; "" if all do."""
+        windows = (self.short, self.long)
+        missing = (item for item in counts if any(getattr(window, item) is None for window in windows))
+        return next((OPTIONAL_COUNTS[item] for item in missing), "")
 
     def breached(self, name: str) -> bool:
         """True if the comparable replicas breach that objective."""

@@ -35,7 +35,7 @@ from kvpilot_operator.tuning.experiment.canary import PUSH_LIMIT, advance
 from kvpilot_operator.tuning.experiment.emergency import begin_emergency
 from kvpilot_operator.tuning.experiment.start import enough_exposure, start
 from kvpilot_operator.tuning.experiment.watch import watch
-from kvpilot_operator.tuning.observation import Observation, ObservedReplica
+from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS, Observation, ObservedReplica
 from kvpilot_operator.tuning.permission.approval import review
 from kvpilot_operator.tuning.permission.budgets import charge, overspent
 from kvpilot_operator.tuning.permission.generations import note_generation, roll_back
@@ -342,4 +342,5 @@ def conclude(context: Context, draft: Draft, before: TuningState) -> Decision:
         stalled=context.stalled,
         outliers=tuple(f"{item.name}: {item.clause}" for item in context.outliers),
         partly_trusted="; ".join(f"{item.name}: {item.clause}" for item in context.trust.distrusted),
+        absent=tuple(item for item in OPTIONAL_COUNTS if context.absent((item,))),
     )

@@ -218,6 +218,7 @@ class Decision:
     The state is written before the actions are taken; every action is idempotent, and its effect shows in the
     next observation. ``again`` asks to reconcile at once instead of at the next tick. ``outliers`` names
     replicas that differ from the others by themselves, ``partly_trusted`` those that are not judged.
+    ``absent`` names the counts that not every engine exports (``OPTIONAL_COUNTS``).
     """
 
     state: TuningState
@@ -230,3 +231,4 @@ class Decision:
     stalled: str = ""
     outliers: tuple[str, ...] = ()
     partly_trusted: str = ""
+    absent: tuple[str, ...] = ()

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from operator import attrgetter, methodcaller
+from types import MappingProxyType
 from typing import Any, Literal
+
+from kvpilot_engine.contract import metrics as names
 
 Signal = Literal["request", "firstToken"]
 
@@ -22,9 +25,30 @@ JUDGED = ("ok", "shed", "timeout", "error", "too_large")
 """Outcomes that objectives judge; the client causes the others."""
 
 
+OPTIONAL_COUNTS: Mapping[str, str] = MappingProxyType(
+    {
+        "first_token_within": names.FIRST_TOKEN_SECONDS,
+        "query_tokens": names.QUERY_TOKENS_TOTAL,
+        "hit_tokens": names.HIT_TOKENS_TOTAL,
+        "host_hit_tokens": names.HIT_TOKENS_TOTAL,
+        "ceiling_tokens": names.CEILING_TOKENS_TOTAL,
+        "output_tokens": names.OUTPUT_TOKENS_TOTAL,
+        "evicted_pages": names.EVICTED_PAGES_TOTAL,
+        "preemptions": names.PREEMPTIONS_TOTAL,
+        "prefetch_used": names.PREFETCH_BLOCKS_TOTAL,
+        "prefetch_wasted": names.PREFETCH_BLOCKS_TOTAL,
+        "encode_seconds": names.CODEC_SECONDS_TOTAL,
+        "decode_seconds": names.CODEC_SECONDS_TOTAL,
+    }
+)
+"""Counts that a runtime may not export, and the metric of each. Absent is not zero: such a count is None."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """Increases of the counters of one replica over a window, or of several (``total``).
+
+    Those of ``OPTIONAL_COUNTS`` are None where the runtime, or one of several, does not export them.
 
     Attributes:
         replica_seconds: time covered, summed over replicas, s.
@@ -44,19 +68,19 @@ class Counts:
     arrivals: float = 0.0
     outcomes: Mapping[str, float] = field(default_factory=dict)
     request_within: Mapping[float, float] = field(default_factory=dict)
-    first_token_within: Mapping[float, float] = field(default_factory=dict)
+    first_token_within: Mapping[float, float] | None = field(default_factory=dict)
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    query_tokens: float = 0.0
-    hit_tokens: float = 0.0
-    host_hit_tokens: float = 0.0
-    ceiling_tokens: float = 0.0
-    output_tokens: float = 0.0
-    evicted_pages: float = 0.0
-    preemptions: float = 0.0
-    prefetch_used: float = 0.0
-    prefetch_wasted: float = 0.0
-    encode_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    query_tokens: float | None = 0.0
+    hit_tokens: float | None = 0.0
+    host_hit_tokens: float | None = 0.0
+    ceiling_tokens: float | None = 0.0
+    output_tokens: float | None = 0.0
+    evicted_pages: float | None = 0.0
+    preemptions: float | None = 0.0
+    prefetch_used: float | None = 0.0
+    prefetch_wasted: float | None = 0.0
+    encode_seconds: float | None = 0.0
+    decode_seconds: float | None = 0.0
     busy_seconds: float = 0.0
     steps: float = 0.0
     step_rows: float = 0.0
@@ -72,10 +96,11 @@ class Counts:
         # A decision sums several times for each replica, so the columns are gathered in one call each.
         columns = zip(*map(_numbers, parts), strict=True)
         sums: dict[str, Any] = {
-            name: sum(column, 0.0) for name, column in zip(_NUMBERS, columns, strict=True)
+            name: None if None in column else sum(column, 0.0)
+            for name, column in zip(_NUMBERS, columns, strict=True)
         }
         for name, mappings in zip(_BY_KEY, zip(*map(_mappings, parts), strict=True), strict=True):
-            sums[name] = _added(mappings)
+            sums[name] = None if None in mappings else _added(mappings)
         return Counts(**sums)
 
     @cached_property
@@ -116,10 +141,20 @@ class Counts:
         """Shed, failed and timed out requests."""
         return self.judged - self.completed
 
+    @property
+    def computed(self) -> float | None:
+        """Prompt tokens that the cache did not serve; None if the runtime does not say."""
+        looked_up, hit = self.query_tokens, self.hit_tokens
+        return looked_up - hit if looked_up is not None and hit is not None else None
+
+    def within(self, signal: Signal) -> Mapping[float, float] | None:
+        """Successful requests at or under each published edge (s); None if the runtime does not say."""
+        return self.request_within if signal == "request" else self.first_token_within
+
     def attainment(self, signal: Signal, edge_s: float) -> float | None:
         """Share of the judged requests within a published edge (s); None without any."""
-        within = self.request_within if signal == "request" else self.first_token_within
-        return within.get(edge_s, 0.0) / self.judged if self.judged else None
+        within = self.within(signal)
+        return within.get(edge_s, 0.0) / self.judged if within is not None and self.judged else None
 
 
 _BY_KEY = tuple(item.name for item in fields(Counts) if item.default_factory is dict)
@@ -200,7 +235,8 @@ class Sample:
         kinds = (_memory(kind) for kind in (gauges.host, gauges.device) if kind is not None)
         total = sum(_gauges(gauges)) + sum(gauges.curve.values()) + sum(map(sum, kinds))
         for counts in self.windows.values():
-            total += sum(_numbers(counts)) + sum(map(sum, map(_values, _mappings(counts))))
+            known = filter(None, _mappings(counts))  # neither what is absent nor what is empty
+            total += sum(filter(None, _numbers(counts))) + sum(map(sum, map(_values, known)))
         return math.isfinite(total)
 
 

@@ -70,6 +70,7 @@ REPLICAS_FIXED = "ReplicasFixed"
 GPU_BUDGET = "GpuBudget"
 REPLICAS_PENDING = "ReplicasPending"
 KNOBS_FIRST = "KnobsFirst"
+METRIC_ABSENT = "MetricAbsent"
 
 # Diagnoses: why an objective is breached.
 ALL_MET = "AllMet"
@@ -183,6 +184,7 @@ REASONS: tuple[Reason, ...] = (
     Reason(GPU_BUDGET, "rejection", "spec.tuning.budgets.maxGPUs allows no more replicas."),
     Reason(REPLICAS_PENDING, "rejection", "Replicas that were asked for are not ready yet."),
     Reason(KNOBS_FIRST, "rejection", "A knob promises relief, and costs less than a replica."),
+    Reason(METRIC_ABSENT, "rejection", "Not every engine exports a metric that the rule reads."),
     Reason(ALL_MET, "diagnosis", "Every objective that can be judged is met."),
     Reason(NO_TRAFFIC, "diagnosis", "No replica has arrivals, requests in flight, or a queue."),
     Reason(NOT_ENOUGH_DATA, "diagnosis", "Fewer than 20 requests were judged, or there is no data."),

@@ -70,13 +70,14 @@ class StepRate:
     """Row-steps per second of stepping, and the requests' worth of them that show it; zeros if unknown.
 
     ``rows``: the most rows that were at work at once for long enough to show a rate (a bucket of rows).
-    ``computed``, ``prefill_s``: prompt tokens computed per row-step, and the seconds that they took.
+    ``computed``, ``prefill_s``: prompt tokens computed per row-step (None if the engines do not count them),
+    and the seconds that they took.
     """
 
     rate: float = 0.0
     requests: float = 0.0
     rows: float = 0.0
-    computed: float = 0.0
+    computed: float | None = 0.0
     prefill_s: float = 0.0
 
 

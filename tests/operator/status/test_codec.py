@@ -40,7 +40,8 @@ from kvpilot_operator.tuning.state import (
 )
 
 TIMES = st.integers(min_value=1, max_value=4_000_000_000_000).map(lambda ms: ms / 1000)
-RATES = st.builds(StepRate, *(st.floats(0, limit) for limit in (1e6, 1e6, 256, 1e6, 1e3)))
+RATE, REQUESTS, ROWS, COMPUTED, PREFILL_S = (st.floats(0, limit) for limit in (1e6, 1e6, 256, 1e6, 1e3))
+RATES = st.builds(StepRate, RATE, REQUESTS, ROWS, st.none() | COMPUTED, PREFILL_S)
 NAMES = st.text(alphabet="abcdefghij0123456789-", min_size=1, max_size=20)
 VALUES = {
     "numWorkers": st.integers(1, 128),

@@ -250,6 +250,19 @@ def test_what_holds_tuning_back_is_shown() -> None:
     assert condition(Scene(tuning={"mode": "Off"}).status(), "TuningActive")["reason"] == "ModeOff"
 
 
+def test_metrics_that_engines_do_not_export_are_named_with_what_stands_aside() -> None:
+    scene = Scene()
+    scene.decision = replace(scene.decision, absent=("decode_seconds", "preemptions"))
+    found = condition(scene.status(), "MetricsTrusted")
+    assert (found["status"], found["reason"]) == ("True", "MetricAbsent")
+    assert found["message"] == (
+        "Fresh, but not every engine exports kvpilot_codec_seconds_total. Without it stand aside: "
+        "compression-down."
+    )
+    scene.decision = replace(scene.decision, absent=("preemptions", "first_token_within"))
+    assert condition(scene.status(), "MetricsTrusted")["reason"] == "Fresh", "nothing reads them"
+
+
 def test_a_bad_spec_leaves_the_rest_of_the_status_alone() -> None:
     scene = Scene()
     scene.decision = replace(scene.decision, state=TuningState(phase=Phase.COOLDOWN, epoch=3))

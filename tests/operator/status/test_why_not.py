@@ -66,6 +66,22 @@ def test_value_and_its_origin_come_first() -> None:
     )
 
 
+def test_a_rule_that_lacks_a_metric_says_which() -> None:
+    message = "Fresh, but not every engine exports kvpilot_prefetch_blocks_total. Without it stand aside: x."
+    trusted = {
+        "type": "MetricsTrusted",
+        "status": "True",
+        "reason": "MetricAbsent",
+        "message": message,
+        "lastTransitionTime": LATE,
+    }
+    aside = "stands aside, since not every engine exports kvpilot_prefetch_blocks_total."
+    said = answer("prefetchSize", status={"conditions": [trusted]})
+    assert {f"Rule prefetch-up {aside}", f"Rule prefetch-down {aside}"} <= set(said)
+    assert not any("stands aside" in line for line in answer("numWorkers", status={"conditions": [trusted]}))
+    assert not any("stands aside" in line for line in answer("prefetchSize"))
+
+
 CHANGE = {
     "id": "d-0042",
     "rule": "workers-up",

@@ -1,7 +1,8 @@
 """From series to ``Sample``: pure, and the same for every source of metrics.
 
 An adapter groups series by pod and drops the labels of their origin; here the metric names of the contract
-become the fields of an observation. No data is not zero: a pod with incomplete metrics has no sample.
+become the fields of an observation. No data is not zero: a pod without an essential metric has no sample, and
+what a runtime does not export is None.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.contract import metrics as names
-from kvpilot_operator.tuning.observation import Counts, Gauges, MemoryUse, Sample
+from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS, Counts, Gauges, MemoryUse, Sample
 
 SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
 """Metric name as exposed (with ``_bucket``, ``_sum``, ``_total``) and its sorted labels without identity."""
@@ -30,34 +31,28 @@ GAUGES: tuple[str, ...] = (
 
 COUNTERS: tuple[str, ...] = (
     f"{names.REQUEST_SECONDS}_bucket",
-    f"{names.FIRST_TOKEN_SECONDS}_bucket",
     f"{names.STAGE_SECONDS}_sum",
     names.ARRIVALS_TOTAL,
     names.REQUESTS_TOTAL,
-    names.OUTPUT_TOKENS_TOTAL,
-    names.QUERY_TOKENS_TOTAL,
-    names.HIT_TOKENS_TOTAL,
-    names.CEILING_TOKENS_TOTAL,
-    names.EVICTED_PAGES_TOTAL,
-    names.PREEMPTIONS_TOTAL,
-    names.PREFETCH_BLOCKS_TOTAL,
-    names.CODEC_SECONDS_TOTAL,
     names.STEPS_TOTAL,
     names.STEP_BUSY_SECONDS_TOTAL,
     names.STEP_ROWS_TOTAL,
 )
-"""Counters of a sample, by their increase over a window."""
+"""Counters of a sample, by their increase over a window: without them nothing can be trusted or compared."""
 
-OPTIONAL_COUNTERS: tuple[str, ...] = (names.BUCKET_ROWS_TOTAL, names.BUCKET_SECONDS_TOTAL)
+FIRST_TOKEN_BUCKET = f"{names.FIRST_TOKEN_SECONDS}_bucket"
+OPTIONAL_COUNTERS: tuple[str, ...] = (
+    FIRST_TOKEN_BUCKET,
+    *(name for name in dict.fromkeys(OPTIONAL_COUNTS.values()) if name != names.FIRST_TOKEN_SECONDS),
+    names.BUCKET_ROWS_TOTAL,
+    names.BUCKET_SECONDS_TOTAL,
+)
 OPTIONAL_GAUGES: tuple[str, ...] = (
     names.STEP_CURVE_SECONDS,
     names.LONGEST_REQUEST_TOKENS,
     names.CACHED_PAGES,
 )
 """What a sample also holds where the runtime has it. Absent is not zero: rules that need it stand aside."""
-
-HISTOGRAMS: tuple[str, ...] = (f"{names.REQUEST_SECONDS}_bucket", f"{names.FIRST_TOKEN_SECONDS}_bucket")
-"""Histograms of which every edge must be present."""
 
 
 class IncompleteSeriesError(ValueError):
@@ -107,7 +102,8 @@ def sample_from(
         scrape_s: interval of the scrapes as it was seen, s; 0 if unknown.
 
     Raises:
-        IncompleteSeriesError: a gauge, a counter or an edge is missing, or a value is not finite.
+        IncompleteSeriesError: an essential gauge or counter is missing, or an edge of a histogram, or a value
+            is not finite.
     """
     counts = {
         window: _counts(increases, replica_seconds.get(window, 0.0), window)
@@ -121,33 +117,38 @@ def sample_from(
 
 def _counts(increases: Mapping[SeriesKey, float], replica_seconds: float, window: str) -> Counts:
     _check(increases, COUNTERS, f"window {window}")
-    within = {name: _edges(increases, name, window) for name in HISTOGRAMS}
+    present = {name for name, _ in increases}
     prefetch = _by_label(increases, names.PREFETCH_BLOCKS_TOTAL, "result")
     codec = _by_label(increases, names.CODEC_SECONDS_TOTAL, "op")
     hits = _by_label(increases, names.HIT_TOKENS_TOTAL, "tier")
+    optional: dict[str, float] = {
+        "query_tokens": _sum(increases, names.QUERY_TOKENS_TOTAL),
+        "hit_tokens": sum(hits.values()),
+        "host_hit_tokens": hits.get("host", 0.0),
+        "ceiling_tokens": _sum(increases, names.CEILING_TOKENS_TOTAL),
+        "output_tokens": _sum(increases, names.OUTPUT_TOKENS_TOTAL),
+        "evicted_pages": _sum(increases, names.EVICTED_PAGES_TOTAL),
+        "preemptions": _sum(increases, names.PREEMPTIONS_TOTAL),
+        "prefetch_used": prefetch.get("used", 0.0),
+        "prefetch_wasted": prefetch.get("wasted", 0.0),
+        "encode_seconds": codec.get("encode", 0.0),
+        "decode_seconds": codec.get("decode", 0.0),
+    }
     return Counts(
         replica_seconds=replica_seconds,
         arrivals=_sum(increases, names.ARRIVALS_TOTAL),
         outcomes=_by_label(increases, names.REQUESTS_TOTAL, "outcome"),
-        request_within=within[HISTOGRAMS[0]],
-        first_token_within=within[HISTOGRAMS[1]],
+        request_within=_edges(increases, f"{names.REQUEST_SECONDS}_bucket", window),
+        first_token_within=_edges(increases, FIRST_TOKEN_BUCKET, window)
+        if FIRST_TOKEN_BUCKET in present
+        else None,
         stage_seconds=_by_label(increases, f"{names.STAGE_SECONDS}_sum", "stage"),
-        query_tokens=_sum(increases, names.QUERY_TOKENS_TOTAL),
-        hit_tokens=sum(hits.values()),
-        host_hit_tokens=hits.get("host", 0.0),
-        ceiling_tokens=_sum(increases, names.CEILING_TOKENS_TOTAL),
-        output_tokens=_sum(increases, names.OUTPUT_TOKENS_TOTAL),
-        evicted_pages=_sum(increases, names.EVICTED_PAGES_TOTAL),
-        preemptions=_sum(increases, names.PREEMPTIONS_TOTAL),
-        prefetch_used=prefetch.get("used", 0.0),
-        prefetch_wasted=prefetch.get("wasted", 0.0),
-        encode_seconds=codec.get("encode", 0.0),
-        decode_seconds=codec.get("decode", 0.0),
         busy_seconds=_sum(increases, names.STEP_BUSY_SECONDS_TOTAL),
         steps=_sum(increases, names.STEPS_TOTAL),
         step_rows=_sum(increases, names.STEP_ROWS_TOTAL),
         bucket_rows=_by_rows(increases, names.BUCKET_ROWS_TOTAL),
         bucket_seconds=_by_rows(increases, names.BUCKET_SECONDS_TOTAL),
+        **{item: number if OPTIONAL_COUNTS[item] in present else None for item, number in optional.items()},
     )
 
 

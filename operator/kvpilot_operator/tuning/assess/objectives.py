@@ -55,13 +55,17 @@ def judged_window(observation: Observation) -> str:
 
 
 def hit_rate(counts: Counts) -> float | None:
-    """Prompt tokens served from the cache / prompt tokens looked up."""
-    return counts.hit_tokens / counts.query_tokens if counts.query_tokens else None
+    """Prompt tokens served from the cache / prompt tokens looked up; None without them."""
+    return _share(counts.hit_tokens, counts.query_tokens)
 
 
 def ceiling(counts: Counts) -> float | None:
-    """The hit rate that an infinite cache would have had."""
-    return counts.ceiling_tokens / counts.query_tokens if counts.query_tokens else None
+    """The hit rate that an infinite cache would have had; None if it is unknown."""
+    return _share(counts.ceiling_tokens, counts.query_tokens)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return part / whole if whole and part is not None else None
 
 
 def rates(observation: Observation, window: str) -> tuple[float, float]:

@@ -30,11 +30,12 @@ def unreachable(counts: Counts, capacity: Capacity | None, wanted: Objectives) -
     """
     completed = counts.completed
     seconds = sum(counts.stage_seconds.values())
-    if capacity is None or completed <= 0 or seconds <= 0:
+    within = counts.within(wanted.signal)
+    if capacity is None or within is None or completed <= 0 or seconds <= 0:
         return ()
-    within, unloaded = counts.request_within, capacity.work_s(1)
+    unloaded = capacity.work_s(1)
     if wanted.signal == "firstToken":
-        within, unloaded = counts.first_token_within, capacity.first_token_s(1)
+        unloaded = capacity.first_token_s(1)
         seconds -= counts.stage_seconds.get(Stage.DECODE, 0.0)
     scale = max(1.0, seconds / completed / unloaded)
     found = []

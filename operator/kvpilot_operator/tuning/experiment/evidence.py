@@ -73,7 +73,7 @@ def arm_of(stored: Sequence[Measure]) -> Arm:
 
 
 def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
-    """Everything that is reported of an arm, lower is better.
+    """Everything that is reported of an arm, lower is better; not what its runtime does not export.
 
     ``errors``: failed requests, as the objective counts them; ``faults``: those that failed by a fault of the
     engine, of the ones that were not shed, since an arm must not look better by what it refused.
@@ -83,7 +83,9 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
     within = [
         Measure(name, judged * (1 - (counts.attainment(wanted.signal, edge) or 0.0)), judged)
         for name, (edge, _) in wanted.latency.items()
+        if counts.within(wanted.signal) is not None
     ]
+    computed, looked_up, wasted = counts.computed, counts.query_tokens, counts.prefetch_wasted
     completed = counts.completed
     spent = counts.stage_seconds
     return (
@@ -93,8 +95,8 @@ def measures(counts: Counts, wanted: Objectives) -> tuple[Measure, ...]:
         Measure(SECONDS, sum(spent.values()), completed),
         Measure(WORK, sum(spent.get(stage, 0.0) for stage in WORK_STAGES), completed),
         Measure(TIER_LOAD, spent.get(Stage.TIER_LOAD, 0.0), completed),
-        Measure(MISSES, counts.query_tokens - counts.hit_tokens, counts.query_tokens),
-        Measure(WASTE, counts.prefetch_wasted, counts.ended),
+        *([] if computed is None or looked_up is None else [Measure(MISSES, computed, looked_up)]),
+        *([] if wasted is None else [Measure(WASTE, wasted, counts.ended)]),
     )
 
 

@@ -64,7 +64,7 @@ def step_rate(
     return replace(
         max(shown, key=lambda item: item.rate),
         rows=max(item.rows for item in shown),
-        computed=unit * max(0.0, counts.query_tokens - counts.hit_tokens) / counts.step_rows,
+        computed=None if counts.computed is None else unit * max(0.0, counts.computed) / counts.step_rows,
         prefill_s=unit * prefill_s(counts, curve) / counts.step_rows if curve else 0.0,
     )
 
@@ -102,8 +102,10 @@ def of_equal_prompts(one: StepRate, other: StepRate) -> Effect | None:
     that moves, the less is known: half of it counts as a standard deviation.
     """
     found = difference(one, other)
+    if found is None or one.computed is None or other.computed is None:
+        return found
     tokens = one.computed + other.computed
-    if found is None or tokens <= 0:
+    if tokens <= 0:
         return found
     token_s = (one.prefill_s + other.prefill_s) / tokens
     moved_s = token_s * (one.computed - other.computed) / 2

@@ -95,7 +95,8 @@ def compression_down(context: Context) -> Found:
     if context.diagnosis.stage != Stage.TIER_LOAD:
         return reasons.NOT_AT_FAULT, "tier load is not at fault"
     counts = context.short
-    part = counts.decode_seconds / max(counts.stage_seconds.get(Stage.TIER_LOAD, 0.0), 1e-9)
+    decoding = counts.decode_seconds or 0.0
+    part = decoding / max(counts.stage_seconds.get(Stage.TIER_LOAD, 0.0), 1e-9)
     if part < DECODING_AT_FAULT:
         return reasons.NOT_AT_FAULT, f"decoding is {part:.0%} of the time in tier loads"
     now, target = level(context), context.policy.objectives.memory
@@ -209,9 +210,11 @@ def compression_up(context: Context) -> Found:
 
 
 def accuracy(counts: Counts) -> float | None:
-    """Share of prefetched blocks that were used; None while there are few."""
-    total = counts.prefetch_used + counts.prefetch_wasted
-    return counts.prefetch_used / total if total >= ENOUGH_BLOCKS else None
+    """Share of prefetched blocks that were used; None while there are few, or nobody counts them."""
+    used, wasted = counts.prefetch_used, counts.prefetch_wasted
+    if used is None or wasted is None or used + wasted < ENOUGH_BLOCKS:
+        return None
+    return used / (used + wasted)
 
 
 def level(context: Context) -> CompressionLevel:

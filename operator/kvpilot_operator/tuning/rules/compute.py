@@ -141,8 +141,8 @@ def step_tokens_up(context: Context) -> Found:
     if not at_fault(context, Stage.PREFILL, Stage.BATCH_WAIT):
         return reasons.NOT_AT_FAULT, "neither prefill nor batch wait is at fault"
     tokens, counts = room(context, "maxStepTokens"), counts_of(context)
-    computed = counts.query_tokens - counts.hit_tokens + counts.output_tokens
-    per_step = computed / counts.steps if counts.steps else 0.0
+    carried = (counts.computed or 0.0) + (counts.output_tokens or 0.0)
+    per_step = carried / counts.steps if counts.steps else 0.0
     if per_step < STEP_FULL * tokens.now:
         return reasons.NOT_EFFECTIVE, f"steps do not fill {tokens.now} tokens"
     after = int(min(tokens.now * GROWTH, tokens.maximum))

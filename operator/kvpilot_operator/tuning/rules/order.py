@@ -29,6 +29,11 @@ from kvpilot_operator.tuning.rules.memory import memory_emergency, memory_relief
 from kvpilot_operator.tuning.rules.signals import Move, Signal, down, up
 from kvpilot_operator.tuning.state import Phase, TuningState
 
+HITS = ("query_tokens", "hit_tokens", "ceiling_tokens")
+"""Counts of what the cache serves and could serve."""
+
+PREFETCHED = ("prefetch_used", "prefetch_wasted")
+
 REPLICA_PRICE = 10
 """A replica costs more than any knob: an accelerator."""
 
@@ -49,6 +54,7 @@ class Remedy:
         needs: quota without which it has nothing to act on.
         switch: flag without which it does nothing, unless it is one of its moves.
         within: knob beyond whose value it does not raise the leading one, unless that goes along.
+        reads: counts (``OPTIONAL_COUNTS``) without which it stands aside, since absent is not zero.
         drops: what is lost when it is made; "" for nothing.
         reversible: a revert restores at once what was before.
         replicas: replicas that it costs, each with its accelerator.
@@ -65,6 +71,7 @@ class Remedy:
     needs: str = ""
     switch: str = ""
     within: str = ""
+    reads: tuple[str, ...] = ()
     drops: str = ""
     reversible: bool = True
     replicas: int = 0
@@ -110,6 +117,8 @@ def _refused(context: Context, state: TuningState, remedy: Remedy) -> tuple[str,
         return block
     if remedy.name in context.policy.disabled_rules:
         return reasons.RULE_DISABLED, "disabled by the resource"
+    if metric := context.absent(remedy.reads):
+        return reasons.METRIC_ABSENT, f"not every engine exports {metric}"
     if remedy.scope == "everywhere" and state.phase in {Phase.EMERGENCY, Phase.PROMOTE}:
         return reasons.COOLDOWN, "another change is being made everywhere"
     if any(item.key == remedy.name for item in state.reported):
@@ -178,6 +187,7 @@ REMEDIES: tuple[Remedy, ...] = (
         _by_context(step_tokens_up),
         moves=up("maxStepTokens"),
         cures=("batch wait", "time in work"),
+        reads=("query_tokens", "hit_tokens", "output_tokens"),
     ),
     Remedy(
         "prefetch-up",
@@ -187,6 +197,7 @@ REMEDIES: tuple[Remedy, ...] = (
         cures=("tier load",),
         needs="hostMemoryMb",
         switch="enablePrefetch",
+        reads=PREFETCHED,
     ),
     Remedy(
         "prefetch-down",
@@ -196,6 +207,7 @@ REMEDIES: tuple[Remedy, ...] = (
         cures=("wasted prefetches",),
         needs="hostMemoryMb",
         switch="enablePrefetch",
+        reads=PREFETCHED,
     ),
     Remedy(
         "strategy-adaptive",
@@ -203,6 +215,7 @@ REMEDIES: tuple[Remedy, ...] = (
         _by_context(strategy_adaptive),
         moves=up("cacheStrategy"),
         cures=("misses",),
+        reads=(*HITS, "evicted_pages"),
     ),
     Remedy(
         "compression-down",
@@ -212,6 +225,7 @@ REMEDIES: tuple[Remedy, ...] = (
         cures=("tier load",),
         needs="hostMemoryMb",
         switch="useCompression",
+        reads=("decode_seconds",),
     ),
     Remedy(
         "compression-up",
@@ -221,6 +235,7 @@ REMEDIES: tuple[Remedy, ...] = (
         cures=("misses",),
         needs="hostMemoryMb",
         switch="useCompression",
+        reads=(*HITS, "evicted_pages"),
     ),
     Remedy(
         "cache-quota-up",
@@ -229,6 +244,7 @@ REMEDIES: tuple[Remedy, ...] = (
         moves=up("maxTokens", "hostMemoryMb", "maxMemoryMb"),
         cures=("misses", "admission wait"),
         any_knob=True,
+        reads=(*HITS, "evicted_pages"),
     ),
     Remedy(
         "replicas-up",

@@ -19,7 +19,7 @@ from tests.ports import free_port
 from tests.prometheus import Prometheus
 
 from kvpilot_engine.contract import metrics as names
-from kvpilot_operator.adapters.metrics.series import COUNTERS, GAUGES
+from kvpilot_operator.adapters.metrics.series import COUNTERS, GAUGES, OPTIONAL_COUNTERS
 from kvpilot_operator.status.snapshot import Key
 
 SCRAPE_S = 0.2
@@ -75,7 +75,9 @@ class Exporter:
     def reset(self) -> None:
         """As after a restart: everything zero."""
         values = {
-            name: 0.0 for name in (*COUNTERS, *GAUGES) if not name.endswith(("_bucket", "_requests_total"))
+            name: 0.0
+            for name in (*COUNTERS, *OPTIONAL_COUNTERS, *GAUGES)
+            if not name.endswith(("_bucket", "_requests_total")) and "_step_bucket_" not in name
         }
         for histogram in (names.REQUEST_SECONDS, names.FIRST_TOKEN_SECONDS):
             for edge in names.EDGES_S:

@@ -201,6 +201,23 @@ async def test_a_pod_whose_metrics_are_not_whole_has_no_sample(
     assert whole.uid in found[CHAT]
 
 
+async def test_a_pod_that_exports_no_optional_metric_has_a_sample_without_it(
+    prometheus: Scraping, metrics: PrometheusMetrics
+) -> None:
+    pod = prometheus.exporters["code-1"]
+    for series in [s for s in pod.values if s.startswith(names.PREFETCH_BLOCKS_TOTAL)]:
+        del pod.values[series]
+
+    def used(found: Mapping[Key, Mapping[str, Sample]]) -> float | None:
+        return found[CODE][pod.uid].windows["short"].prefetch_used
+
+    found = await until(
+        lambda: metrics.samples({CODE: WINDOWS}),
+        lambda found: settled(pod.uid, CODE)(found) and used(found) is None,
+    )
+    assert found[CODE][pod.uid].windows["short"].evicted_pages == 0.0
+
+
 async def test_a_stopped_prometheus_is_one_clear_error_in_time(tmp_path: Path) -> None:
     running = Scraping.below(tmp_path, {})
     running.start()

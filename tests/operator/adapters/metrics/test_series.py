@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,13 +11,14 @@ from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.series import (
     COUNTERS,
     GAUGES,
+    OPTIONAL_COUNTERS,
     IncompleteSeriesError,
     SeriesKey,
     own_labels,
     sample_from,
     series_key,
 )
-from kvpilot_operator.tuning.observation import MemoryUse
+from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS, MemoryUse, Sample
 
 
 def key(name: str, **labels: str) -> SeriesKey:
@@ -24,7 +26,8 @@ def key(name: str, **labels: str) -> SeriesKey:
 
 
 def increases() -> dict[SeriesKey, float]:
-    values = {key(name): 0.0 for name in COUNTERS if not name.endswith("_bucket")}
+    named = (*COUNTERS, *OPTIONAL_COUNTERS)
+    values = {key(name): 0.0 for name in named if not name.endswith("_bucket") and "_step_bucket" not in name}
     for i, edge in enumerate(names.EDGES_S):
         values[key(f"{names.REQUEST_SECONDS}_bucket", le=f"{edge:g}")] = float(i)
         values[key(f"{names.FIRST_TOKEN_SECONDS}_bucket", le=str(edge))] = float(2 * i)
@@ -35,7 +38,7 @@ def gauges() -> dict[SeriesKey, float]:
     return {key(name): 1.0 for name in GAUGES}
 
 
-def sample(**changed: dict[SeriesKey, float]) -> object:
+def sample(**changed: dict[SeriesKey, float]) -> Sample:
     return sample_from(
         {"short": changed.get("short", increases())},
         changed.get("gauges", gauges()),
@@ -140,17 +143,29 @@ def test_a_window_without_series_is_absent_and_not_zero() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in COUNTERS if not n.endswith("_bucket")])
-def test_a_missing_counter_is_no_sample(name: str) -> None:
+def test_a_missing_essential_counter_is_no_sample(name: str) -> None:
     values = increases()
     del values[key(name)]
     with pytest.raises(IncompleteSeriesError, match=f"window short: no series of {name}$"):
         sample(short=values)
 
 
-def test_a_missing_edge_is_no_sample() -> None:
+@pytest.mark.parametrize(("count", "metric"), OPTIONAL_COUNTS.items())
+def test_a_count_that_is_not_exported_is_none_and_the_others_stay(count: str, metric: str) -> None:
+    whole = sample().windows["short"]
+    values = {k: v for k, v in increases().items() if not k[0].startswith(metric)}
+    counts = sample(short=values).windows["short"]
+    gone = {item for item, name in OPTIONAL_COUNTS.items() if name == metric}
+    assert count in gone
+    assert counts == replace(whole, **dict.fromkeys(gone))
+
+
+@pytest.mark.parametrize("histogram", [names.REQUEST_SECONDS, names.FIRST_TOKEN_SECONDS])
+def test_a_missing_edge_is_no_sample(histogram: str) -> None:
     values = increases()
-    del values[key(f"{names.REQUEST_SECONDS}_bucket", le="0.5")]
-    with pytest.raises(IncompleteSeriesError, match=r"kvpilot_request_seconds_bucket lacks the edges 0\.5 s"):
+    spelled = next(k for k in values if k[0] == f"{histogram}_bucket" and dict(k[1])["le"] == "0.5")
+    del values[spelled]
+    with pytest.raises(IncompleteSeriesError, match=rf"{histogram}_bucket lacks the edges 0\.5 s"):
         sample(short=values)
 
 
