@@ -21,6 +21,7 @@ from kvpilot_operator.tuning.state import (
     MAX_GENERATIONS,
     MAX_HANDLED,
     MAX_HOLDS,
+    MAX_LONGEST,
     MAX_MARKS,
     MAX_PENDING,
     MAX_REPORTED,
@@ -288,6 +289,15 @@ class SpentStatus(_Status):
     amount: Number = Field(description="How much.")
 
 
+class LongestRequestStatus(_Status):
+    """The longest request that an engine reported; no cut of the cache makes it too large."""
+
+    tokens: int = Field(description="Its prompt and answer, whole blocks.")
+    until: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
+        None, description="When it is forgotten; absent while an engine reports it."
+    )
+
+
 class HoldStatus(_Status):
     """Why no change is made."""
 
@@ -374,6 +384,9 @@ class TuningStatus(_Status):
     )
     spent: tuple[SpentStatus, ...] = Field(
         (), max_length=MAX_SPENT, description="What changes have cost during the last day."
+    )
+    longest: tuple[LongestRequestStatus, ...] = Field(
+        (), max_length=MAX_LONGEST, description="The longest requests of the last day, longest first."
     )
     rules_hash: str = Field("", description="Digest of the operator's rules that acted last.")
 

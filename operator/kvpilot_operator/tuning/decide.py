@@ -45,6 +45,7 @@ from kvpilot_operator.tuning.permission.pins import keep_pins
 from kvpilot_operator.tuning.permission.windows import closed, in_force
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.replicas import BOOST_DECAY, keep_bounds, recycle_outlier, scale
+from kvpilot_operator.tuning.rules.memory import remember_longest
 from kvpilot_operator.tuning.rules.order import consider
 from kvpilot_operator.tuning.state import MAX_HOLDS, Change, Phase, Reported, TuningState
 
@@ -64,6 +65,7 @@ def decide(observation: Observation, state: TuningState, policy: Policy, now: fl
     context = assess(observation, policy, now)
     draft = remember(context, Draft(state))
     draft = forget(context, draft)
+    draft = remember_longest(context, draft)
     draft = hold(context, draft)
     draft = note_generation(context, draft)
     draft = revoke(context, draft)
@@ -284,10 +286,11 @@ def _no_remedy(context: Context, draft: Draft, plan: Plan) -> Draft:
 
 
 def _cause(item: Rejected) -> str:
-    """Why one remedy does not help. Only messages about replicas are free of live figures."""
+    """Why one remedy does not help, with its message where that holds no live figures."""
     if item.rule == "replicas-down":
         return ""
-    return f"{item.rule}: {item.reason}" + (f", {item.message}" if item.rule == "replicas-up" else "")
+    steady = item.rule == "replicas-up" or item.reason == reasons.METRIC_ABSENT
+    return f"{item.rule}: {item.reason}" + (f", {item.message}" if steady else "")
 
 
 def converge(context: Context, draft: Draft) -> Draft:

@@ -195,8 +195,9 @@ class Gauges:
     Attributes:
         host, device: memory by kind; None where the replica has no such memory.
         curve: measured time of a decode step by its rows, s; empty where the runtime has none.
-        longest_request_tokens: prompt and answer of the longest request within a day; 0 if unknown.
-        token_bytes: bytes of one token in the pool; 0 if unknown.
+        longest_request_tokens: prompt and answer of the longest request within a day; None if the runtime
+            does not say.
+        token_bytes: bytes of one token in the pool; 0 while it holds none, None if the runtime does not say.
     """
 
     waiting: float = 0.0
@@ -210,8 +211,8 @@ class Gauges:
     host: MemoryUse | None = None
     device: MemoryUse | None = None
     curve: Mapping[int, float] = field(default_factory=dict)
-    longest_request_tokens: float = 0.0
-    token_bytes: float = 0.0
+    longest_request_tokens: float | None = 0.0
+    token_bytes: float | None = 0.0
 
 
 @dataclass(frozen=True)
@@ -233,16 +234,17 @@ class Sample:
         """True if every count and gauge is finite: one that is not makes their sum so, and sums are quick."""
         gauges = self.gauges
         kinds = (_memory(kind) for kind in (gauges.host, gauges.device) if kind is not None)
-        total = sum(_gauges(gauges)) + sum(gauges.curve.values()) + sum(map(sum, kinds))
+        total = sum(filter(None, _gauges(gauges))) + sum(gauges.curve.values()) + sum(map(sum, kinds))
         for counts in self.windows.values():
             known = filter(None, _mappings(counts))  # neither what is absent nor what is empty
             total += sum(filter(None, _numbers(counts))) + sum(map(sum, map(_values, known)))
         return math.isfinite(total)
 
 
-def _values_of(kind: type) -> attrgetter[tuple[float, ...]]:
-    """Reads the plain numbers of a dataclass."""
-    return attrgetter(*(item.name for item in fields(kind) if item.type in {"int", "float"}))
+def _values_of(kind: type) -> attrgetter[tuple[Any, ...]]:
+    """Reads the plain numbers of a dataclass, None where one is absent."""
+    plain = {"int", "float", "float | None"}
+    return attrgetter(*(item.name for item in fields(kind) if item.type in plain))
 
 
 _gauges, _memory = _values_of(Gauges), _values_of(MemoryUse)

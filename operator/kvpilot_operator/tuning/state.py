@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_HOLDS, MAX_BLOCKED_VALUES, MAX_REVERSALS, MAX_MARKS, MAX_REPORTED = 5, 16, 16, 10, 12
 MAX_PENDING, MAX_HANDLED, MAX_GENERATIONS = 2, 8, 10
-MAX_SPENT = 8
+MAX_SPENT, MAX_LONGEST = 8, 4
 """Entries that each list of the state holds at most; the newest stay."""
 
 MAX_CONTROLS = 8
@@ -310,6 +310,17 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class LongestRequest:
+    """What the longest request took that engines reported, tokens, whole blocks; a restart makes one forget.
+
+    ``until`` is when it is forgotten, a day after no engine reported it any more; 0 while one does.
+    """
+
+    tokens: int
+    until: float = 0.0
+
+
+@dataclass(frozen=True)
 class Hold:
     """A reason why no change is made, and since when."""
 
@@ -393,3 +404,4 @@ class TuningState:
     spent: tuple[Spent, ...] = ()
     watch: Watch | None = None
     strain: Strain | None = None
+    longest: tuple[LongestRequest, ...] = ()

@@ -25,6 +25,7 @@ from kvpilot_operator.tuning.state import (
     Effect,
     Hold,
     KnobChange,
+    LongestRequest,
     Measure,
     OverlayEntry,
     Pending,
@@ -151,6 +152,9 @@ STATES = st.builds(
     ).map(tuple),
     handled=st.lists(NAMES, max_size=8).map(tuple),
     watch=st.none() | WATCHES,
+    longest=st.lists(
+        st.builds(LongestRequest, st.integers(128, 10**6), st.just(0.0) | TIMES), max_size=4
+    ).map(tuple),
 )
 
 

@@ -30,6 +30,7 @@ from kvpilot_operator.tuning.state import (
     MAX_GENERATIONS,
     MAX_HANDLED,
     MAX_HOLDS,
+    MAX_LONGEST,
     MAX_MARKS,
     MAX_REPORTED,
     MAX_REVERSALS,
@@ -40,6 +41,7 @@ from kvpilot_operator.tuning.state import (
     Generation,
     Hold,
     KnobChange,
+    LongestRequest,
     OverlayEntry,
     Pending,
     Phase,
@@ -106,6 +108,7 @@ def full_state(replicas: int) -> TuningState:
         * MAX_GENERATIONS,
         rules_hash="0123abcd",
         spent=(Spent("cacheLost", NOW, 123456789012.0),) * MAX_SPENT,
+        longest=(LongestRequest(131072, NOW),) * MAX_LONGEST,
     )
 
 

@@ -100,7 +100,7 @@ def test_a_rule_with_a_breach_to_cure_names_what_it_lacks() -> None:
     plan = consider(context_of(calm, policy), TuningState())
     assert why_not(plan, "cache-quota-up") == ("MetricAbsent", f"not every engine exports {metric}")
     held = decide(calm, TuningState(last_generation=1), policy, NOW).state.holds
-    assert "cache-quota-up: MetricAbsent" in held[0].message
+    assert f"cache-quota-up: MetricAbsent, not every engine exports {metric}" in held[0].message
 
 
 def test_an_arm_reports_no_measure_that_it_does_not_export() -> None:

@@ -168,15 +168,17 @@ def _gauges(values: Mapping[SeriesKey, float]) -> Gauges:
         host=_memory(values, "host"),
         device=_memory(values, "device"),
         curve=_by_rows(values, names.STEP_CURVE_SECONDS),
-        longest_request_tokens=_sum(values, names.LONGEST_REQUEST_TOKENS),
+        longest_request_tokens=next((n for _, n in _of(values, names.LONGEST_REQUEST_TOKENS)), None),
         token_bytes=_token_bytes(values),
     )
 
 
-def _token_bytes(values: Mapping[SeriesKey, float]) -> float:
-    """Bytes of one token in the pool, from the pages that it holds; 0 while it holds none."""
+def _token_bytes(values: Mapping[SeriesKey, float]) -> float | None:
+    """Bytes of a token in the pool, from the pages that it holds: 0 while it holds none, None if unknown."""
     pool = names.TIERS[0]
-    pages = _by_label(values, names.CACHED_PAGES, "tier").get(pool, 0.0)
+    pages = _by_label(values, names.CACHED_PAGES, "tier").get(pool)
+    if pages is None:
+        return None
     held = _by_label(values, names.CACHE_BYTES, "tier").get(pool, 0.0)
     return held / pages / PAGE_TOKENS if pages else 0.0
 

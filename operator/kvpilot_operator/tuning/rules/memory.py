@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from kvpilot_engine.contract import BLOCK_TOKENS
+from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, CompressionLevel
 from kvpilot_operator.tuning import reasons
-from kvpilot_operator.tuning.assess.guards import is_blocked
+from kvpilot_operator.tuning.assess.guards import DAY, is_blocked
 from kvpilot_operator.tuning.assess.objectives import hit_rate, judged_window
 from kvpilot_operator.tuning.configuration import value
-from kvpilot_operator.tuning.context import Context, Found, Plan, Proposal
+from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
 from kvpilot_operator.tuning.observation import Gauges, MemoryUse
 from kvpilot_operator.tuning.rules.bounds import room
 from kvpilot_operator.tuning.rules.cache import MAX_PREDICTED_MEMORY, MIB, compress_to, level
 from kvpilot_operator.tuning.rules.prediction import round_to
-from kvpilot_operator.tuning.state import KnobChange, TuningState
+from kvpilot_operator.tuning.state import MAX_LONGEST, KnobChange, LongestRequest, TuningState
 
 EMERGENCY_MEMORY = 0.95
 """Memory ratio at which the batch is cut at once; nothing else frees memory within seconds."""
@@ -29,6 +30,9 @@ BUDGET_CUT = 0.75
 
 MIN_COMPUTED = 0.01
 """Share of the prompt tokens that is computed at least: the last token of a prompt always is."""
+
+_LENGTH_UNKNOWN = (reasons.METRIC_ABSENT, f"not every engine exports {names.LONGEST_REQUEST_TOKENS}")
+"""Why a quota is not cut: requests might no longer fit."""
 
 Kind = Literal["host", "device"]
 
@@ -64,11 +68,12 @@ def memory_emergency(context: Context, state: TuningState, plan: Plan) -> Found:
     return Proposal("memory-emergency", (batch.to(after),), "memory", 0.0, message)
 
 
-def memory_relief(context: Context) -> Found:
+def memory_relief(context: Context, state: TuningState, plan: Plan) -> Found:
     """Memory is over its limit: a smaller quota of the kind that is over.
 
     On a device that is the pool; on the host the tier, or the whole budget where the pool lies there too. No
-    quota falls below what the longest request of the last day needs.
+    quota falls below what the longest request of the last day needs; where that is unknown, none is cut that
+    requests need.
     """
     if not context.breached("memory"):
         return reasons.NOT_AT_FAULT, "memory is not over its limit"
@@ -76,8 +81,10 @@ def memory_relief(context: Context) -> Found:
     if pressure is None or pressure.held <= 0:
         return reasons.NOT_EFFECTIVE, "the engine does not report what its cache holds"
     if pressure.kind == "device":
-        return _smaller_pool(context, pressure)
-    return _smaller_tier(context, pressure) if pressure.has_device else _smaller_budget(context, pressure)
+        return _smaller_pool(context, state, pressure)
+    if pressure.has_device:
+        return _smaller_tier(context, pressure)
+    return _smaller_budget(context, state, pressure)
 
 
 def pressure_of(context: Context) -> Pressure | None:
@@ -108,21 +115,50 @@ def _gain(pressure: Pressure, freed_mib: float) -> float:
     return freed_mib / limit / pressure.use.ratio if limit else 1 - BUDGET_CUT
 
 
-def longest_request(context: Context) -> tuple[float, float]:
-    """Tokens of the longest request of the last day, whole blocks, and bytes of a token; 0 where unknown."""
-    gauges = [replica.sample.gauges for replica in context.trust.trusted if replica.sample is not None]
-    tokens = max((item.longest_request_tokens for item in gauges), default=0.0)
-    return math.ceil(tokens / BLOCK_TOKENS) * BLOCK_TOKENS, max(
-        (item.token_bytes for item in gauges), default=0.0
-    )
+def remember_longest(context: Context, draft: Draft) -> Draft:
+    """Remember the longest requests for a day, since an engine that restarts forgets its own."""
+    tokens = _reported_longest(context)
+    if tokens is None:
+        return draft
+    kept = [
+        replace(item, until=item.until or context.now + DAY)
+        for item in draft.state.longest
+        if item.tokens > tokens and not 0 < item.until <= context.now
+    ]
+    if tokens:
+        kept.append(LongestRequest(tokens))
+    if len(kept) > MAX_LONGEST:  # the longer one stands for the shorter one as well
+        kept[:2] = [replace(kept[0], until=kept[1].until)]
+    return draft.with_state(longest=tuple(kept))
 
 
-def _smaller_pool(context: Context, pressure: Pressure) -> Found:
+def _reported_longest(context: Context) -> int | None:
+    """Tokens of the longest request that engines report, whole blocks; None unless every one says so."""
+    reported = [item.longest_request_tokens for item in _gauges(context)]
+    known = [item for item in reported if item is not None]
+    if not known or len(known) < len(reported):
+        return None
+    return math.ceil(max(known) / BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _longest(context: Context, state: TuningState) -> int | None:
+    """Tokens of the longest request of the last day, whole blocks; None where an engine does not say."""
+    reported = _reported_longest(context)
+    return None if reported is None else max([reported, *(item.tokens for item in state.longest)])
+
+
+def _gauges(context: Context) -> list[Gauges]:
+    return [replica.sample.gauges for replica in context.trust.trusted if replica.sample is not None]
+
+
+def _smaller_pool(context: Context, state: TuningState, pressure: Pressure) -> Found:
     """A smaller quota of the device pool; its budget counts as used on a device."""
-    tokens = room(context, "maxTokens")
+    tokens, longest = room(context, "maxTokens"), _longest(context, state)
+    if longest is None:
+        return _LENGTH_UNKNOWN
     budget = pressure.use.budget_bytes / MIB
     wanted = tokens.now * max(0.5, 1 - _excess_mib(context, pressure) / budget)
-    floor = max(longest_request(context)[0], tokens.minimum)
+    floor = max(longest, tokens.minimum)
     after = int(max(round_to(wanted, BLOCK_TOKENS), floor))
     if not tokens.tunable or after >= tokens.now:
         return reasons.AT_BOUND, f"maxTokens is {tokens.now}, and requests need up to {floor:.0f} tokens"
@@ -145,11 +181,18 @@ def _smaller_tier(context: Context, pressure: Pressure) -> Found:
     return _relief(context, pressure, values, pressure.held - after, left)
 
 
-def _smaller_budget(context: Context, pressure: Pressure) -> Found:
+def _smaller_budget(context: Context, state: TuningState, pressure: Pressure) -> Found:
     """A smaller budget of pool and host tier together, and a higher compression level to keep the blocks."""
-    budget, held = room(context, "maxMemoryMb"), pressure.held
-    tokens, token_bytes = longest_request(context)
-    floor = max(held / 2, budget.minimum, math.ceil(tokens * token_bytes / MIB))
+    budget, held, longest = room(context, "maxMemoryMb"), pressure.held, _longest(context, state)
+    if longest is None:
+        return _LENGTH_UNKNOWN
+    sizes = [item.token_bytes for item in _gauges(context) if item.token_bytes is not None]
+    if longest and not sizes:
+        return reasons.METRIC_ABSENT, f"no engine exports {names.CACHED_PAGES}"
+    if longest and not any(sizes):
+        return reasons.NOT_EFFECTIVE, "no pool holds a page that would show what a token takes"
+    needed_mib = math.ceil(longest * max(sizes, default=0.0) / MIB)
+    floor = max(held / 2, budget.minimum, needed_mib)
     after = int(max(round_to(held - _excess_mib(context, pressure), 1), floor))
     if after >= held or (budget.now is not None and after >= budget.now):
         return reasons.AT_BOUND, f"the cache holds {held:.0f} MiB, the minimum is {floor:.0f} MiB"

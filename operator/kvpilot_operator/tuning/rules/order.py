@@ -150,7 +150,7 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "memory-relief",
         "urgent: an engine that is killed for its memory loses its cache and every request",
-        _by_context(memory_relief),
+        memory_relief,
         moves=down("maxMemoryMb", "maxTokens", "hostMemoryMb", "compressionRatio"),
         cures=("memory",),
         any_knob=True,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.adapters.metrics.series import (
     COUNTERS,
@@ -135,6 +136,14 @@ def test_optional_series_are_absent_and_not_zero() -> None:
     assert got.gauges.curve == {8: 0.02}
     without = sample_from({"short": increases()}, gauges(), {"short": 10.0}, 0.5, 10.0)
     assert (without.windows["short"].bucket_rows, without.gauges.curve) == ({}, {})
+    assert (without.gauges.longest_request_tokens, without.gauges.token_bytes) == (None, None)
+    held = {
+        key(names.LONGEST_REQUEST_TOKENS): 3072.0,
+        key(names.CACHED_PAGES, tier="pool"): 2.0,
+        key(names.CACHE_BYTES, tier="pool"): 64.0 * PAGE_TOKENS,
+    }
+    got = sample_from({}, gauges() | held, {}, 0, 0).gauges
+    assert (got.longest_request_tokens, got.token_bytes) == (3072.0, 32.0)
 
 
 def test_a_window_without_series_is_absent_and_not_zero() -> None:
