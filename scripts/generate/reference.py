@@ -149,7 +149,7 @@ def _knobs() -> str:
             bounds(knob.minimum, knob.maximum),
             knob.unit,
             knob.cls.value,
-            str(knob.price),
+            knob.price.words,
             knob.effect,
             ", ".join(f"`{item.name}`" for item in REMEDIES if knob.resource_name in item.knobs),
         )
@@ -199,9 +199,12 @@ def _reasons() -> str:
     parts = [
         _HEADER,
         "# Rules and reasons\n\n",
-        "Remedies in the order in which they are considered: the urgent ones, then by price (that of the "
-        "leading knob; a replica costs more than any knob). The first proposal that stands is taken; "
-        "`spec.tuning.disabledRules` leaves out any of them.\n\n",
+        "Remedies in the order in which they are considered: the urgent ones, then by price, and last what "
+        "gives back a replica. In a price GPUs count first, then a restart (no remedy needs one), then the "
+        "time with a cold cache, then its memory. It is that of one step of the leading knob from the "
+        "default configuration, or of one replica with one GPU; remedies of equal price stand as their "
+        "reasons say. The record of a decision has the price at the load of that moment. The first proposal "
+        "that stands is taken; `spec.tuning.disabledRules` leaves out any of them.\n\n",
         _table(
             ("Rule", "Acts on", "Changes", "Price", "Class", "Drops", "Reversible", "Why it stands there"),
             (
@@ -209,7 +212,7 @@ def _reasons() -> str:
                     f"`{r.name}`",
                     r.scope,
                     ", ".join(r.knobs) or f"{r.replicas:+d} replica",
-                    str(r.price),
+                    r.price.words,
                     "" if r.cls is None else r.cls.value,
                     r.drops,
                     "yes" if r.reversible else "no",

@@ -14,6 +14,8 @@ from typing import Literal
 
 from pydantic.alias_generators import to_camel
 
+from kvpilot_engine.contract.wording import counted
+
 GROWTH = 2.0
 """Factor of one step upwards of a knob of class A: few steps cross its range, and each shows an effect."""
 
@@ -24,6 +26,43 @@ SATURATED_BUSY = 0.90
 SATURATED_GAIN = 0.10
 """A device is saturated if steps take at least SATURATED_BUSY of wall time and one more sequence would raise
 tokens/s by less than SATURATED_GAIN."""
+
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, order=True)
+class Price:
+    """What a remedy costs. GPUs count first, then a restart, then time with a cold cache, then its memory.
+
+    Attributes:
+        gpus: those of the replicas that it adds; below 0 for what it gives back.
+        restart: replicas restart for it. No knob of the catalogue needs that.
+        cold_seconds: time until the cache that it changes, or the replica that it adds, serves as a warm one.
+        cache_bytes: memory that the cache takes for it, or content that the cache loses by it.
+    """
+
+    gpus: int = 0
+    restart: bool = False
+    cold_seconds: float = 0.0
+    cache_bytes: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """For people: ``128 MiB of cache and 60 s until it is warm``."""
+        parts = [counted(abs(self.gpus), "GPU") + (" less" if self.gpus < 0 else "")] if self.gpus else []
+        parts += ["a restart"] if self.restart else []
+        parts += [f"{self.cache_bytes / MIB:.0f} MiB of cache"] if self.cache_bytes >= MIB / 2 else []
+        parts += [f"{self.cold_seconds:.0f} s until it is warm"] if self.cold_seconds >= 1 else []
+        *first, last = parts or ["nothing but work"]
+        return f"{', '.join(first)} and {last}" if first else last
+
+
+WORK = Price()
+ENCODING = Price(cold_seconds=60)
+QUOTA = Price(cold_seconds=60, cache_bytes=128 * MIB)
+"""Prices of knobs. WORK drops and takes nothing; with ENCODING it takes about a minute until all blocks are
+of the new kind; a QUOTA also takes memory, for one step half of the default host tier."""
 
 
 class KnobClass(StrEnum):
@@ -41,7 +80,7 @@ class Knob:
         name: snake_case field of KVCacheConfig.
         kind: how values are written and compared.
         cls: how a change is proven.
-        price: order in which remedies are tried; lower is cheaper (0 costs nothing but work).
+        price: of one step from the default configuration; remedies are tried in this order.
         minimum, maximum: inclusive bounds of the tuner (the field's own bounds may be wider); None for
             kinds without an order.
         unit: of the value, for people.
@@ -51,7 +90,7 @@ class Knob:
     name: str
     kind: Literal["int", "ratio", "flag", "choice"]
     cls: KnobClass
-    price: int
+    price: Price
     minimum: float | None
     maximum: float | None
     unit: str
@@ -64,17 +103,17 @@ class Knob:
 
 
 CATALOGUE: tuple[Knob, ...] = (
-    Knob("num_workers", "int", KnobClass.HOT, 1, 1, 128, "requests", "admits more requests at once"),
-    Knob("batch_size", "int", KnobClass.HOT, 1, 1, 256, "sequences", "runs more sequences in one step"),
-    Knob("max_step_tokens", "int", KnobClass.HOT, 2, 64, 8192, "tokens", "prefills more per step"),
-    Knob("prefetch_size", "int", KnobClass.HOT, 2, 0, 64, "blocks", "fetches further ahead"),
-    Knob("enable_prefetch", "flag", KnobClass.HOT, 2, None, None, "", "fetches blocks ahead"),
-    Knob("cache_strategy", "choice", KnobClass.HOT, 2, None, None, "", "chooses what is evicted"),
-    Knob("max_tokens", "int", KnobClass.CACHE, 4, 512, 65536, "tokens", "keeps more on the device"),
-    Knob("host_memory_mb", "int", KnobClass.CACHE, 4, 0, 65536, "MiB", "keeps more in the host tier"),
-    Knob("max_memory_mb", "int", KnobClass.CACHE, 3, 100, 1_048_576, "MiB", "allows more cache memory"),
-    Knob("use_compression", "flag", KnobClass.CACHE, 3, None, None, "", "encodes evicted blocks"),
-    Knob("compression_ratio", "ratio", KnobClass.CACHE, 3, 0.1, 1.0, "kept", "compresses less"),
+    Knob("num_workers", "int", KnobClass.HOT, WORK, 1, 128, "requests", "admits more requests at once"),
+    Knob("batch_size", "int", KnobClass.HOT, WORK, 1, 256, "sequences", "runs more sequences in one step"),
+    Knob("max_step_tokens", "int", KnobClass.HOT, WORK, 64, 8192, "tokens", "prefills more per step"),
+    Knob("prefetch_size", "int", KnobClass.HOT, WORK, 0, 64, "blocks", "fetches further ahead"),
+    Knob("enable_prefetch", "flag", KnobClass.HOT, WORK, None, None, "", "fetches blocks ahead"),
+    Knob("cache_strategy", "choice", KnobClass.HOT, WORK, None, None, "", "chooses what is evicted"),
+    Knob("max_tokens", "int", KnobClass.CACHE, QUOTA, 512, 65536, "tokens", "keeps more on the device"),
+    Knob("host_memory_mb", "int", KnobClass.CACHE, QUOTA, 0, 65536, "MiB", "keeps more in the host tier"),
+    Knob("max_memory_mb", "int", KnobClass.CACHE, QUOTA, 100, 1_048_576, "MiB", "allows more cache memory"),
+    Knob("use_compression", "flag", KnobClass.CACHE, ENCODING, None, None, "", "encodes evicted blocks"),
+    Knob("compression_ratio", "ratio", KnobClass.CACHE, ENCODING, 0.1, 1.0, "kept", "compresses less"),
 )
 
 _BY_NAME = {knob.name: knob for knob in CATALOGUE} | {knob.resource_name: knob for knob in CATALOGUE}

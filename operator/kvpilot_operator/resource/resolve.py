@@ -149,7 +149,7 @@ def _scaling(spec: models.DeploymentSpec) -> Scaling | None:
     if (given := spec.scaling) is None:
         return None
     schedules = tuple(ScheduledBounds(item.window, item.minimum, item.maximum) for item in given.schedules)
-    return Scaling(given.minimum, given.maximum, given.direction, schedules, limit)
+    return Scaling(given.minimum, given.maximum, given.direction, schedules, limit, gpus=gpus_of(spec))
 
 
 def gpus_of(spec: models.DeploymentSpec) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import format_value, sentence
 
@@ -37,6 +38,8 @@ _DIAGNOSED = frozenset({"Started", "Recommended", "Proposed", "ScaledOut"})
 def story(record: Json) -> tuple[str, ...]:
     """The sentences of a decision, at most ``MAX_LINES`` - 1."""
     lines = [*_FORMATS.get(str(record["outcome"]), _plain)(record)]
+    if price := record.get("price"):
+        lines.append(f"It costs {Price(**price).words}.")
     if record["outcome"] in _DIAGNOSED:
         lines = [*lines, *_left(record)]
     return tuple(lines[: MAX_LINES - 1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.tuning.state import KnobChange, TuningState
 
 
@@ -193,6 +194,7 @@ class Record:
         changes: knobs of the change; whether they are in force follows from ``outcome``.
         replicas: number of replicas before and after.
         canary, controls: names of the replicas of the experiment.
+        price: of what is proposed or begun; None for the end of a change and for what has none.
     """
 
     id: str
@@ -209,6 +211,7 @@ class Record:
     controls: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    price: Price | None = None
 
 
 @dataclass(frozen=True)

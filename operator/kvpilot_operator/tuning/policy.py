@@ -68,6 +68,7 @@ class Scaling:
 
     Attributes:
         gpu_limit: replicas that the budget of GPUs allows; None without one.
+        gpus: those of one replica.
         limited_by: why the maximum is lower than the one given; "" where it is not.
     """
 
@@ -77,6 +78,7 @@ class Scaling:
     schedules: tuple[ScheduledBounds, ...] = ()
     gpu_limit: int | None = None
     limited_by: str = ""
+    gpus: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from kvpilot_operator.tuning.experiment.evidence import CAPACITY
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.permission.modes import carry_out
 from kvpilot_operator.tuning.policy import Scaling
+from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.sizing import (
     FULL,
     SCALED_IN,
@@ -205,6 +206,7 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
             outcome="ScaledOut" if target > asked else "ScaledIn",
             summary=f"{proposal.sentence}; {proposal.summary}.",
             replicas=proposal.replicas,
+            price=price_of(context, proposal),
             evidence={"why": proposal.message},
         )
         .reporting(context, key)

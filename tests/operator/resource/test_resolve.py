@@ -135,7 +135,7 @@ def test_the_budget_of_gpus_is_a_number_of_replicas() -> None:
     for budget, limit in ((None, None), (9, 4), (20, 10)):
         scaling = policy_of(gpu_spec(maxGPUs=budget)).scaling
         assert scaling is not None
-        assert scaling.gpu_limit == limit
+        assert (scaling.gpu_limit, scaling.gpus) == (limit, 2)
 
 
 def test_a_budget_of_gpus_below_the_minimum_is_refused() -> None:

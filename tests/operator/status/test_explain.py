@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.resource.times import from_rfc3339
 from kvpilot_operator.status.explain import explain
 from kvpilot_operator.tuning.decision import Diagnosis, Record, Rejected, StageShare
 from kvpilot_operator.tuning.state import KnobChange
 
 RUN = CliRunner()
+PRICED = {"Started", "Proposed", "Recommended"}
 
 
 def manifest(mode: str = "Auto", **status: Any) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def whole_record(outcome: Any = "Promoted", **evidence: Any) -> dict[str, Any]:
             Rejected("replicas-up", "AtBound", "the maximum is 4"),
         ),
         evidence={"why": "workers were short; 4 are needed", "predictedGain": 0.4, **evidence},
+        price=Price(cold_seconds=40.0, cache_bytes=float(64 << 20)) if outcome in PRICED else None,
     )
     return dict(json.loads(json.dumps(asdict(record))))
 
@@ -82,6 +85,7 @@ def test_action_is_explained_with_its_evidence() -> None:
         "The time of a request went into admission wait (71%) and decode (20%).",
         "So chat-c1f0 tries numWorkers 8 -> 16 and enablePrefetch unset -> true, with chat-a7d2 and "
         "chat-b9e4 as controls; it should gain 40%.",
+        "It costs 64 MiB of cache and 40 s until it is warm.",
         "Not chosen: batch-up and replicas-up, because the maximum is 4.",
     )
     assert "  2023-11-14T22:13:20Z  d-0042  Started by workers-up" in reported.lines()
@@ -144,7 +148,7 @@ def test_change_that_was_not_kept_does_not_read_like_one_that_was(
     ["Started", "Proposed", "Recommended", "Promoted", "Reverted", "Aborted", "Emergency", "ScaledOut"],
 )
 def test_record_of_an_older_operator_is_told_by_its_summary(outcome: str) -> None:
-    record = whole_record(outcome) | {"evidence": {}, "diagnosis": None, "rejected": []}
+    record = whole_record(outcome) | {"evidence": {}, "diagnosis": None, "rejected": [], "price": None}
     assert explain(manifest(), [record]).actions[0].story == ("numWorkers 8 -> 16; p95 met.",)
 
 

@@ -6,6 +6,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
 from kvpilot_operator.tuning.experiment.ends import abort
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
+from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.state import Measure, Phase
 
 
@@ -32,6 +33,7 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
             f"generation {change.generation}.",
             changes=change.values,
             generation=change.generation,
+            price=price_of(context, proposal),
             evidence={"verdict": reasons.EMERGENCY, "why": proposal.message},
         )
         .reporting(context, proposal.rule)

@@ -13,6 +13,7 @@ from kvpilot_operator.tuning.experiment.evidence import CAPACITY, FAULTS, WORK, 
 from kvpilot_operator.tuning.experiment.measure_verdict import difference_before
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
 from kvpilot_operator.tuning.observation import ObservedReplica
+from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.state import MAX_CONTROLS, Measure, Phase, ReplicaRef
 
 
@@ -57,6 +58,7 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         canary=canary.name,
         controls=tuple(item.name for item in change.controls),
         rejected=rejected,
+        price=price_of(context, proposal),
         evidence={
             "seed": seed,
             "measure": measure,

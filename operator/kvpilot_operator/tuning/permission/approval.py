@@ -22,6 +22,7 @@ from kvpilot_operator.tuning.context import (
 from kvpilot_operator.tuning.decision import Rejected
 from kvpilot_operator.tuning.observation import Approval
 from kvpilot_operator.tuning.permission.overrides import handle, refuse
+from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.state import Pending
 
 APPROVAL_COOLDOWNS = REPORT_COOLDOWNS
@@ -99,6 +100,7 @@ def _pend(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         changes=proposal.values,
         replicas=proposal.replicas,
         rejected=rejected,
+        price=price_of(context, proposal),
         evidence={"why": proposal.message},
     ).with_state(pending=(*draft.state.pending, pending))
 

@@ -11,6 +11,7 @@ from kvpilot_operator.tuning.decision import Rejected
 from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK, TRIED, abort
 from kvpilot_operator.tuning.permission.approval import await_approval
 from kvpilot_operator.tuning.policy import Policy
+from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.state import Change, Phase
 
 Act = Callable[[Context, Draft, Proposal], Draft]
@@ -51,6 +52,7 @@ def recommend(context: Context, draft: Draft, proposal: Proposal, rejected: tupl
         changes=proposal.values,
         replicas=proposal.replicas,
         rejected=rejected,
+        price=price_of(context, proposal),
         evidence={"why": proposal.message},
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from kvpilot_engine.contract import KnobClass
 from kvpilot_engine.contract import knob as catalogued
+from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context, Found, Plan, Scope
 from kvpilot_operator.tuning.decision import Rejected
@@ -34,8 +35,8 @@ HITS = ("query_tokens", "hit_tokens", "ceiling_tokens")
 
 PREFETCHED = ("prefetch_used", "prefetch_wasted")
 
-REPLICA_PRICE = 10
-"""A replica costs more than any knob: an accelerator."""
+REPLICA_PRICE = Price(gpus=1, cold_seconds=60)
+"""A replica costs more than any knob: an accelerator, and a start with an empty cache."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,16 @@ class Remedy:
         return tuple(move.knob for move in self.moves)
 
     @property
-    def price(self) -> int:
-        """Price of the leading knob; the list is in this order."""
-        return catalogued(self.knobs[0]).price if self.knobs else REPLICA_PRICE
+    def price(self) -> Price:
+        """Price of one step of the leading knob from the default configuration, or of one replica."""
+        if self.knobs:
+            return catalogued(self.knobs[0]).price
+        return REPLICA_PRICE if self.replicas > 0 else Price(gpus=self.replicas)
+
+    @property
+    def rank(self) -> tuple[bool, bool, Price]:
+        """The order of the list: urgent ones, then by price, and last what gives back a replica."""
+        return (not self.urgent, self.replicas < 0, self.price)
 
     @property
     def cls(self) -> KnobClass | None:
@@ -137,7 +145,7 @@ def _by_context(find: Callable[[Context], Found]) -> Callable[[Context, TuningSt
     return lambda context, state, plan: find(context)
 
 
-REMEDIES: tuple[Remedy, ...] = (
+_ALL = (
     Remedy(
         "memory-emergency",
         "first: memory is nearly exhausted, so the batch is cut on all replicas at once",
@@ -263,4 +271,6 @@ REMEDIES: tuple[Remedy, ...] = (
         replicas=-1,
     ),
 )
-"""Every remedy: the urgent ones, then by price."""
+
+REMEDIES: tuple[Remedy, ...] = tuple(sorted(_ALL, key=lambda remedy: remedy.rank))
+"""Every remedy in the order of :attr:`Remedy.rank`; of equal ones, as they stand above."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tests.operator.tuning.plans import QUEUED, SMALL, plan, why_not
 from tests.operator.tuning.policies import CATALOGUE_BOUNDS, policy_of
 
 from kvpilot_engine.contract import CATALOGUE
+from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.rules.order import REMEDIES
 
@@ -28,10 +31,28 @@ def test_rules_stand_in_order_of_price_and_say_why() -> None:
         "replicas-down",
     ]
     assert all(remedy.why for remedy in REMEDIES)
-    urgent = [remedy.urgent for remedy in REMEDIES]
-    assert urgent == sorted(urgent, reverse=True)
-    prices = [remedy.price for remedy in REMEDIES if not remedy.urgent]
+    assert [item.urgent for item in REMEDIES] == [True] * 2 + [False] * 12
+    prices = [item.price for item in REMEDIES if not item.urgent and item.replicas >= 0]
     assert prices == sorted(prices)
+    assert REMEDIES[-1].price == Price(gpus=-1)
+
+
+def test_in_a_price_gpus_count_first_then_a_restart_then_cold_time_then_memory() -> None:
+    ascending = [
+        Price(gpus=-1, restart=True, cold_seconds=90, cache_bytes=9e9),
+        Price(),
+        Price(cache_bytes=9e9),
+        Price(cold_seconds=1),
+        Price(cold_seconds=1, cache_bytes=1),
+        Price(restart=True),
+        Price(gpus=1),
+    ]
+    assert all(one < other for one, other in pairwise(ascending))
+    assert [price.words for price in (Price(), Price(2, True, 90, 128 << 20), Price(gpus=-1))] == [
+        "nothing but work",
+        "2 GPUs, a restart, 128 MiB of cache and 90 s until it is warm",
+        "1 GPU less",
+    ]
 
 
 def test_every_knob_is_moved_by_a_rule_and_no_rule_moves_anything_else() -> None:
