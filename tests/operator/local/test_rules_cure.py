@@ -10,7 +10,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from tests.operator.local.deployment import Deployment, Traffic, closed_loop, manifest_of, users
+from tests.operator.local.deployment import PACE_SCALE, Deployment, Traffic, closed_loop, manifest_of, users
 
 from kvpilot_engine.contract import compression_level
 from kvpilot_engine.contract.metrics import EDGES_S, Stage
@@ -18,10 +18,12 @@ from kvpilot_operator.reconcile.reconciler import Reconciliation
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Counts, Gauges
+from kvpilot_operator.tuning.pace import PACES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
+WINDOW_S = PACE_SCALE * PACES["Fast"].short
 LIMIT = 1 << 30
 """Memory limit of the engines, bytes: about twice the memory of an engine with the built-in model."""
 
@@ -95,6 +97,48 @@ def _counts_with_batch_size_one(results: list[Reconciliation]) -> Counts:
 
 def _batch_wait(counts: Counts) -> float:
     return counts.stage_seconds[Stage.BATCH_WAIT] / counts.judged
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(600)
+@pytest.mark.flaky(reruns=1)  # docs/decisions/2026-11-23-one-repeat-for-live-tuning.md
+async def test_prefetching_cures_tier_load(tmp_path: Path) -> None:
+    """Prompts lie in the host tier. The stage is cured; the limit is only there to be missed."""
+    config = {
+        "numWorkers": 16, "batchSize": 16, "maxTokens": 20480, "hostMemoryMb": 400, "enablePrefetch": False,
+    }  # fmt: skip
+    deployment = Deployment(tmp_path, manifest_of(config, replicas=2))
+    traffic = Traffic(prompt_tokens=1024, output_tokens=2, prompts=64)  # a pool holds a third of them
+    async with deployment.running() as client:
+        await deployment.until(lambda result: len(result.observation.ready) == 2, 100)
+        async with users(client, traffic, 16):
+            await deployment.until(_prompts_are_cached, 120)
+        _, seconds = await closed_loop(client, traffic, 16, 26)  # long windows without the misses
+        edge = max(edge for edge in EDGES_S if edge < 0.8 * seconds)
+        latency = {"p50Ms": round(1000 * edge), "p95Ms": 30_000, "p99Ms": 30_000}
+        deployment.edit(objectives={**manifest_of({})["spec"]["objectives"], "latency": latency})
+        async with users(client, traffic, 16):
+            started = await deployment.recorded("Started", 60)
+            before = deployment.results[-1].observation
+            promoted = await deployment.recorded("Promoted", 120)
+            shown = promoted.at + 2 * WINDOW_S  # by then a short window shows the change alone
+            after = (await deployment.until(lambda result: result.observation.at > shown, 60)).observation
+
+    assert started.rule == promoted.rule == "prefetch-up"
+    assert [change.knob for change in started.changes] == ["enablePrefetch", "prefetchSize"]
+    assert started.diagnosis is not None
+    assert (started.diagnosis.stage, started.diagnosis.reason) == (Stage.TIER_LOAD, reasons.TIER_LOAD_SLOW)
+    assert started.summary.startswith("Tier load was ")
+    assert _tier_load(after.counts("short")) < 0.6 * _tier_load(before.counts("long"))
+
+
+def _prompts_are_cached(result: Reconciliation) -> bool:
+    hits = next(o for o in result.decision.objectives if o.name == "hitRate").measured_short
+    return hits is not None and hits > 0.98
+
+
+def _tier_load(counts: Counts) -> float:
+    return counts.stage_seconds[Stage.TIER_LOAD] / counts.judged
 
 
 @pytest.mark.timeout(750)
