@@ -24,6 +24,7 @@ _BY_OUTCOME: Mapping[DecisionOutcome, tuple[Kind, str]] = MappingProxyType(
         "Recommended": ("Normal", "ChangeRecommended"),
         "ScaledOut": ("Normal", "ScaledOut"),
         "ScaledIn": ("Normal", "ScaledIn"),
+        "Measured": ("Normal", "EffectMeasured"),
         "Reset": ("Normal", "BaseChanged"),
         "Infeasible": ("Warning", "ObjectiveInfeasible"),
         "Emergency": ("Warning", "EmergencyChange"),

@@ -18,6 +18,7 @@ from kvpilot_operator.resource.times import from_rfc3339, to_rfc3339
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
     MAX_CONTROLS,
+    MAX_EXPECTED,
     MAX_GENERATIONS,
     MAX_HANDLED,
     MAX_HOLDS,
@@ -36,7 +37,7 @@ DECISION_BYTES = 512
 STATUS_BYTES, KEPT_GENERATIONS = 16 * 1024, 2
 """A larger status drops its oldest decisions, then its oldest generations, of which it keeps so many."""
 
-TEXT_LIMITS = (256, 128, 56)
+TEXT_LIMITS = (256, 128, 56, 40)
 """Then it cuts texts for people to so many characters, the first number that suffices."""
 
 
@@ -298,6 +299,29 @@ class LongestRequestStatus(_Status):
     )
 
 
+class PredictionStatus(_Status):
+    """What a measure should be after an action."""
+
+    measure: str = Field(description="use of the replicas' capacity, or memory over its limit.")
+    value: Number = Field(description="Expected value.")
+    low: Number = Field(description="Least value that was to be expected.")
+    high: Number = Field(description="Greatest one.")
+
+
+class ExpectedStatus(_Status):
+    """An action without arms whose effect is not measured yet."""
+
+    id: str = Field(description="ID of its decision.")
+    rule: str = Field(description="Rule that it rests on.")
+    what: str = Field(description="The change in words.")
+    prediction: PredictionStatus = Field(description="What should come of it.")
+    at: Time = Field(description="When it was made.")
+    replicas: int = Field(0, description="Number of replicas that it asked for; 0 for knobs.")
+    since: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
+        None, description="Since when it is in force."
+    )
+
+
 class HoldStatus(_Status):
     """Why no change is made."""
 
@@ -387,6 +411,9 @@ class TuningStatus(_Status):
     )
     longest: tuple[LongestRequestStatus, ...] = Field(
         (), max_length=MAX_LONGEST, description="The longest requests of the last day, longest first."
+    )
+    expected: tuple[ExpectedStatus, ...] = Field(
+        (), max_length=MAX_EXPECTED, description="Actions without arms whose effect is not measured yet."
     )
     rules_hash: str = Field("", description="Digest of the operator's rules that acted last.")
 

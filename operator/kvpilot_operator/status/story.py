@@ -158,7 +158,7 @@ def _emergency(record: Json) -> Iterator[str]:
         return
     yield f"{sentence(clauses(why))}, which leaves no time to try anything on one replica."
     yield f"So all of them got {changes(record)} at once, as generation {record['generation']}."
-    yield "It is taken back if memory does not fall."
+    yield f"{_predicted(record, 'Memory should then be at')}It is taken back if memory does not fall."
 
 
 def _scaled(record: Json) -> Iterator[str]:
@@ -170,6 +170,17 @@ def _scaled(record: Json) -> Iterator[str]:
         yield from _fault(record)
         yield from _time(record)
     yield f"{sentence(clauses(why))}, so the number of replicas goes from {sizes[0]} to {sizes[1]}."
+    if "predicted" in record["evidence"]:
+        yield _predicted(record, "The share of their capacity in use should then be").rstrip()
+
+
+def _predicted(record: Json, begins: str) -> str:
+    """What should come of an action without arms, and a space; "" if its record does not say."""
+    evidence = record["evidence"]
+    if "predicted" not in evidence:
+        return ""
+    value, low, high = (float(evidence[key]) for key in ("predicted", "predictedLow", "predictedHigh"))
+    return f"{begins} {value:.0%}, within {low:.0%} and {high:.0%}. "
 
 
 def _left(record: Json) -> Iterator[str]:

@@ -28,6 +28,7 @@ from kvpilot_operator.tuning.state import (
     Hold,
     KnobChange,
     Phase,
+    Prediction,
     Reported,
     TuningState,
 )
@@ -227,8 +228,12 @@ class Draft:
 
     @property
     def acted(self) -> bool:
-        """True if this decision has a record or writes a configuration: one change per decision."""
-        return bool(self.records) or any(isinstance(action, WriteConfig) for action in self.actions)
+        """True if this decision has a record or writes a configuration: one change per decision.
+
+        What came of an earlier one is no change.
+        """
+        recorded = any(record.outcome != "Measured" for record in self.records)
+        return recorded or any(isinstance(action, WriteConfig) for action in self.actions)
 
     @property
     def next_id(self) -> str:
@@ -307,6 +312,8 @@ class Proposal:
         ratio: predicted step rate over the present one, above 1 for what adds capacity; below 1 the least
             that is left by what gives some up; 0 for what should leave it as it is.
         measure: what the arms are compared by, if that is not capacity or the objective's own measure.
+        prediction: what should come of an action without arms; None for what is tried on a canary, and where
+            nothing is known.
         strained: share of the replicas' capacity that was in use when requests waited all the same; 0 if they
             did not, or that is unknown.
     """
@@ -320,6 +327,7 @@ class Proposal:
     ratio: float = 0.0
     measure: str = ""
     strained: float = 0.0
+    prediction: Prediction | None = None
 
     @property
     def summary(self) -> str:

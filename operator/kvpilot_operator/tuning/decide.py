@@ -45,6 +45,7 @@ from kvpilot_operator.tuning.permission.pins import keep_pins
 from kvpilot_operator.tuning.permission.windows import closed, in_force
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.replicas import BOOST_DECAY, keep_bounds, recycle_outlier, scale
+from kvpilot_operator.tuning.results import measure_results
 from kvpilot_operator.tuning.rules.memory import remember_longest
 from kvpilot_operator.tuning.rules.order import consider
 from kvpilot_operator.tuning.state import MAX_HOLDS, Change, Phase, Reported, TuningState
@@ -70,6 +71,7 @@ def decide(observation: Observation, state: TuningState, policy: Policy, now: fl
     draft = note_generation(context, draft)
     draft = revoke(context, draft)
     draft = advance(context, draft)
+    draft = measure_results(context, draft)
     draft = watch(context, draft)
     draft = keep_pins(context, draft)
     draft = roll_back(context, draft)

@@ -65,6 +65,7 @@ DecisionOutcome = Literal[
     "Recommended",
     "ScaledOut",
     "ScaledIn",
+    "Measured",
     "Reset",
     "Infeasible",
     "Emergency",

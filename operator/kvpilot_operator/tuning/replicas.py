@@ -18,6 +18,7 @@ from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposa
 from kvpilot_operator.tuning.decision import Recycle, Scale, TakeOverReplicas
 from kvpilot_operator.tuning.experiment.ends import TRIED, abort
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY
+from kvpilot_operator.tuning.experiment.expectation import expect
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.permission.modes import carry_out
 from kvpilot_operator.tuning.policy import Scaling
@@ -29,6 +30,7 @@ from kvpilot_operator.tuning.sizing import (
     foreseen_replicas,
     needed_replicas,
     planned_use,
+    predicted_use,
     use_now,
 )
 from kvpilot_operator.tuning.state import MAX_MARKS, ReplicaMark, Strain, TuningState
@@ -107,7 +109,7 @@ def replicas_up(context: Context, state: TuningState, plan: Plan) -> Found:
         target, why = min(foreseen[0], scaling.maximum), foreseen[1]
         if context.serving_badly and context.diagnosis.saturated:
             why = f"{_saturation(context)}: {why}"
-        return _sized(context, "replicas-up", target, why)
+        return _tuned(context, state, "replicas-up", target, why)
     return _relieved(context, state, plan, scaling)
 
 
@@ -135,7 +137,7 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
     target = min(math.ceil(ready * ratio / USE - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
     if target <= seen.desired_replicas:
         return reasons.REPLICAS_PENDING, "what the replicas that were asked for bring does not show yet"
-    return replace(_sized(context, "replicas-up", target, why), strained=strained)
+    return replace(_tuned(context, state, "replicas-up", target, why), strained=strained)
 
 
 def _strained(context: Context) -> float:
@@ -173,12 +175,13 @@ def replicas_down(context: Context, state: TuningState, plan: Plan) -> Found:  #
     asked, floor = context.observation.desired_replicas, _floor(context, scaling)
     if floor == scaling.minimum and scaling.minimum < asked <= state.boosted:
         why = f"the boost has expired, and {marks[-1].replicas} would do for 1.15 times the load"
-        return _sized(context, BOOST_DECAY, asked - 1, why)
+        return _tuned(context, state, BOOST_DECAY, asked - 1, why)
     idle, most = context.policy.pace.idle, max(mark.replicas for mark in marks)
     if context.now - marks[0].at < idle or most >= asked:
         return reasons.NOT_AT_FAULT, "every replica was needed a short while ago"
     why = f"{most} would have done for 1.15 times the load during the last {idle:g} s"
-    return _sized(context, "replicas-down", max(most, asked - math.ceil((asked - most) * SURPLUS_PART)), why)
+    target = max(most, asked - math.ceil((asked - most) * SURPLUS_PART))
+    return _tuned(context, state, "replicas-down", target, why)
 
 
 def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
@@ -199,6 +202,8 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
     key = f"{way}{asked}->{target}"
     if any(item.key == key and context.now - item.at < settle for item in draft.state.reported):
         return draft  # asked for a short while ago, and not observed yet
+    draft = expect(context, draft, proposal, draft.next_id)
+    predicted = {} if proposal.prediction is None else proposal.prediction.evidence
     return (
         draft.recorded(
             context,
@@ -207,7 +212,7 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
             summary=f"{proposal.sentence}; {proposal.summary}.",
             replicas=proposal.replicas,
             price=price_of(context, proposal),
-            evidence={"why": proposal.message},
+            evidence={"why": proposal.message, **predicted},
         )
         .reporting(context, key)
         .with_state(cooldown_until=context.now + _pause(context, target > asked))
@@ -300,6 +305,12 @@ def _moving(context: Context, scaling: Scaling) -> tuple[str, str] | None:
 
 def _sized(context: Context, rule: str, target: int, message: str) -> Proposal:
     return Proposal(rule, (), "", 0.0, message, replicas=(context.observation.desired_replicas, target))
+
+
+def _tuned(context: Context, state: TuningState, rule: str, target: int, message: str) -> Proposal:
+    """A number that the load asks for, and what should come of it."""
+    prediction = predicted_use(context, state, target)
+    return replace(_sized(context, rule, target, message), prediction=prediction)
 
 
 def _out_of_knobs(context: Context, state: TuningState, plan: Plan) -> bool:

@@ -11,7 +11,7 @@ from kvpilot_operator.tuning.assess.forecast import expected
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context
-from kvpilot_operator.tuning.state import TuningState
+from kvpilot_operator.tuning.state import IN_USE, Prediction, TuningState
 
 FULL = 0.85 / USE
 """Replicas that will be in use for more than so many times the planned share, once a new one could serve, are
@@ -91,6 +91,36 @@ def use_now(context: Context) -> float:
     workers: int = value(context.config, "numWorkers")
     whole = len(context.everyone) * per_replica(context, capacity, workers, workers)
     return context.offered("short") / whole
+
+
+def use_of(context: Context) -> float | None:
+    """Share of their capacity that the replicas are in use for; None without a measurement.
+
+    Without a curve it is the larger one of stepping time over wall time, and of held worker slots over slots.
+    """
+    if context.capacity is not None:
+        return use_now(context)
+    if not context.short.replica_seconds:
+        return None
+    workers: int = value(context.config, "numWorkers")
+    return max(busy_share(context.short), occupancy(context.short) / workers)
+
+
+def predicted_use(context: Context, state: TuningState, target: int) -> Prediction | None:
+    """What ``use_of`` should be with another number of replicas; None without a measurement.
+
+    The load is what is expected when replicas that are asked for now could serve, and now for fewer ones; it
+    may be off by ``GROWTH_MARGIN`` either way. The other replicas share it evenly, however many they are.
+    """
+    now, present = use_of(context), context.offered("short")
+    if now is None:
+        return None
+    ahead = target > len(context.everyone) and context.capacity is not None and present > 0
+    pace = context.policy.pace
+    horizon = context.observation.start_s + 2 * pace.tick
+    growth = _expected(context, state, horizon) / present if ahead else 1.0
+    use = now * growth * len(context.everyone) / max(1, target)
+    return Prediction.rounded(IN_USE, use, use / GROWTH_MARGIN, use * GROWTH_MARGIN)
 
 
 def _expected(context: Context, state: TuningState, horizon_s: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_HOLDS, MAX_BLOCKED_VALUES, MAX_REVERSALS, MAX_MARKS, MAX_REPORTED = 5, 16, 16, 10, 12
 MAX_PENDING, MAX_HANDLED, MAX_GENERATIONS = 2, 8, 10
-MAX_SPENT, MAX_LONGEST = 8, 4
+MAX_SPENT, MAX_LONGEST, MAX_EXPECTED = 8, 4, 2
 """Entries that each list of the state holds at most; the newest stay."""
 
 MAX_CONTROLS = 8
@@ -309,6 +309,67 @@ class Spent:
     amount: float
 
 
+IN_USE, MEMORY_USED = "use", "memory"
+"""What is predicted of actions without arms: the share of their capacity that replicas are in use for, and
+the memory ratio."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a measure (``IN_USE`` or ``MEMORY_USED``) should be after an action, and between which values."""
+
+    measure: str
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def rounded(measure: str, *shares: float) -> Prediction:
+        """With shares to a hundredth of a percent: the status is small."""
+        return Prediction(measure, *(round(share, 4) for share in shares))
+
+    @property
+    def text(self) -> str:
+        """``62% (54% to 71%)``."""
+        return f"{self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
+
+    @property
+    def evidence(self) -> dict[str, Any]:
+        """For the record of the action, and for that of its result."""
+        return {
+            "measure": self.measure,
+            "predicted": self.value,
+            "predictedLow": self.low,
+            "predictedHigh": self.high,
+        }
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The prediction of an action without arms, until its effect is measured.
+
+    Attributes:
+        id, rule: of its decision.
+        what: the change in words.
+        at: when it was made, s since the epoch.
+        replicas: the number that it asked for; 0 for knobs.
+        since: since when it is in force, s since the epoch; 0 before.
+    """
+
+    id: str
+    rule: str
+    what: str
+    prediction: Prediction
+    at: float
+    replicas: int = 0
+    since: float = 0.0
+
+    @property
+    def measure(self) -> str:
+        """What is predicted."""
+        return self.prediction.measure
+
+
 @dataclass(frozen=True)
 class LongestRequest:
     """What the longest request took that engines reported, tokens, whole blocks; a restart makes one forget.
@@ -405,3 +466,4 @@ class TuningState:
     watch: Watch | None = None
     strain: Strain | None = None
     longest: tuple[LongestRequest, ...] = ()
+    expected: tuple[Expected, ...] = ()

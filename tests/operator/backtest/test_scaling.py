@@ -16,11 +16,17 @@ from tests.operator.tuning.observations import DOWN
 
 from kvpilot_engine.contract import CATALOGUE
 from kvpilot_operator.backtest.model import EngineModel
-from kvpilot_operator.backtest.simulation import START
+from kvpilot_operator.backtest.simulation import START, Simulation
+from kvpilot_operator.tuning.decision import Record
 from kvpilot_operator.tuning.observation import Boost
 from kvpilot_operator.tuning.pace import PACES
 
 IDLE_S = PACES["Fast"].idle
+
+
+def made(sim: Simulation) -> list[Record]:
+    """What was done, without the results of it."""
+    return [record for record in sim.records if record.outcome != "Measured"]
 
 
 def test_saturated_device_scales_out_at_once_and_aborts_the_experiment() -> None:
@@ -64,18 +70,31 @@ def test_overflow_without_a_remedy_scales_out() -> None:
     pinned = [{"name": knob.resource_name, "tune": False} for knob in CATALOGUE]
     sim = simulate(SMALL, scaling=SCALING, knobs=pinned, load=overload)
     sim.run(150)
-    assert {(r.outcome, r.rule) for r in sim.records} == {("ScaledOut", "replicas-up")}
-    assert "no knob promises relief" in sim.records[0].summary
-    assert re.search(r"requests/s are expected within \d+ s, and 4 replicas complete", sim.records[1].summary)
+    assert {(r.outcome, r.rule) for r in made(sim)} == {("ScaledOut", "replicas-up")}
+    assert "no knob promises relief" in made(sim)[0].summary
+    assert re.search(r"requests/s are expected within \d+ s, and 4 replicas complete", made(sim)[1].summary)
 
 
 def test_idle_replicas_are_removed_one_by_one_down_to_the_minimum() -> None:
     sim = simulate(WIDE, scaling={"min": 2, "max": 6}, replicas=4, load=lambda t: 30.0 if t < 60 else 0.0)
     sim.run(400)
-    assert [r.replicas for r in sim.records] == [(4, 3), (3, 2)], sim.report()
-    assert {r.outcome for r in sim.records} == {"ScaledIn"}
-    assert sim.records[0].at - START >= 40 + IDLE_S, "not before it was idle for long"
-    assert sim.records[1].at - sim.records[0].at >= IDLE_S / 3, "at most three within one look-back"
+    first, second = made(sim)
+    assert (first.replicas, second.replicas) == ((4, 3), (3, 2)), sim.report()
+    assert (first.outcome, second.outcome) == ("ScaledIn", "ScaledIn")
+    assert first.at - START >= 40 + IDLE_S, "not before it was idle for long"
+    assert second.at - first.at >= IDLE_S / 3, "at most three within one look-back"
+
+
+def test_what_comes_of_a_scaling_is_what_was_predicted() -> None:
+    """Every scaling has a result; what was seen alone lies in its interval or near it."""
+    sim = simulate(WIDE, scaling={"min": 2, "max": 6}, replicas=5, load=lambda t: 150.0 if t < 60 else 40.0)
+    sim.run(500)
+    results = {r.id: r for r in sim.records if r.outcome == "Measured"}
+    assert {r.id for r in made(sim)} == set(results), sim.report()
+    for result in results.values():
+        seen, evidence = result.evidence["measured"], result.evidence
+        assert evidence["predictedLow"] <= seen <= evidence["predictedHigh"], result.summary
+        assert abs(evidence["predictionError"]) < 0.05
 
 
 def test_metrics_outage_restarts_the_look_back() -> None:

@@ -54,7 +54,7 @@ def test_a_pin_does_not_save_an_emergency_that_frees_nothing() -> None:
     assert sim.outcomes()[-1] == "Emergency"
     sim.cluster.pins = (Pin("mine", "prefetchSize", 16, sim.cluster.now + 600),)
     sim.run(sim.pace.settle + 10, until=lambda s: "Reverted" in s.outcomes())
-    assert sim.outcomes()[1:3] == ["Pinned", "Reverted"], sim.report()
+    assert sim.outcomes()[1:4] == ["Pinned", "Measured", "Reverted"], sim.report()
     assert "memory did not fall" in sim.records[-1].summary
     sim.run(10)
     assert value(sim.promoted.config, "batchSize") == 8

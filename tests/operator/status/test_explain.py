@@ -168,6 +168,23 @@ def test_what_a_person_has_to_do_follows_from_what_was_found(outcome: str, left:
     )
 
 
+PREDICTED = {"predicted": 0.62, "predictedLow": 0.54, "predictedHigh": 0.71}
+
+
+def test_what_should_come_of_an_action_without_arms_is_told() -> None:
+    scaled = whole_record("ScaledOut", **PREDICTED) | {"replicas": [3, 5], "rejected": []}
+    assert explain(manifest(), [scaled]).actions[0].story[-1] == (
+        "The share of their capacity in use should then be 62%, within 54% and 71%."
+    )
+    cut = whole_record("Emergency", **PREDICTED)
+    assert explain(manifest(), [cut]).actions[0].story[-1] == (
+        "Memory should then be at 62%, within 54% and 71%. It is taken back if memory does not fall."
+    )
+    said = "replicas 3 -> 5: the replicas were 58% in use after 95 s; 62% (54% to 71%) was predicted."
+    measured = whole_record("Measured", measured=0.58) | {"summary": said}
+    assert explain(manifest(), [scaled, measured]).actions[1].story == (said,)
+
+
 def test_who_approved_a_change_is_told() -> None:
     record = whole_record("Started") | {"summary": "Short; trying it. Approved by ada."}
     assert explain(manifest(), [record]).actions[0].story[3] == "Approved by ada."

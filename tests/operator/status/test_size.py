@@ -27,6 +27,7 @@ from kvpilot_operator.tuning.decision import OBJECTIVE_KINDS
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
     MAX_CONTROLS,
+    MAX_EXPECTED,
     MAX_GENERATIONS,
     MAX_HANDLED,
     MAX_HOLDS,
@@ -38,6 +39,7 @@ from kvpilot_operator.tuning.state import (
     BlockedValue,
     Change,
     Effect,
+    Expected,
     Generation,
     Hold,
     KnobChange,
@@ -45,6 +47,7 @@ from kvpilot_operator.tuning.state import (
     OverlayEntry,
     Pending,
     Phase,
+    Prediction,
     ReplicaMark,
     ReplicaRef,
     Reported,
@@ -59,6 +62,7 @@ NOW = 1_780_000_000.123
 SENTENCE = (
     "what was found, with its figures, as long as such a sentence is when it names three of the replicas"
 )
+PREDICTION = Prediction.rounded("memory", 0.123456789, 0.123456789, 0.123456789)
 POD = ReplicaRef("0f5c2f8e-9d9e-4f3f-8a55-1b2c3d4e5f60", "chat-production-7c9f6d5b8-x2k4q")
 
 
@@ -109,6 +113,10 @@ def full_state(replicas: int) -> TuningState:
         rules_hash="0123abcd",
         spent=(Spent("cacheLost", NOW, 123456789012.0),) * MAX_SPENT,
         longest=(LongestRequest(131072, NOW),) * MAX_LONGEST,
+        expected=(
+            Expected("d-0042", "memory-emergency", "batchSize 65536 -> 32768", PREDICTION, NOW, 100, NOW),
+        )
+        * MAX_EXPECTED,
     )
 
 

@@ -6,6 +6,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
 from kvpilot_operator.tuning.experiment.ends import abort
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
+from kvpilot_operator.tuning.experiment.expectation import expect
 from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.state import Measure, Phase
 
@@ -24,6 +25,8 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
         verdict=reasons.EMERGENCY,
         before=(Measure(MEMORY, context.memory, 1.0),),
     )
+    draft = expect(context, draft, proposal, change.id)
+    predicted = {} if proposal.prediction is None else proposal.prediction.evidence
     return (
         draft.recorded(
             context,
@@ -34,7 +37,7 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
             changes=change.values,
             generation=change.generation,
             price=price_of(context, proposal),
-            evidence={"verdict": reasons.EMERGENCY, "why": proposal.message},
+            evidence={"verdict": reasons.EMERGENCY, "why": proposal.message, **predicted},
         )
         .reporting(context, proposal.rule)
         .beginning(Phase.EMERGENCY, change)

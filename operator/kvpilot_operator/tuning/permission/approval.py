@@ -43,13 +43,15 @@ def await_approval(
     approval = _approval(context, draft, held)
     if (approval is None and not held.approved_by) or not _stands(context, held, proposal):
         return draft
+    replicas = (context.observation.desired_replicas, held.replicas) if held.of_replicas else None
     approved = replace(
         proposal,
         values=held.values,
         predicted_gain=held.predicted_gain,
         ratio=held.ratio,
         message=held.why,
-        replicas=(context.observation.desired_replicas, held.replicas) if held.of_replicas else None,
+        replicas=replicas,
+        prediction=proposal.prediction if replicas == proposal.replicas else None,
     )
     before = len(draft.records)
     draft = replace(act(context, draft.continuing(held.id), approved), deciding="")
@@ -109,7 +111,9 @@ def _approved(draft: Draft, held: Pending, approval: Approval, before: int) -> D
     """Say who approved it. A number of replicas stays approved until it is observed."""
     who = approval.by or f"override {approval.name}"
     records = tuple(
-        replace(record, summary=f"{record.summary} Approved by {who}.") if index >= before else record
+        replace(record, summary=f"{record.summary} Approved by {who}.")
+        if index >= before and record.outcome != "Measured"
+        else record
         for index, record in enumerate(draft.records)
     )
     change = draft.state.change

@@ -16,11 +16,19 @@ from kvpilot_operator.tuning.assess.objectives import hit_rate, judged_window
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
+from kvpilot_operator.tuning.experiment.watch import RELIEF
 from kvpilot_operator.tuning.observation import Gauges, MemoryUse
 from kvpilot_operator.tuning.rules.bounds import room
 from kvpilot_operator.tuning.rules.cache import MAX_PREDICTED_MEMORY, MIB, compress_to, level
 from kvpilot_operator.tuning.rules.prediction import round_to
-from kvpilot_operator.tuning.state import MAX_LONGEST, KnobChange, LongestRequest, TuningState
+from kvpilot_operator.tuning.state import (
+    MAX_LONGEST,
+    MEMORY_USED,
+    KnobChange,
+    LongestRequest,
+    Prediction,
+    TuningState,
+)
 
 EMERGENCY_MEMORY = 0.95
 """Memory ratio at which the batch is cut at once; nothing else frees memory within seconds."""
@@ -65,7 +73,22 @@ def memory_emergency(context: Context, state: TuningState, plan: Plan) -> Found:
     if is_blocked(state, "batchSize", after, context.now):
         return reasons.VALUE_BLOCKED, f"batchSize {after} freed no memory a short while ago"
     message = f"memory was at {context.memory:.0%} of its limit"
-    return Proposal("memory-emergency", (batch.to(after),), "memory", 0.0, message)
+    prediction = _after_cut(context, after / batch.now)
+    return Proposal("memory-emergency", (batch.to(after),), "memory", 0.0, message, prediction=prediction)
+
+
+def _after_cut(context: Context, left: float) -> Prediction:
+    """Memory after a cut of the batch to a part: between the least relief and all that rows can hold.
+
+    Rows hold at most what the cache does not, in proportion to their number; weights are in it as well, and
+    where nothing is known of the cache, it is everything.
+    """
+    memory, pressure = context.memory, pressure_of(context)
+    limit = 0.0 if pressure is None else pressure.use.limit_bytes / MIB
+    cached = pressure.held / limit if pressure is not None and limit else 0.0
+    high = memory - RELIEF
+    low = min(high, memory - (1 - left) * max(0.0, memory - cached))
+    return Prediction.rounded(MEMORY_USED, (low + high) / 2, low, high)
 
 
 def memory_relief(context: Context, state: TuningState, plan: Plan) -> Found:

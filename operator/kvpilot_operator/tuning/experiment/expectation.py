@@ -1,0 +1,30 @@
+"""What an action without arms should bring, remembered until ``tuning.results`` measures it."""
+
+from __future__ import annotations
+
+from kvpilot_operator.tuning.context import Context, Draft, Proposal
+from kvpilot_operator.tuning.state import Expected
+
+
+def expect(context: Context, draft: Draft, proposal: Proposal, decision: str) -> Draft:
+    """Remember the prediction of a proposal that is carried out; it takes the place of one like it."""
+    after = 0 if proposal.replicas is None else proposal.replicas[1]
+    for item in draft.state.expected:
+        if (item.replicas > 0) == (after > 0):
+            draft = unmeasured(context, draft, item, "another one came before its effect showed")
+    if (predicted := proposal.prediction) is None:
+        return draft
+    item = Expected(decision, proposal.rule, proposal.summary, predicted, context.now, after)
+    return draft.with_state(expected=(*draft.state.expected, item))
+
+
+def unmeasured(context: Context, draft: Draft, item: Expected, why: str) -> Draft:
+    """Record that the effect of an action stays unknown, and why; it is forgotten."""
+    return draft.recorded(
+        context,
+        id=item.id,
+        rule=item.rule,
+        outcome="Measured",
+        summary=f"{item.what}: {why}; {item.prediction.text} was predicted.",
+        evidence={**item.prediction.evidence, "measured": None, "predictionError": None},
+    ).with_state(expected=tuple(other for other in draft.state.expected if other != item))
