@@ -240,8 +240,11 @@ def _last_word(known: Known, remedy: Remedy, name: str) -> str:
                     f"Rule {remedy.name} stood back when {entry.id} was decided at {when}: {punctuated(said)}"
                 )
     way = next(move.way for move in remedy.moves if move.knob == name)
-    does = "raises" if way == "up" else "lowers"
-    return f"Rule {remedy.name} {does} it against {listing(remedy.cures)}; it had no reason to so far."
+    flag = catalogued(name).kind == "flag"
+    does = {"up": "turns it on" if flag else "raises it", "down": "turns it off" if flag else "lowers it"}[
+        way
+    ]
+    return f"Rule {remedy.name} {does} against {listing(remedy.cures)}; it had no reason to so far."
 
 
 def _in_short(entry: Entry) -> str:

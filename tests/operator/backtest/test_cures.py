@@ -77,6 +77,30 @@ def test_each_rule_cures_its_breach(
     assert_settled(sim)
 
 
+LEAST_FOUR = [{"name": "prefetchSize", "min": 4}]
+
+
+def test_prefetching_that_is_wasted_is_switched_off_once_and_stays_off() -> None:
+    model = EngineModel(prefetched=lambda c: (0.3, 4.0) if value(c, "enablePrefetch") else (0.0, 0.0))
+    sim = simulate({**WIDE, "prefetchSize": 4}, load=lambda _: 30.0, model=model, knobs=LEAST_FOUR).run(1800)
+    made = [(record.rule, record.outcome) for record in sim.records]
+    assert made == [("prefetch-down", "Started"), ("prefetch-down", "Promoted")], sim.report()
+    assert sim.promoted.config == {**WIDE, "prefetchSize": 4, "enablePrefetch": False}
+    assert "wasted blocks per request fell from 4.00 to 0.00" in sim.records[-1].summary
+    assert_settled(sim)
+
+
+def test_prefetching_that_is_wasted_and_still_shortens_loads_stays_on() -> None:
+    model = EngineModel(
+        prefetched=lambda c: (0.3, 4.0) if value(c, "enablePrefetch") else (0.0, 0.0),
+        tier_s=lambda c: 0.02 if value(c, "enablePrefetch") else 0.6,
+    )
+    sim = simulate({**WIDE, "prefetchSize": 4}, load=lambda _: 30.0, model=model, knobs=LEAST_FOUR).run(1800)
+    made = [(record.rule, record.outcome) for record in sim.records]
+    assert made == [("prefetch-down", "Started"), ("prefetch-down", "Reverted")], sim.report()
+    assert sim.promoted.config == {**WIDE, "prefetchSize": 4}
+
+
 def test_hits_that_load_more_slowly_than_they_would_be_computed_are_reverted() -> None:
     """A higher compression level holds more blocks, and takes longer to decode them."""
     model = EngineModel(

@@ -53,6 +53,21 @@ def override(name: str, **what: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize(
+    ("knob", "said"),
+    [
+        ("prefetchSize", ("raises it against tier load", "lowers it against wasted prefetches")),
+        ("enablePrefetch", ("turns it on against tier load", "turns it off against wasted prefetches")),
+    ],
+)
+def test_a_rule_that_had_no_reason_says_what_it_would_do(knob: str, said: tuple[str, str]) -> None:
+    up, down = said
+    assert answer(knob)[-2:] == [
+        f"Rule prefetch-up {up}; it had no reason to so far.",
+        f"Rule prefetch-down {down}; it had no reason to so far.",
+    ]
+
+
 def test_value_and_its_origin_come_first() -> None:
     overlay = [{"knob": "numWorkers", "basedOn": "8", "value": "16", "decision": "d-0003"}]
     assert answer()[0] == "numWorkers is 8, as the spec says."

@@ -13,7 +13,7 @@ from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Found, Proposal
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY, TIER_LOAD
 from kvpilot_operator.tuning.observation import Counts
-from kvpilot_operator.tuning.rules.bounds import room
+from kvpilot_operator.tuning.rules.bounds import Room, room
 from kvpilot_operator.tuning.rules.prediction import ladder_gain, miss_gain, round_to
 from kvpilot_operator.tuning.state import KnobChange
 
@@ -68,19 +68,26 @@ def prefetch_up(context: Context) -> Found:
 
 
 def prefetch_down(context: Context) -> Found:
-    """Most prefetched blocks are wasted in both windows: fetch fewer. Needs no breach."""
-    size = room(context, "prefetchSize")
-    if not value(context.config, "enablePrefetch") or size.now == 0:
+    """Most prefetched blocks are wasted in both windows: fetch fewer. Needs no breach.
+
+    At the least number it is switched off, unless requests wait for loads, which a few blocks shorten too.
+    """
+    size, enabled = room(context, "prefetchSize"), room(context, "enablePrefetch")
+    if not enabled.now or size.now == 0:
         return reasons.NOT_EFFECTIVE, "nothing is fetched ahead"
     used = accuracy(context.short), accuracy(context.long)
     if any(part is None or part >= WASTED for part in used):
         return reasons.NOT_AT_FAULT, "prefetched blocks are not wasted"
-    after = int(max(size.now // 2, size.minimum))
-    if after >= size.now:
+    after, change = int(max(size.now // 2, size.minimum)), None
+    if after < size.now:
+        change = size.to(after)
+    elif _at_least(context, size) and context.diagnosis.stage != Stage.TIER_LOAD and enabled.tunable:
+        after, change = 0, enabled.to(after=False)
+    if change is None:
         return reasons.AT_BOUND, f"prefetchSize is {size.now}"
     return Proposal(
         "prefetch-down",
-        (size.to(after),),
+        (change,),
         "prefetchWaste",
         1 - after / size.now,
         f"{1 - (used[1] or 0.0):.0%} of prefetched blocks were wasted",
@@ -207,6 +214,12 @@ def compression_up(context: Context) -> Found:
         f"{rate:.0%} of prompt tokens came from the cache, an infinite one would give {top:.0%}; "
         f"{after.codec} blocks take {after.kept / now.kept:.0%} of the bytes",
     )
+
+
+def _at_least(context: Context, knob: Room) -> bool:
+    """True if a knob stands at its least value, and is not kept where it is by a pin or a direction."""
+    bounds = context.policy.bounds[knob.knob]
+    return knob.tunable and bounds.minimum is not None and knob.now <= bounds.minimum
 
 
 def accuracy(counts: Counts) -> float | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from tests.operator.tuning.observations import context_of, gauges, observe, three
+from tests.operator.tuning.observations import BAD, context_of, gauges, observe, three
 from tests.operator.tuning.plans import plan, proposed, values, why_not
-from tests.operator.tuning.policies import PRODUCTION, policy_of
+from tests.operator.tuning.policies import CATALOGUE_BOUNDS, PRODUCTION, policy_of
 
 from kvpilot_operator.tuning.context import Plan
+from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.rules.order import consider
 from kvpilot_operator.tuning.state import TuningState
 
@@ -44,6 +46,34 @@ def test_wasted_prefetch_is_halved_without_any_breach() -> None:
         "prefetchWaste",
         "94% of prefetched blocks were wasted",
     )
+
+
+LEAST_FOUR = {**CATALOGUE_BOUNDS, "prefetchSize": KnobBounds("prefetchSize", 4, 64)}
+
+
+def wasting(size: int, bounds: Mapping[str, KnobBounds] = LEAST_FOUR, **figures: Any) -> Plan:
+    seen = observe(*three(prefetched=(0.2, 3.0), **figures), config={"prefetchSize": size})
+    return consider(context_of(seen, policy_of(bounds=bounds)), TuningState())
+
+
+def test_wasted_prefetch_is_switched_off_where_it_may_not_shrink_further() -> None:
+    assert values(wasting(8)) == {"prefetchSize": (8, 4)}
+    found = wasting(4)
+    assert (proposed(found).rule, values(found)) == ("prefetch-down", {"enablePrefetch": (True, False)})
+    assert (proposed(found).objective, proposed(found).predicted_gain) == ("prefetchWaste", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "figures"),
+    [
+        ({"enablePrefetch": KnobBounds("enablePrefetch", None, None, tune=False)}, {}),
+        ({}, {"attained": BAD, "stages": LOADING}),  # few blocks shorten loads as well
+        ({"prefetchSize": KnobBounds("prefetchSize", 0, 64, direction="UpOnly")}, {}),
+    ],
+)
+def test_wasted_prefetch_stays_on(bounds: Mapping[str, KnobBounds], figures: dict[str, Any]) -> None:
+    found = wasting(4, {**LEAST_FOUR, **bounds}, **figures)
+    assert why_not(found, "prefetch-down") == ("AtBound", "prefetchSize is 4")
 
 
 def test_compression_level_falls_by_one_when_decoding_is_slow_and_memory_is_free() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 from tests.operator.tuning.plans import QUEUED, SMALL, plan, why_not
 from tests.operator.tuning.policies import CATALOGUE_BOUNDS, policy_of
@@ -11,6 +12,7 @@ from kvpilot_engine.contract import CATALOGUE
 from kvpilot_engine.contract.knobs import Price
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.rules.order import REMEDIES
+from kvpilot_operator.tuning.rules.signals import down, up
 
 
 def test_rules_stand_in_order_of_price_and_say_why() -> None:
@@ -58,6 +60,15 @@ def test_in_a_price_gpus_count_first_then_a_restart_then_cold_time_then_memory()
 def test_every_knob_is_moved_by_a_rule_and_no_rule_moves_anything_else() -> None:
     moved = {knob for remedy in REMEDIES for knob in remedy.knobs}
     assert moved == {knob.resource_name for knob in CATALOGUE}
+
+
+def test_every_knob_grows_and_shrinks_but_where_a_decision_says_why() -> None:
+    moved = {move for remedy in REMEDIES for move in remedy.moves}
+    missing = [move for knob in CATALOGUE for move in (*up(knob.resource_name), *down(knob.resource_name))]
+    one_way = [(move.knob, move.way) for move in missing if move not in moved]
+    assert one_way == [("maxStepTokens", "down"), ("cacheStrategy", "down"), ("useCompression", "down")]
+    decision = Path("docs/decisions/2026-11-28-what-does-not-shrink.md").read_text()
+    assert [f"**{knob}**" in decision for knob, _ in one_way] == [True] * len(one_way)
 
 
 def test_disabled_and_excluded_rules_are_named() -> None:
