@@ -125,7 +125,12 @@ def test_memory_emergency_halves_the_batch_on_all_replicas_at_once() -> None:
             "memory-emergency",
             "Emergency",
             "Memory was at 100% of its limit; batchSize 16 -> 8 on all replicas at once, generation 2.",
-        )
+        ),
+        (
+            "memory-emergency",
+            "Measured",
+            "batchSize 16 -> 8: memory was at 80% after 18 s; 79% (60% to 98%) was predicted.",
+        ),
     ]
     assert sim.promoted.config == {"numWorkers": 16, "batchSize": 8}
     assert_settled(sim)
@@ -138,7 +143,10 @@ def test_an_engine_that_takes_nothing_keeps_the_emergency_from_no_other() -> Non
     first, *others = sim.cluster.engines
     first.refuses = True
     sim.run(300)
-    assert [(r.rule, r.outcome) for r in sim.records] == [("memory-emergency", "Emergency")], sim.report()
+    assert [(r.rule, r.outcome) for r in sim.records] == [
+        ("memory-emergency", "Emergency"),
+        ("memory-emergency", "Measured"),
+    ], sim.report()
     assert [value(engine.config, "batchSize") for engine in others] == [8, 8], "the relief stands"
     assert (sim.state.change, sim.promoted.config["batchSize"]) == (None, 8)
     active = sim.cluster.snapshot().status.condition("TuningActive")
@@ -157,6 +165,7 @@ def test_memory_rule_follows_when_the_emergency_did_not_help() -> None:
     sim = simulate(WIDE, load=lambda _: 30.0, model=EngineModel(memory=lambda c: 0.97)).run(250)
     assert [(r.rule, r.outcome) for r in sim.records] == [
         ("memory-emergency", "Emergency"),
+        ("memory-emergency", "Measured"),
         ("memory-emergency", "Reverted"),
         ("memory-relief", "Started"),
         ("memory-relief", "Reverted"),
