@@ -49,11 +49,11 @@ class Price:
 
     @property
     def words(self) -> str:
-        """For people: ``128 MiB of cache and 60 s until it is warm``."""
+        """For people: ``128 MiB of cache and 60 s of warming up``."""
         parts = [counted(abs(self.gpus), "GPU") + (" less" if self.gpus < 0 else "")] if self.gpus else []
         parts += ["a restart"] if self.restart else []
         parts += [f"{self.cache_bytes / MIB:.0f} MiB of cache"] if self.cache_bytes >= MIB / 2 else []
-        parts += [f"{self.cold_seconds:.0f} s until it is warm"] if self.cold_seconds >= 1 else []
+        parts += [f"{self.cold_seconds:.0f} s of warming up"] if self.cold_seconds >= 1 else []
         *first, last = parts or ["nothing but work"]
         return f"{', '.join(first)} and {last}" if first else last
 

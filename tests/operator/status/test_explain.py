@@ -85,7 +85,7 @@ def test_action_is_explained_with_its_evidence() -> None:
         "The time of a request went into admission wait (71%) and decode (20%).",
         "So chat-c1f0 tries numWorkers 8 -> 16 and enablePrefetch unset -> true, with chat-a7d2 and "
         "chat-b9e4 as controls; it should gain 40%.",
-        "It costs 64 MiB of cache and 40 s until it is warm.",
+        "It costs 64 MiB of cache and 40 s of warming up.",
         "Not chosen: batch-up and replicas-up, because the maximum is 4.",
     )
     assert "  2023-11-14T22:13:20Z  d-0042  Started by workers-up" in reported.lines()

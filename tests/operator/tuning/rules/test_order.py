@@ -52,7 +52,7 @@ def test_in_a_price_gpus_count_first_then_a_restart_then_cold_time_then_memory()
     assert all(one < other for one, other in pairwise(ascending))
     assert [price.words for price in (Price(), Price(2, True, 90, 128 << 20), Price(gpus=-1))] == [
         "nothing but work",
-        "2 GPUs, a restart, 128 MiB of cache and 90 s until it is warm",
+        "2 GPUs, a restart, 128 MiB of cache and 90 s of warming up",
         "1 GPU less",
     ]
 
