@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from kvpilot_engine.contract import metrics as names
 from kvpilot_engine.ipc import messages
@@ -105,6 +108,36 @@ def test_quota_below_accepted_requests_fails_none_of_them(make_engine: Make, pro
     assert all(len(ids) == 40 for ids in driver.tokens.values())
     assert not driver.engine.describe("d").converging
     assert driver.gauge(names.CACHED_PAGES, "pool") <= 16
+
+
+@pytest.mark.parametrize(
+    ("change", "cut"),
+    [
+        ({"max_tokens": 3072}, False),
+        ({"host_memory_mb": 8}, False),
+        ({"compression_ratio": 0.27}, False),
+        ({"use_compression": False}, False),
+        ({"max_tokens": 1024}, True),  # its pages find no room in the host tier
+        ({"host_memory_mb": 0}, True),
+    ],
+)
+def test_what_shapes_the_cache_keeps_it_but_for_what_a_cut_leaves_no_room_for(
+    make_engine: Make, prompt: Prompt, change: dict[str, Any], cut: bool
+) -> None:
+    """No change empties the cache of an engine, so the arms of an experiment stay equally old."""
+    driver = make_engine(max_tokens=2048, host_memory_mb=1)
+
+    def lost() -> float:
+        return sum(driver.engine.sample("s").counters[names.BLOCKS_LOST_TOTAL].values())
+
+    for i in range(12):
+        driver.ask(f"a{i}", prompt(500, i), 1)
+        driver.settle()
+    before, held = lost(), sum(driver.engine.sample("s").gauges[names.CACHED_PAGES].values())
+    answer = driver.apply(generation=2, **change)
+    driver.settle()
+    assert (answer.blocks_kept, answer.blocks_lost) == (math.ceil(held / 8), 0)
+    assert (lost() > before) == cut
 
 
 def test_a_change_of_policy_and_codec_loses_no_page(make_engine: Make, prompt: Prompt) -> None:

@@ -18,12 +18,15 @@ from kvpilot_operator.tuning.experiment.ends import STANDING, TRIED, abort, acce
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY, MEMORY
 from kvpilot_operator.tuning.experiment.measure_verdict import judge_measure, judge_memory, with_interval
 from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict, arms, overdue
-from kvpilot_operator.tuning.observation import ObservedReplica
+from kvpilot_operator.tuning.observation import NO_COUNTS, ObservedReplica
 from kvpilot_operator.tuning.pace import MIN_SCRAPES
 from kvpilot_operator.tuning.state import Change, Phase, ReplicaRef
 
 SETTLE_LIMIT = 3
-"""The canary's backlog prolongs settling up to so many times its length."""
+"""The canary's backlog, and a larger quota that it fills, prolong settling up to so many times its length."""
+
+FILLED = 0.9
+"""Share of its budget that a cache holds once it is full: it holds whole blocks, and frees some ahead."""
 
 LIFE_LIMIT = 8
 """An experiment that cannot be observed is given up so many verify times after its start."""
@@ -140,7 +143,7 @@ def _pushed(context: Context, draft: Draft, change: Change) -> Draft:
 
 
 def _settled(context: Context, draft: Draft, change: Change) -> Draft:
-    """Verify from a clean start: the canary's backlog from before the change must be gone."""
+    """Verify from a clean start: the canary's backlog is gone, and what its cache may hold more is filled."""
     elapsed, settle = context.now - change.phase_since, context.policy.pace.settle
     if elapsed < settle:
         return draft
@@ -148,9 +151,24 @@ def _settled(context: Context, draft: Draft, change: Change) -> Draft:
     busy = canary.engine is None or canary.engine.converging
     workers = value(candidate(context.config, change.values), "numWorkers")
     queued = canary.sample is None or not backlog_gone(canary.sample.gauges.waiting, 1, workers)
-    if (busy or queued) and elapsed < SETTLE_LIMIT * settle:
+    if (busy or queued or _fills(change, canary)) and elapsed < SETTLE_LIMIT * settle:
         return draft
     return enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
+
+
+def _fills(change: Change, canary: ObservedReplica) -> bool:
+    """True while a larger quota is not filled: it cannot show its hits before.
+
+    The pool is full once it evicts again, the host tier once nearly all that may be held is. Nothing that was
+    held before is lost by the change, so the controls, which stay full, need not start anew.
+    """
+    leading, sample = change.values[0], canary.sample
+    grows = leading.knob in {"maxTokens", "hostMemoryMb"} and leading.after > leading.before
+    if not grows or sample is None:
+        return False
+    if leading.knob == "maxTokens":
+        return sample.windows.get("short", NO_COUNTS).evicted_pages == 0
+    return sample.gauges.cached_bytes < FILLED * sample.gauges.budget_bytes
 
 
 def _verified(context: Context, draft: Draft, change: Change) -> Draft:

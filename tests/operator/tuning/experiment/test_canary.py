@@ -28,6 +28,7 @@ from kvpilot_operator.tuning.experiment.canary import advance
 from kvpilot_operator.tuning.observation import Observation, ObservedReplica, Promoted
 from kvpilot_operator.tuning.state import (
     BlockedValue,
+    KnobChange,
     OverlayEntry,
     Phase,
     ReplicaRef,
@@ -136,6 +137,31 @@ def test_settling_lasts_until_the_backlog_is_gone_with_a_limit(
     observation = seen(canary(gauges=gauges(waiting=waiting)), *controls())
     draft = step(observation, in_phase(Phase.SETTLE, since=since, measure="tierLoad", measured_from=0.0))
     assert (draft.state.phase, begun(draft).measured_from) == (phase, NOW if phase is Phase.VERIFY else 0.0)
+
+
+LARGER_POOL, LARGER_TIER = KnobChange("maxTokens", 4096, 6144), KnobChange("hostMemoryMb", 64, 128)
+HALF_FULL, FULL = ({"cached_bytes": part * 2**20, "budget_bytes": 128 * 2**20} for part in (80.0, 120.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "evicted", "held", "since", "phase"),
+    [
+        (LARGER_POOL, 0.0, FULL, SETTLE_S, Phase.SETTLE),
+        (LARGER_POOL, 0.0, FULL, 3 * SETTLE_S, Phase.VERIFY),
+        (LARGER_POOL, 1.0, HALF_FULL, SETTLE_S, Phase.VERIFY),  # it evicts, so it is full
+        (LARGER_TIER, 1.0, HALF_FULL, SETTLE_S, Phase.SETTLE),
+        (LARGER_TIER, 1.0, HALF_FULL, 3 * SETTLE_S, Phase.VERIFY),
+        (LARGER_TIER, 1.0, FULL, SETTLE_S, Phase.VERIFY),
+        (KnobChange("maxTokens", 6144, 4096), 0.0, FULL, SETTLE_S, Phase.VERIFY),
+        (KnobChange("prefetchSize", 4, 8), 0.0, HALF_FULL, SETTLE_S, Phase.VERIFY),
+    ],
+)
+def test_a_larger_quota_is_filled_before_it_is_judged(
+    value: KnobChange, evicted: float, held: dict[str, float], since: float, phase: Phase
+) -> None:
+    observation = seen(canary(gauges=gauges(**held), evicted=evicted), *controls())
+    state = in_phase(Phase.SETTLE, since=since, values=(value,), measure="hitRate", measured_from=0.0)
+    assert step(observation, state).state.phase == phase
 
 
 @pytest.mark.parametrize(
