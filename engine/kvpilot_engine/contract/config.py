@@ -266,6 +266,9 @@ COLD_FIELDS = frozenset(
 )  # fmt: skip
 """Fields that take effect only at the next start of the engine."""
 
+LENGTH_FIELDS = frozenset({"max_tokens", "max_memory_mb", "dtype"})
+"""Fields that bound how many tokens a request may have: the device pool must hold it whole."""
+
 
 def config_errors(error: ValidationError) -> list[str]:
     """One line for each error of a configuration or resource: field, value, and what is allowed."""

@@ -395,7 +395,7 @@ class SimulatedEngine:
             until_first.append(request.first - at)
         if loading:
             took, until_first = ([time + loading for time in times] for times in (took, until_first))
-        if self._errors or max(took) > self._timeout:
+        if self._errors or self.model.fault.broken_sessions or max(took) > self._timeout:
             self._fail(took, until_first)
             well = [request for request, time in zip(done, took, strict=True) if time < math.inf]
         admission = batch = prefill = decode = 0.0  # of the successful ones
@@ -431,8 +431,10 @@ class SimulatedEngine:
 
     def _fail(self, took: list[float], first: list[float]) -> None:
         """Requests that fail take for ever."""
+        fault = self.model.fault
         for index, time in enumerate(took):
-            if self._errors and self._coin() < self._errors:
+            broken = fault.broken_sessions and fault.breaks(self._done[index].session)
+            if broken or (self._errors and self._coin() < self._errors):
                 failed = ERROR
             elif time > self._timeout:
                 failed = TIMEOUT

@@ -47,16 +47,22 @@ class Fault:
         slower: a step takes so many times as long.
         errors: share of the requests that fail.
         inert: what is above these values has no effect at all.
+        broken_sessions: share of the sessions whose requests all fail, under any configuration.
     """
 
     above: Mapping[str, float] = field(default_factory=dict)
     slower: float = 1.0
     errors: float = 0.0
     inert: bool = False
+    broken_sessions: float = 0.0
 
     def bites(self, config: Mapping[str, Any]) -> bool:
         """True if it does something under this configuration."""
         return any(value(config, knob) > limit for knob, limit in self.above.items())
+
+    def breaks(self, session: int) -> bool:
+        """True if all requests of that session fail."""
+        return (session * 2246822519 + 374761393) % 2**32 < self.broken_sessions * 2**32
 
     def used(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration as the device really uses it."""

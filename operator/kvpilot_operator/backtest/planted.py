@@ -40,7 +40,13 @@ Planted = Literal["aa", "regression", "gain"]
 
 @dataclass(frozen=True)
 class PlantedRun:
-    """One run. ``factor``: what a regression multiplies the step time by, or what a gain divides it by."""
+    """One run.
+
+    Attributes:
+        factor: what a regression multiplies the step time by, or what a gain divides it by.
+        errors: share of the requests that the change makes fail as well.
+        broken_sessions: share of the sessions that fail with or without it.
+    """
 
     manifest: Mapping[str, Any]
     planted: Planted
@@ -50,6 +56,8 @@ class PlantedRun:
     sticky: bool
     seed: int
     utilisation: float
+    errors: float = 0.0
+    broken_sessions: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def _simulation(run: PlantedRun, manifest: Mapping[str, Any], pace: Pace) -> Sim
 def _fault(run: PlantedRun, config: Mapping[str, Any]) -> Fault:
     above = {knob: float(value(config, knob)) for knob in CAPACITY_KNOBS}
     slower = {"aa": 1.0, "regression": run.factor, "gain": 1 / run.factor}[run.planted]
-    return Fault(above, slower=slower, inert=True)
+    return Fault(above, slower=slower, errors=run.errors, inert=True, broken_sessions=run.broken_sessions)
 
 
 def planted_manifest(run: PlantedRun) -> dict[str, Any]:

@@ -169,6 +169,18 @@ class TallyStatus(_Status):
     )
 
 
+class ScatterStatus(_Status):
+    """Failed requests by cell, as an interval or a replica."""
+
+    count: int = Field(0, description="Number of cells.")
+    bad: Number = Field(0.0, description="Failed requests.")
+    of: Number = Field(0.0, description="Requests.")
+    squares: Number = Field(0.0, description="Sum of failed^2 / requests over the cells.")
+    at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
+        None, description="End of the last interval."
+    )
+
+
 class WatchStatus(_Status):
     """A promoted change that is still compared with how it was before it."""
 
@@ -185,6 +197,9 @@ class WatchStatus(_Status):
     own: bool = Field(True, description="False for an edit of the user, which is never taken back.")
     ratio: Number = Field(0.0, description=RATIO)
     memory_before: Number = Field(0.0, description="Memory ratio that an emergency was to lower.")
+    scatter_before: ScatterStatus = Field(
+        default_factory=ScatterStatus, description="Failed requests by cell before it."
+    )
 
 
 class ChangeStatus(_Status):
@@ -241,6 +256,13 @@ class ChangeStatus(_Status):
     )
     work_before: EffectStatus | None = Field(
         None, description="What the arms differed by in it before the change."
+    )
+    scatter_before: ScatterStatus = Field(
+        default_factory=ScatterStatus,
+        description="Faults by cell: of all replicas before it, then of controls.",
+    )
+    scatter: ScatterStatus = Field(
+        default_factory=ScatterStatus, description="Faults of the candidate's replicas by interval."
     )
     crossed_at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
         None, description="When the arms of two replicas were swapped."

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvpilot_engine.contract import CATALOGUE, KVCacheConfig
-from kvpilot_engine.contract.config import COLD_FIELDS, QUIET
+from kvpilot_engine.contract.config import COLD_FIELDS, LENGTH_FIELDS, QUIET
 from kvpilot_operator.tuning.observation import EngineView
 from kvpilot_operator.tuning.policy import KnobBounds
 from kvpilot_operator.tuning.state import KnobChange, OverlayEntry
@@ -23,6 +23,11 @@ HOT_FIELDS: frozenset[str] = frozenset(
     info.alias or name for name, info in KVCacheConfig.model_fields.items() if name not in COLD_FIELDS
 )
 """Every field that takes effect without a restart (camelCase)."""
+
+LIMITS_LENGTH: frozenset[str] = frozenset(
+    info.alias or name for name, info in KVCacheConfig.model_fields.items() if name in LENGTH_FIELDS
+)
+"""Fields whose change can make requests too large (camelCase)."""
 
 
 def value(config: Mapping[str, Any], name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import attrgetter, methodcaller
 from types import MappingProxyType
@@ -125,6 +125,12 @@ class Counts:
     def admitted(self) -> float:
         """Judged requests that were not shed: only they can fail by a fault of the engine."""
         return self.judged - self.outcomes.get("shed", 0.0)
+
+    def of_any_length(self) -> Counts:
+        """The same without requests that a quota is too small for: the client chose how long they are."""
+        if not self.outcomes.get("too_large"):
+            return self
+        return replace(self, outcomes={**self.outcomes, "too_large": 0.0})
 
     @property
     def completed(self) -> float:

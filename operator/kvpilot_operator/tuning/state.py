@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -103,6 +103,34 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """Failed requests by cell, as an interval or a replica: number of cells, and sums over them.
+
+    ``bad`` of ``of`` requests failed; ``squares`` sums bad^2 / of. ``at`` is the end of the last interval, s
+    since the epoch.
+    """
+
+    count: int = 0
+    bad: float = 0.0
+    of: float = 0.0
+    squares: float = 0.0
+    at: float = 0.0
+
+    def with_cell(self, bad: float, of: float, at: float = 0.0) -> Scatter:
+        """The sums with one more cell; one without requests is none."""
+        if of <= 0:
+            return replace(self, at=at)
+        return Scatter(self.count + 1, self.bad + bad, self.of + of, self.squares + bad * bad / of, at)
+
+    @property
+    def chi_square(self) -> float:
+        """Pearson's statistic of equal shares; its mean is ``count - 1`` for independent requests."""
+        if not 0 < self.bad < self.of:
+            return 0.0
+        return max(0.0, self.squares * self.of / self.bad - self.bad) / (1 - self.bad / self.of)
+
+
+@dataclass(frozen=True)
 class ReplicaRef:
     """A replica of an experiment: the UID identifies it, the name is for people and outlives the replica."""
 
@@ -139,6 +167,8 @@ class Change:
         difference_before: what the arms differed by before it; None if that could not be measured.
         tally: intervals of the verification so far.
         work, work_before: the same for the time in work, where another measure is to improve.
+        scatter_before, scatter: faults by cell: of all replicas before it and of the controls since, and of
+            the candidate's replicas.
         crossed_at: when the arms of two replicas were swapped, s since the epoch; 0 if they were not.
         deadline: when the verification ends without a verdict, s since the epoch; 0 before it began.
         unseen_since: since when the arms cannot be observed, s since the epoch; 0 while they can.
@@ -173,6 +203,8 @@ class Change:
     tally: Tally = Tally()
     work: Tally = Tally()
     work_before: Effect | None = None
+    scatter_before: Scatter = Scatter()
+    scatter: Scatter = Scatter()
     crossed_at: float = 0.0
     deadline: float = 0.0
     unseen_since: float = 0.0
@@ -215,6 +247,7 @@ class Watch:
         own: False for the user's edit, which is reported and never taken back.
         ratio: predicted step rate over the one before, or the least that is left of it; 0 where it stays.
         memory_before: memory ratio that an emergency was to lower; 0 for other changes.
+        scatter_before: of the change, see ``Change``.
     """
 
     id: str
@@ -228,6 +261,7 @@ class Watch:
     own: bool = True
     ratio: float = 0.0
     memory_before: float = 0.0
+    scatter_before: Scatter = Scatter()
 
 
 @dataclass(frozen=True)

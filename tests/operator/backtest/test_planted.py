@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,24 @@ def test_run_begins_a_change_and_ends_with_its_verdict() -> None:
     assert result.outcome in ("Promoted", "Reverted", "Aborted"), result.report
     assert result.seconds is not None and result.seconds > 0
     assert play(jobs[2]) == result, "the seed decides all"
+
+
+def failing(runs: Sequence[int], **fields: float) -> list[PlantedResult]:
+    """Some of the runs of a knob without effect, in which 1% of the sessions fail; they are sticky."""
+    document = load_document(MANIFEST)
+    jobs = runs_of(document, "aa", 1.0, max(runs) + 1, replicas=3, pace="Fast", sticky=True, seed=0)
+    return [play(replace(jobs[run], broken_sessions=0.01, **fields)) for run in runs]
+
+
+def test_sessions_that_fail_on_the_canary_by_chance_are_no_harm() -> None:
+    """In these, sessions of the canary fail twice as often as the others."""
+    for result in failing((13, 33, 38)):
+        assert result.verdict in ("NoGain", "Inconclusive", "BreachGone"), result.report
+
+
+def test_a_change_that_makes_requests_fail_beside_them_is_harm() -> None:
+    for result in failing((0, 1, 2), errors=0.2):
+        assert (result.verdict, result.in_force) == ("Harmful", False), result.report
 
 
 def test_summary_counts_every_end() -> None:

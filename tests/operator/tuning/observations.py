@@ -48,13 +48,15 @@ def counts(
     codec: float = 0.0,
     step_tokens: float = 20.0,
     errors: float = 0.0,
+    too_large: float = 0.0,
     rows: int = 1,
     row_rate: float = 0.0,
 ) -> Counts:
     """One engine over ``seconds``: rates per s, stages in s per request, ``codec`` s of decoding per request.
 
     ``attained``: share within 0.1, 0.5 and 1 s of the judged requests; ``done``: completions per arrival;
-    ``errors``: share of the ended ones that failed. With a ``row_rate`` all steps have ``rows`` rows, and
+    ``errors``: share of the ended ones that failed; ``too_large``: those that a quota was too small for, per
+    ended one. With a ``row_rate`` all steps have ``rows`` rows, and
     advance so many row-steps per second of stepping; without one the runtime reports no buckets of rows.
     """
     arrivals = rate * seconds
@@ -70,7 +72,12 @@ def counts(
     return Counts(
         replica_seconds=seconds,
         arrivals=arrivals,
-        outcomes={"ok": ended * (1 - errors), "shed": ended * shed, "error": ended * errors},
+        outcomes={
+            "ok": ended * (1 - errors),
+            "shed": ended * shed,
+            "error": ended * errors,
+            **({"too_large": ended * too_large} if too_large else {}),
+        },
         request_within=within,
         first_token_within=within,
         stage_seconds={name: each * ended * (1 - errors) for name, each in stages.items()},

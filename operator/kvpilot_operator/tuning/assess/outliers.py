@@ -98,7 +98,11 @@ def _slowness(counts: dict[str, Counts]) -> dict[str, float]:
 
 
 def _failing(counts: dict[str, Counts]) -> dict[str, float]:
-    """Share of failed requests beyond the median's; what a replica sheds hides none."""
+    """Share of failed requests beyond the median's; what a replica sheds hides none.
+
+    All have the same quota: who sends a replica requests that are too large makes it no outlier.
+    """
+    counts = {uid: item.of_any_length() for uid, item in counts.items()}
     shares = {uid: item.errors / item.admitted for uid, item in counts.items() if item.admitted >= MIN_JUDGED}
     if len(shares) < MIN_REPLICAS:
         return {}

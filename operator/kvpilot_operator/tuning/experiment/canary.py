@@ -16,7 +16,12 @@ from kvpilot_operator.tuning.decision import WriteConfig
 from kvpilot_operator.tuning.experiment.capacity_verdict import is_calm, judge_capacity, load_is_elsewhere
 from kvpilot_operator.tuning.experiment.ends import STANDING, TRIED, abort, accept, enter, finish, give_up
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY, MEMORY
-from kvpilot_operator.tuning.experiment.measure_verdict import judge_measure, judge_memory, with_interval
+from kvpilot_operator.tuning.experiment.measure_verdict import (
+    judge_measure,
+    judge_memory,
+    with_interval,
+    with_scatter,
+)
 from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict, arms, overdue
 from kvpilot_operator.tuning.observation import NO_COUNTS, ObservedReplica
 from kvpilot_operator.tuning.pace import MIN_SCRAPES
@@ -199,6 +204,7 @@ def judge_change(context: Context, change: Change) -> tuple[Change, Verdict]:
     if not _measured(context, change):
         late = Verdict(reasons.TOO_FEW_REQUESTS, "the arms could not be measured in time", aborted=True)
         return change, late if overdue(context, change) else Verdict(OPEN, "")
+    change = with_scatter(context, change)
     if change.measure == MEMORY:
         return change, judge_memory(context, change)
     if change.measure != CAPACITY:

@@ -175,8 +175,8 @@ def _cured(context: Context, change: Change) -> bool:
     if not change.others:
         return False
     wanted = context.policy.objectives
-    one = arm(context.measured, "short", change.candidates, wanted)
-    other = arm(context.measured, "short", change.others, wanted)
+    one = arm(context.measured, "short", change.candidates, wanted, change.values)
+    other = arm(context.measured, "short", change.others, wanted, change.values)
     required = wanted.latency.get(change.objective)
     missed = required is not None and (other.share(change.objective) or 0.0) > 1 - required[1]
     return missed and one.judged >= MIN_JUDGED and met_by(one, change.objective, wanted)
@@ -186,7 +186,7 @@ def _controls_well(context: Context, change: Change) -> bool:
     """True if the controls meet every latency objective without the change, with nothing left to drain."""
     wanted = context.policy.objectives
     met = all(
-        met_by(arm(context.measured, window, change.others, wanted), change.objective, wanted)
+        met_by(arm(context.measured, window, change.others, wanted, change.values), change.objective, wanted)
         for window in ("short", "long")
     )
     return met and _queues_short(context, change.others, value(context.config, "numWorkers"))

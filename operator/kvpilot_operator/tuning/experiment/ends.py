@@ -134,6 +134,7 @@ def watch_of(context: Context, change: Change) -> Watch:
         change.judged_before,
         ratio=change.ratio,
         memory_before=memory,
+        scatter_before=change.scatter_before,
     )
 
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvpilot_engine.contract.metrics import Stage
+from kvpilot_operator.tuning.configuration import LIMITS_LENGTH
 from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, harm_bound, log_evidence
 from kvpilot_operator.tuning.observation import Counts, Observation
 from kvpilot_operator.tuning.policy import Objectives
-from kvpilot_operator.tuning.state import Effect, Measure, Tally
+from kvpilot_operator.tuning.state import Effect, KnobChange, Measure, Tally
 
 HARM_EVIDENCE = 50.0
 """E-value that rejects "the canary is no worse": at most 1 false alarm in 50 (Ville's inequality)."""
@@ -41,11 +42,15 @@ PRIOR_INTERVALS = 4.0
 
 @dataclass(frozen=True)
 class Arm:
-    """Measures of one arm by name, its judged requests, and the requests that were sent to it."""
+    """Measures of one arm by name, its judged requests, and the requests that were sent to it.
+
+    ``dispersion``: how much more its failed requests vary than independent ones.
+    """
 
     measures: Mapping[str, Measure]
     judged: float
     offered: float = 0.0
+    dispersion: float = OVERDISPERSION
 
     def share(self, name: str) -> float | None:
         """Share of bad in that measure; None without it."""
@@ -53,9 +58,27 @@ class Arm:
         return None if measure is None else measure.share
 
 
-def arm(observation: Observation, window: str, uids: frozenset[str], wanted: Objectives) -> Arm:
-    """The arm that a window shows of some replicas."""
+def counts_for(
+    values: Sequence[KnobChange], observation: Observation, window: str, uids: frozenset[str]
+) -> Counts:
+    """Counts of some replicas, as far as a change of ``values`` can alter them.
+
+    Requests that are too large belong to it only if it changes how large they may be: else they are those of
+    one client, whom a sticky router sends to one arm.
+    """
     counts = observation.counts(window, uids)
+    return counts if any(item.knob in LIMITS_LENGTH for item in values) else counts.of_any_length()
+
+
+def arm(
+    observation: Observation,
+    window: str,
+    uids: frozenset[str],
+    wanted: Objectives,
+    values: Sequence[KnobChange],
+) -> Arm:
+    """The arm that a window shows of some replicas, in an experiment with ``values``."""
+    counts = counts_for(values, observation, window, uids)
     gauges = [
         replica.sample.gauges
         for replica in observation.ready
@@ -132,7 +155,8 @@ def error_evidence(canary: Arm, control: Arm) -> float:
     """E-value against "no more fail by a fault of the canary"; shed and late requests are the load's."""
     if FAULTS not in canary.measures or FAULTS not in control.measures:
         return 1.0
-    return math.exp(min(700.0, log_evidence(canary.measures[FAULTS], control.measures[FAULTS])))
+    one, other = canary.measures[FAULTS], control.measures[FAULTS]
+    return math.exp(min(700.0, log_evidence(one, other, canary.dispersion)))
 
 
 def errors_bounded(
@@ -141,5 +165,5 @@ def errors_bounded(
     """True if the one-sided 95% bound of additional faults, or of all additional errors, is small."""
     if measure not in canary.measures or measure not in control.measures:
         return False
-    bound = harm_bound(canary.measures[measure], control.measures[measure])
+    bound = harm_bound(canary.measures[measure], control.measures[measure], canary.dispersion)
     return bound <= max(allowed, wanted.errors / 5)

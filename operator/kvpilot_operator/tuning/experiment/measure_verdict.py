@@ -8,6 +8,7 @@ single requests. The verdict may be asked for after every interval.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     Arm,
     arm,
     compared,
+    counts_for,
     effect_of,
     error_evidence,
     errors_bounded,
@@ -41,7 +43,7 @@ from kvpilot_operator.tuning.experiment.verdict import (
     met_by,
     overdue,
 )
-from kvpilot_operator.tuning.state import Change, Effect, Tally
+from kvpilot_operator.tuning.state import Change, Effect, KnobChange, Scatter, Tally
 
 BETTER = math.log(0.95)
 """Log ratio of the measure that a gain must fall below."""
@@ -80,12 +82,40 @@ def with_interval(context: Context, change: Change) -> Change:
     return replace(change, work=extended(change.work, longer, change.work_before))
 
 
-def difference_before(context: Context, measure: str, canary: str, controls: frozenset[str]) -> Effect | None:
+def with_scatter(context: Context, change: Change) -> Change:
+    """The change with the faults of one more long window; nothing is kept while nothing fails.
+
+    Sessions are longer than a short window, and two cells that share one are not independent.
+    """
+    if context.now - max(change.scatter.at, change.measured_from) < context.policy.pace.long:
+        return change
+    since = with_cells(context, change.scatter, change.values, change.candidates)
+    before = with_cells(context, change.scatter_before, change.values, change.others)
+    return replace(change, scatter=since, scatter_before=before) if since.bad or before.bad else change
+
+
+def with_cells(
+    context: Context, scatter: Scatter, values: Sequence[KnobChange], uids: frozenset[str]
+) -> Scatter:
+    """The faults with those of each of the replicas in the long window."""
+    for uid in sorted(uids):
+        counts = counts_for(values, context.measured, "long", frozenset({uid}))
+        scatter = scatter.with_cell(counts.errors, counts.admitted, context.now)
+    return scatter
+
+
+def difference_before(
+    context: Context,
+    measure: str,
+    canary: str,
+    controls: frozenset[str],
+    values: Sequence[KnobChange],
+) -> Effect | None:
     """What the arms differ by in the long window before a change; None without controls or without data."""
     if not controls:
         return None
     wanted, seen = context.policy.objectives, context.measured
-    one, other = (arm(seen, "long", uids, wanted) for uids in (frozenset({canary}), controls))
+    one, other = (arm(seen, "long", uids, wanted, values) for uids in (frozenset({canary}), controls))
     found = compared(one, other, measure)
     if measure == MEMORY:  # a gauge, which is as it is
         return None if found is None else Effect(found, 0.0)

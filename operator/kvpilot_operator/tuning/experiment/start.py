@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
 
 from kvpilot_operator.tuning.assess.objectives import arrival_rate
 from kvpilot_operator.tuning.context import Context, Draft, Proposal
 from kvpilot_operator.tuning.decision import Rejected
 from kvpilot_operator.tuning.experiment.capacity_verdict import rates_before
-from kvpilot_operator.tuning.experiment.evidence import CAPACITY, FAULTS, WORK, arm
-from kvpilot_operator.tuning.experiment.measure_verdict import difference_before
+from kvpilot_operator.tuning.experiment.evidence import CAPACITY, FAULTS, WORK, arm, counts_for
+from kvpilot_operator.tuning.experiment.measure_verdict import difference_before, with_cells
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
 from kvpilot_operator.tuning.observation import ObservedReplica
 from kvpilot_operator.tuning.price import price_of
-from kvpilot_operator.tuning.state import MAX_CONTROLS, Measure, Phase, ReplicaRef
+from kvpilot_operator.tuning.state import MAX_CONTROLS, KnobChange, Measure, Phase, ReplicaRef, Scatter
 
 
 def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Rejected, ...]) -> Draft:
@@ -22,14 +23,14 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
     seed = zlib.crc32(f"{draft.next_id}:{context.now:.3f}".encode())
     canary, controls = _drawn(context.ready, seed)
     others = frozenset(replica.uid for replica in controls)
-    before = _before(context, canary, proposal.objective) if not controls else ()
+    before = _before(context, canary, proposal) if not controls else ()
     measure = proposal.measure or (CAPACITY if proposal.ratio else proposal.objective)
-    errors = errors_of(context)
+    errors = errors_of(context, proposal.values)
     rate, differ = rates_before(context, proposal.values, canary.uid, others)
     longer = None
     if measure != CAPACITY:
-        differ = difference_before(context, measure, canary.uid, others)
-        longer = difference_before(context, WORK, canary.uid, others)
+        differ = difference_before(context, measure, canary.uid, others, proposal.values)
+        longer = difference_before(context, WORK, canary.uid, others, proposal.values)
     change = draft.new_change(
         context,
         proposal,
@@ -45,6 +46,7 @@ def start(context: Context, draft: Draft, proposal: Proposal, rejected: tuple[Re
         judged_before=errors.of,
         difference_before=differ,
         work_before=longer,
+        scatter_before=scatter_before(context, proposal.values),
     )
     against = ", ".join(replica.name for replica in controls) or "its own past (one replica, unproven)"
     return draft.recorded(
@@ -84,9 +86,16 @@ def _drawn(
     return canary, tuple(draw.sample([r for r in by_uid if r.uid != canary.uid], MAX_CONTROLS))
 
 
-def errors_of(context: Context) -> Measure:
+def errors_of(context: Context, values: Sequence[KnobChange]) -> Measure:
     """Requests of the long window that failed by a fault of the engine, of those that were not shed."""
-    return Measure(FAULTS, context.long.errors, context.long.admitted)
+    uids = frozenset(replica.uid for replica in context.ready)
+    counts = counts_for(values, context.measured, "long", uids)
+    return Measure(FAULTS, counts.errors, counts.admitted)
+
+
+def scatter_before(context: Context, values: Sequence[KnobChange]) -> Scatter:
+    """Faults of the long window by replica."""
+    return with_cells(context, Scatter(), values, frozenset(replica.uid for replica in context.ready))
 
 
 def enough_exposure(context: Context) -> bool:
@@ -96,7 +105,7 @@ def enough_exposure(context: Context) -> bool:
     return arrivals * EXPOSURE_LIMIT * pace.verify >= pace.requests_per_arm
 
 
-def _before(context: Context, replica: ObservedReplica, objective: str) -> tuple[Measure, ...]:
+def _before(context: Context, replica: ObservedReplica, proposal: Proposal) -> tuple[Measure, ...]:
     """What a change on the only replica is compared with: the measures during the breach.
 
     Only the measure that it should cure and the errors are tested for harm, as load changes all others.
@@ -104,7 +113,9 @@ def _before(context: Context, replica: ObservedReplica, objective: str) -> tuple
     """
     wanted = context.policy.objectives
     window = "short" if context.short.judged >= context.policy.pace.requests_per_arm else "long"
-    measured = arm(context.measured, window, frozenset({replica.uid}), wanted)
+    measured = arm(context.measured, window, frozenset({replica.uid}), wanted, proposal.values)
     return tuple(
-        item for name, item in measured.measures.items() if name == objective or name not in wanted.latency
+        item
+        for name, item in measured.measures.items()
+        if name == proposal.objective or name not in wanted.latency
     )

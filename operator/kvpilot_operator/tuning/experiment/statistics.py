@@ -1,16 +1,19 @@
 """Statistics of two arms: evidence of harm, and bounds of it. Pure functions of counts.
 
-Unit: the request. Requests of one session hang together, so counts are divided by ``OVERDISPERSION``.
+Unit: the request. Requests of one session hang together, so counts are divided by their overdispersion.
 """
 
 from __future__ import annotations
 
 import math
 
-from kvpilot_operator.tuning.state import Effect, Measure
+from kvpilot_operator.tuning.state import Effect, Measure, Scatter
 
 OVERDISPERSION = 2.0
-"""How much more a count varies than independent requests would."""
+"""How much more a count varies than independent requests would, at least."""
+
+FAILING_SESSIONS, PRIOR_CELLS = 6.0, 4.0
+"""Overdispersion where whole sessions of a few requests fail, and how many cells weigh as much as it."""
 
 Z95 = 1.645
 
@@ -18,7 +21,20 @@ EFFECT_SCALE = 0.5
 """Scale of the log ratios that are looked for."""
 
 
-def log_evidence(canary: Measure, control: Measure) -> float:
+def overdispersion(before: Scatter, since: Scatter) -> float:
+    """How much more failed requests vary than independent ones; OVERDISPERSION at least.
+
+    Cells of each of the two should be alike. A few of them show it badly, so what fails without the change
+    counts as FAILING_SESSIONS at first.
+    """
+    known = [group for group in (before, since) if 0 < group.bad < group.of]
+    prior = PRIOR_CELLS if before.bad else 0.0
+    freedom = prior + sum(group.count - 1 for group in known)
+    squares = prior * FAILING_SESSIONS + sum(group.chi_square for group in known)
+    return max(OVERDISPERSION, squares / max(freedom, 1.0))
+
+
+def log_evidence(canary: Measure, control: Measure, dispersion: float = OVERDISPERSION) -> float:
     """Log of the Bayes factor of "bad requests fall on the canary more often than its share of requests".
 
     With k bad requests on the canary, n in both arms, t0 the canary's share of requests and a = b = 1/2::
@@ -31,8 +47,8 @@ def log_evidence(canary: Measure, control: Measure) -> float:
     if canary.of <= 0 or control.of <= 0:
         return 0.0
     a = b = 0.5
-    k = canary.bad / OVERDISPERSION
-    others = control.bad / OVERDISPERSION
+    k = canary.bad / dispersion
+    others = control.bad / dispersion
     t0 = canary.of / (canary.of + control.of)
     shift = log_beta_tail(t0, a + k, b + others) - log_beta_tail(t0, a, b)
     return (
@@ -58,12 +74,12 @@ def mixture_evidence(effect: Effect, bound: float, *, above: bool = True) -> flo
     return 2 / math.sqrt(spread) * math.exp(min(600.0, score * score / 2)) * tail
 
 
-def harm_bound(canary: Measure, control: Measure) -> float:
+def harm_bound(canary: Measure, control: Measure, dispersion: float = OVERDISPERSION) -> float:
     """Upper 95% bound of (share of bad requests on the canary - on the controls).
 
     Normal approximation with one success and one failure added to each arm (Agresti and Caffo 2000).
     """
-    (p, n), (q, m) = _smoothed(canary), _smoothed(control)
+    (p, n), (q, m) = _smoothed(canary, dispersion), _smoothed(control, dispersion)
     return p - q + Z95 * math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
 
 
@@ -107,6 +123,6 @@ def _log_beta(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
-def _smoothed(measure: Measure) -> tuple[float, float]:
-    n = measure.of / OVERDISPERSION + 2
-    return (measure.bad / OVERDISPERSION + 1) / n, n
+def _smoothed(measure: Measure, dispersion: float) -> tuple[float, float]:
+    n = measure.of / dispersion + 2
+    return (measure.bad / dispersion + 1) / n, n

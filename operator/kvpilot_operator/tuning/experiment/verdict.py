@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvpilot_operator.tuning.context import Context
@@ -19,6 +19,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     arm,
     arm_of,
 )
+from kvpilot_operator.tuning.experiment.statistics import overdispersion
 from kvpilot_operator.tuning.policy import Objectives
 from kvpilot_operator.tuning.state import Change
 
@@ -49,10 +50,11 @@ class Verdict:
 def arms(context: Context, change: Change, window: str = "verify") -> tuple[Arm, Arm]:
     """Candidate and controls in a window; the change's own past where there are no controls."""
     wanted = context.policy.objectives
-    canary = arm(context.measured, window, change.candidates, wanted)
+    canary = arm(context.measured, window, change.candidates, wanted, change.values)
+    canary = replace(canary, dispersion=overdispersion(change.scatter_before, change.scatter))
     if change.before:
         return canary, arm_of(change.before)
-    return canary, arm(context.measured, window, change.others, wanted)
+    return canary, arm(context.measured, window, change.others, wanted, change.values)
 
 
 def overdue(context: Context, change: Change) -> bool:

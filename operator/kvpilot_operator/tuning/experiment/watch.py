@@ -17,9 +17,9 @@ from kvpilot_operator.tuning.assess.guards import DAY
 from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_changes
 from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
 from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
-from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, error_evidence
-from kvpilot_operator.tuning.experiment.start import errors_of
-from kvpilot_operator.tuning.experiment.statistics import mixture_evidence
+from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, counts_for, error_evidence
+from kvpilot_operator.tuning.experiment.start import errors_of, scatter_before
+from kvpilot_operator.tuning.experiment.statistics import mixture_evidence, overdispersion
 from kvpilot_operator.tuning.experiment.step_rate import as_loaded, difference, of_other_times, step_rate
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
 from kvpilot_operator.tuning.state import (
@@ -30,6 +30,7 @@ from kvpilot_operator.tuning.state import (
     Measure,
     Phase,
     Reversal,
+    Scatter,
     Watch,
 )
 
@@ -42,13 +43,16 @@ def watch(context: Context, draft: Draft) -> Draft:
     seen = draft.state.watch
     if seen is None or draft.state.change is not None:
         return draft
-    counts = context.measured.counts("watch", frozenset(replica.uid for replica in context.current))
+    uids = frozenset(replica.uid for replica in context.current)
+    counts = counts_for(seen.values, context.measured, "watch", uids)
     if context.trust.nothing is None and counts.judged:
         before = Measure(FAULTS, seen.errors_before * seen.judged_before, seen.judged_before)
         now = Measure(FAULTS, counts.errors, counts.admitted)
         rate = step_rate(counts, seen.values)
         found = difference(rate, seen.rate_before)
-        failed = error_evidence(Arm({FAULTS: now}, now.of), Arm({FAULTS: before}, before.of))
+        dispersion = overdispersion(seen.scatter_before, Scatter())
+        one, other = (Arm({FAULTS: item}, item.of, dispersion=dispersion) for item in (now, before))
+        failed = error_evidence(one, other)
         bound = harm_below(seen.ratio)
         slower = 0.0
         if found is not None and as_loaded(rate, seen.rate_before, seen.values):
@@ -75,7 +79,7 @@ def watch(context: Context, draft: Draft) -> Draft:
 
 def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ...]) -> Watch | None:
     """The watch over an edit of the user, which is reported if it does harm; None without a measurement."""
-    rate, errors, pace = step_rate(context.long, changed), errors_of(context), context.policy.pace
+    rate, errors, pace = step_rate(context.long, changed), errors_of(context, changed), context.policy.pace
     if errors.share is None:
         return None
     since = context.now + pace.tick + pace.scrape  # no scrape before the engines ran it counts
@@ -89,6 +93,7 @@ def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ..
         errors.share,
         errors.of,
         own=False,
+        scatter_before=scatter_before(context, changed),
     )
 
 

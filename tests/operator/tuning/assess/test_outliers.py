@@ -44,6 +44,7 @@ def test_replica_that_fails_more_is_named() -> None:
     assert named(fleet({"errors": 0.15}, alike=2, errors=0.1)) == [], "the others fail as well"
     shedding = {"errors": 0.15, "shed": 1.0}
     assert named(fleet(shedding, alike=2)) == [("odd-0", FAILS)], "of the requests that it answers"
+    assert named(fleet({"too_large": 0.3}, alike=2)) == [], "a client sends it what no replica may hold"
 
 
 @pytest.mark.parametrize(

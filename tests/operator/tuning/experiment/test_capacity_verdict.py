@@ -13,7 +13,7 @@ from kvpilot_operator.tuning.experiment.canary import judge_change
 from kvpilot_operator.tuning.experiment.capacity_verdict import capacity_effect, is_calm, rates_before
 from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict
 from kvpilot_operator.tuning.observation import Observation
-from kvpilot_operator.tuning.state import Change, Effect, Measure, ReplicaRef, StepRate
+from kvpilot_operator.tuning.state import Change, Effect, KnobChange, Measure, ReplicaRef, StepRate
 
 VERIFY_S, LONG_S = 45.0, 60.0
 QUEUED = gauges(waiting=40.0)
@@ -80,6 +80,17 @@ def test_latencies_prove_nothing() -> None:
 )
 def test_harm(figures: dict[str, Any], harmful: bool) -> None:
     assert name_of(judged(arms(figures, {}))) == (("Harmful", False) if harmful else (OPEN, False))
+
+
+@pytest.mark.parametrize(
+    ("knob", "verdict"), [("numWorkers", "Promoted"), ("maxTokens", "Harmful"), ("maxMemoryMb", "Harmful")]
+)
+def test_requests_that_are_too_large_are_harm_of_what_bounds_their_length(knob: str, verdict: str) -> None:
+    """One client sends them, and a sticky router sends the client to the canary."""
+    tried = change(since=20.0, values=(KnobChange(knob, 2, 4),))
+    found = judged(arms({"row_rate": 200.0, "too_large": 0.3}, {}), tried)
+    assert found.name == verdict
+    assert ("faults", 0.0) in found.evidence["canary"].items() or verdict == "Harmful"
 
 
 def test_fewer_rows_than_the_controls_had_are_no_harm() -> None:

@@ -16,6 +16,7 @@ from kvpilot_operator.tuning.experiment.measure_verdict import (
     judge_measure,
     judge_memory,
     with_interval,
+    with_scatter,
 )
 from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict
 from kvpilot_operator.tuning.observation import Observation
@@ -90,6 +91,17 @@ def test_the_time_in_work_is_compared_beside_what_should_improve() -> None:
     assert (whole.tally.count, whole.work) == (1, Tally())
 
 
+def test_faults_scatter_by_replica_and_long_window() -> None:
+    failing = context(seen(canary(errors=0.1), *controls(errors=0.05)))
+    tried = trying(since=60.0)
+    assert with_scatter(failing, replace(tried, measured_from=NOW - 59)).scatter.count == 0
+    found = with_scatter(failing, tried)
+    assert (found.scatter.count, found.scatter.bad, found.scatter.of) == (1, pytest.approx(120), 1200.0)
+    assert (found.scatter_before.count, found.scatter_before.bad) == (2, pytest.approx(120))
+    assert with_scatter(failing, found) == found, "the same window counts once"
+    assert with_scatter(context(seen(canary(), *controls())), tried) == tried, "nothing fails"
+
+
 def test_after_the_swap_the_same_machine_stands_on_the_other_side() -> None:
     """The first canary is 0.8 times the other by itself: after the swap it is the control."""
     before = Effect(math.log(0.8), 0.01)
@@ -102,15 +114,15 @@ def test_after_the_swap_the_same_machine_stands_on_the_other_side() -> None:
 def test_difference_before_is_that_of_the_long_window() -> None:
     pods = [replica(f"chat-{i}", stages={"tier_load": seconds}) for i, seconds in enumerate((0.2, 0.4, 0.4))]
     others = frozenset({"uid-chat-1", "uid-chat-2"})
-    found = difference_before(context(seen(*pods)), "tierLoad", "uid-chat-0", others)
+    found = difference_before(context(seen(*pods)), "tierLoad", "uid-chat-0", others, ())
     assert found is not None
     assert found.log_ratio == pytest.approx(math.log(0.5))
     assert found.variance == pytest.approx(2 * 2.0 / 1200)
-    assert difference_before(context(seen(*pods)), "tierLoad", "uid-chat-0", frozenset()) is None
+    assert difference_before(context(seen(*pods)), "tierLoad", "uid-chat-0", frozenset(), ()) is None
     idle = [
         replica(f"chat-{i}", rate=0.0, gauges=gauges(memory_ratio=m)) for i, m in enumerate((0.6, 0.8, 0.8))
     ]
-    assert difference_before(context(seen(*idle)), "memory", "uid-chat-0", others) == Effect(
+    assert difference_before(context(seen(*idle)), "memory", "uid-chat-0", others, ()) == Effect(
         pytest.approx(math.log(0.75)), 0.0
     )
 

@@ -6,8 +6,13 @@ import math
 
 import pytest
 
-from kvpilot_operator.tuning.experiment.statistics import log_beta_tail, log_evidence
-from kvpilot_operator.tuning.state import Measure
+from kvpilot_operator.tuning.experiment.statistics import (
+    harm_bound,
+    log_beta_tail,
+    log_evidence,
+    overdispersion,
+)
+from kvpilot_operator.tuning.state import Measure, Scatter
 
 
 def integral(
@@ -52,3 +57,40 @@ def test_tails_are_right_far_out() -> None:
 def test_canary_that_cures_an_overload_is_no_harm() -> None:
     found = log_evidence(Measure("p95", 0, 2000), Measure("p95", 2400, 2400))
     assert found < 0
+
+
+def scatter(*bad: float, of: float = 1000.0) -> Scatter:
+    found = Scatter()
+    for each in bad:
+        found = found.with_cell(each, of)
+    return found
+
+
+def test_scatter_of_failed_requests_is_pearsons() -> None:
+    cells = scatter(4.0, 16.0, 10.0)
+    expected = sum((bad - 10) ** 2 / (1000 * 0.01 * 0.99) for bad in (4, 16, 10))
+    assert cells.chi_square == pytest.approx(expected)
+    assert scatter(0.0, 0.0).chi_square == scatter(5.0).chi_square == 0.0
+    assert scatter(3.0).with_cell(0.0, 0.0).count == 1, "nothing was sent there"
+
+
+@pytest.mark.parametrize(
+    ("before", "since", "expected"),
+    [
+        (scatter(0.0, 0.0, 0.0), scatter(), 2.0),  # nothing failed: the floor
+        (scatter(1.0), scatter(), 6.0),  # it did, and one cell shows nothing of how
+        (scatter(*[10.0] * 41), scatter(), 2.0),  # many show that it does so evenly
+        (scatter(), scatter(0.0, 40.0), 40 / 0.98),  # by the cells since, where nothing failed before
+        (scatter(10.0, 10.0), scatter(0.0, 40.0), (24 + 40 / 0.98) / 6),
+    ],
+)
+def test_overdispersion_is_that_of_the_cells_and_of_sessions_at_first(
+    before: Scatter, since: Scatter, expected: float
+) -> None:
+    assert overdispersion(before, since) == pytest.approx(expected)
+
+
+def test_clusters_make_evidence_weaker_and_bounds_wider() -> None:
+    canary, control = Measure("faults", 40, 1000), Measure("faults", 20, 2000)
+    assert log_evidence(canary, control, 8.0) < log_evidence(canary, control) / 3
+    assert harm_bound(canary, control, 8.0) > harm_bound(canary, control)
