@@ -200,6 +200,12 @@ class WatchStatus(_Status):
     scatter_before: ScatterStatus = Field(
         default_factory=ScatterStatus, description="Failed requests by cell before it."
     )
+    scatter: ScatterStatus = Field(
+        default_factory=ScatterStatus, description="Failed requests by interval since the user's edit."
+    )
+    arrivals_before: Number = Field(
+        0.0, description="Requests/s per replica seen before an edit; 0: errors of the load do not count."
+    )
 
 
 class ChangeStatus(_Status):

@@ -247,7 +247,10 @@ class Watch:
         own: False for the user's edit, which is reported and never taken back.
         ratio: predicted step rate over the one before, or the least that is left of it; 0 where it stays.
         memory_before: memory ratio that an emergency was to lower; 0 for other changes.
-        scatter_before: of the change, see ``Change``.
+        scatter_before, scatter: faults by cell before it, see ``Change``; for the user's edit all failed
+            requests by interval, before it and since.
+        arrivals_before: requests/s per replica that were seen before the user's edit; 0 where errors that
+            the load can make are not judged.
     """
 
     id: str
@@ -262,6 +265,8 @@ class Watch:
     ratio: float = 0.0
     memory_before: float = 0.0
     scatter_before: Scatter = Scatter()
+    scatter: Scatter = Scatter()
+    arrivals_before: float = 0.0
 
 
 @dataclass(frozen=True)

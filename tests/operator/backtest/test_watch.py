@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tests.operator.backtest.simulations import SMALL, assert_settled, promoted, simulate, spec_of
 
@@ -72,3 +74,42 @@ def test_an_edit_that_makes_every_engine_slower_is_reported(slower: float, harmf
     why = "the engines do less work per second than before"
     named = f"prefetchSize unset -> 5, the user's change, does harm: {why}."
     assert harm == ([named] if harmful else []), sim.report()
+
+
+EIGHT = {"numWorkers": 8, "batchSize": 8}
+FAILS = "the user's change, does harm: more requests fail than before."
+
+
+def edited(knob: str, to: float, *, seed: int = 7, grown: float = 1.0, **options: Any) -> list[str]:
+    """What is said of harm after an edit, while the load becomes ``grown`` times as much."""
+    config = {**EIGHT, **options.pop("config", {})}
+    rate, at = options.pop("rate", 170.0), 80.0
+    model = options.pop("model", EngineModel(noise=0.05))
+    load = lambda t: rate if t < at else grown * rate  # noqa: E731
+    sim = simulate(config, model=model, load=load, mode="Recommend", seed=seed).run(at)
+    sim.cluster.edit(spec_of({**config, knob: to}, mode="Recommend"))
+    sim.run(60)
+    return [record.summary for record in sim.records if record.outcome == "Harmful"]
+
+
+@pytest.mark.parametrize(("knob", "to", "rate"), [("maxQueue", 1, 190.0), ("requestTimeoutS", 0.1, 170.0)])
+def test_an_edit_that_makes_requests_be_shed_or_late_is_reported(knob: str, to: float, rate: float) -> None:
+    assert edited(knob, to, rate=rate) == [f"{knob} unset -> {to}, {FAILS}"]
+
+
+@pytest.mark.parametrize("config", [{"maxQueue": 8}, {"requestTimeoutS": 1.0}])
+def test_a_load_that_doubles_is_not_blamed_on_the_edit_beside_it(config: dict[str, Any]) -> None:
+    assert edited("prefetchSize", 5, grown=2.0, config=config) == []
+
+
+def test_faults_are_blamed_on_an_edit_however_the_load_grows() -> None:
+    model = EngineModel(noise=0.05, fault=Fault(above={"prefetchSize": 4}, errors=0.1))
+    assert edited("prefetchSize", 5, grown=2.0, model=model) == [f"prefetchSize unset -> 5, {FAILS}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [170.0, 240.0])
+def test_harmless_edits_are_never_reported(rate: float) -> None:
+    """With a short queue some requests are shed before and after."""
+    found = [edited("prefetchSize", 5, seed=seed, rate=rate, config={"maxQueue": 4}) for seed in range(50)]
+    assert found == [[]] * 50

@@ -13,15 +13,27 @@ from dataclasses import replace
 from typing import Any
 
 from kvpilot_operator.tuning import reasons
+from kvpilot_operator.tuning.assess.capacity import USE
+from kvpilot_operator.tuning.assess.forecast import SIGNIFICANT
 from kvpilot_operator.tuning.assess.guards import DAY
-from kvpilot_operator.tuning.context import Context, Draft, Proposal, format_changes
+from kvpilot_operator.tuning.assess.objectives import arrival_rate, overflow
+from kvpilot_operator.tuning.configuration import value
+from kvpilot_operator.tuning.context import OVERLOAD, Context, Draft, Proposal, format_changes
 from kvpilot_operator.tuning.experiment.capacity_verdict import harm_below
 from kvpilot_operator.tuning.experiment.ends import TAKEN_BACK
-from kvpilot_operator.tuning.experiment.evidence import FAULTS, HARM_EVIDENCE, Arm, counts_for, error_evidence
-from kvpilot_operator.tuning.experiment.start import errors_of, scatter_before
-from kvpilot_operator.tuning.experiment.statistics import mixture_evidence, overdispersion
+from kvpilot_operator.tuning.experiment.evidence import (
+    FAULTS,
+    HARM_EVIDENCE,
+    Arm,
+    counts_for,
+    error_evidence,
+)
+from kvpilot_operator.tuning.experiment.measure_verdict import MIN_INTERVALS
+from kvpilot_operator.tuning.experiment.start import errors_of
+from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, mixture_evidence, overdispersion
 from kvpilot_operator.tuning.experiment.step_rate import as_loaded, difference, of_other_times, step_rate
 from kvpilot_operator.tuning.experiment.verdict import EXPOSURE_LIMIT
+from kvpilot_operator.tuning.observation import Counts
 from kvpilot_operator.tuning.state import (
     MAX_BLOCKED_VALUES,
     MAX_REVERSALS,
@@ -33,6 +45,9 @@ from kvpilot_operator.tuning.state import (
     Scatter,
     Watch,
 )
+
+MORE_ARRIVALS = 0.1
+"""Growth of the arrivals from which on errors that the load can make are not blamed on an edit."""
 
 RELIEF = 0.02
 """Part of the memory limit that an emergency has to free, or it is taken back."""
@@ -46,13 +61,11 @@ def watch(context: Context, draft: Draft) -> Draft:
     uids = frozenset(replica.uid for replica in context.current)
     counts = counts_for(seen.values, context.measured, "watch", uids)
     if context.trust.nothing is None and counts.judged:
-        before = Measure(FAULTS, seen.errors_before * seen.judged_before, seen.judged_before)
-        now = Measure(FAULTS, counts.errors, counts.admitted)
+        seen = _with_interval(context, seen, uids)
+        draft = draft.with_state(watch=seen)
         rate = step_rate(counts, seen.values)
         found = difference(rate, seen.rate_before)
-        dispersion = overdispersion(seen.scatter_before, Scatter())
-        one, other = (Arm({FAULTS: item}, item.of, dispersion=dispersion) for item in (now, before))
-        failed = error_evidence(one, other)
+        failed = _failed(seen, counts)
         bound = harm_below(seen.ratio)
         slower = 0.0
         if found is not None and as_loaded(rate, seen.rate_before, seen.values):
@@ -83,6 +96,10 @@ def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ..
     if errors.share is None:
         return None
     since = context.now + pace.tick + pace.scrape  # no scrape before the engines ran it counts
+    uids = frozenset(replica.uid for replica in context.ready)
+    short, long = (counts_for(changed, context.measured, window, uids) for window in ("short", "long"))
+    rates = [arrival_rate(context.measured, window) / len(context.ready) for window in ("short", "long")]
+    scatter = Scatter().with_cell(short.failed, short.judged)
     return Watch(
         decision,
         "user-edit",
@@ -93,8 +110,52 @@ def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ..
         errors.share,
         errors.of,
         own=False,
-        scatter_before=scatter_before(context, changed),
+        scatter_before=scatter.with_cell(long.failed - short.failed, long.judged - short.judged),
+        arrivals_before=max(rates) if _has_room(context, rates[1]) else 0.0,
     )
+
+
+def _has_room(context: Context, arrivals: float) -> bool:
+    """True if a replica serves so many requests/s with room: near its limit they fail by chance as well."""
+    rows = min(value(context.config, "numWorkers"), value(context.config, "batchSize"))
+    calm = all(overflow(context.measured, window) <= OVERLOAD for window in ("short", "long"))
+    return calm and context.capacity is not None and arrivals <= USE * context.capacity.rate(rows)
+
+
+def _with_interval(context: Context, seen: Watch, uids: frozenset[str]) -> Watch:
+    """The watch over an edit with one more interval, and without errors of the load once that grew."""
+    if seen.own or context.now - max(seen.scatter.at, seen.since) < context.policy.pace.short:
+        return seen
+    counts = counts_for(seen.values, context.measured, "short", uids)
+    if seen.arrivals_before and _grown(counts, seen.arrivals_before):
+        seen = replace(seen, arrivals_before=0.0)
+    return replace(seen, scatter=seen.scatter.with_cell(counts.failed, counts.judged, context.now))
+
+
+def _grown(counts: Counts, before: float) -> bool:
+    """True if more requests arrive than before, and not by chance."""
+    expected = before * counts.replica_seconds
+    chance = SIGNIFICANT * math.sqrt(OVERDISPERSION * expected)
+    return counts.arrivals - expected > max(MORE_ARRIVALS * expected, chance)
+
+
+def _failed(seen: Watch, counts: Counts) -> float:
+    """E-value against "no more requests fail than before".
+
+    An edit may alter how many are shed or late as well, as a shorter queue does. They count while no more
+    requests arrive than before, and so many as arrive beyond that are the load's. A single burst is none
+    either, so several intervals must have shown how much they vary.
+    """
+    before = Measure(FAULTS, seen.errors_before * seen.judged_before, seen.judged_before)
+    now = Measure(FAULTS, counts.errors, counts.admitted)
+    dispersion = overdispersion(seen.scatter_before, seen.scatter)
+    if not seen.own and seen.scatter.count < MIN_INTERVALS:
+        return 1.0
+    if seen.arrivals_before:
+        beyond = max(0.0, counts.arrivals - seen.arrivals_before * counts.replica_seconds)
+        before = Measure(FAULTS, seen.scatter_before.bad, seen.scatter_before.of)
+        now = Measure(FAULTS, max(0.0, counts.failed - beyond), counts.judged)
+    return error_evidence(Arm({FAULTS: now}, now.of, dispersion=dispersion), Arm({FAULTS: before}, before.of))
 
 
 def _harm(context: Context, draft: Draft, seen: Watch, why: str, evidence: Mapping[str, Any]) -> Draft:
