@@ -206,6 +206,7 @@ def judge_change(context: Context, change: Change) -> tuple[Change, Verdict]:
         return change, late if overdue(context, change) else Verdict(OPEN, "")
     change = with_scatter(context, change)
     if change.measure == MEMORY:
+        change = with_interval(context, change)
         return change, judge_memory(context, change)
     if change.measure != CAPACITY:
         change = with_interval(context, change)
@@ -237,7 +238,8 @@ def _spread(context: Context, draft: Draft, change: Change) -> Draft | None:
 
 def _crossed(context: Context, draft: Draft, change: Change) -> Draft:
     """Swap the arms of two replicas once, so that what their machines differ by falls out of the mean."""
-    if change.crossed_at or len(change.controls) != 1 or change.tally.count < CROSSOVER_INTERVALS:
+    swaps = len(change.controls) == 1 and change.measure != MEMORY  # a pool takes its time to shrink
+    if change.crossed_at or not swaps or change.tally.count < CROSSOVER_INTERVALS:
         return draft
     swapped = replace(
         change,

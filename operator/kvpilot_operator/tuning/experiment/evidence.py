@@ -131,7 +131,9 @@ def compared(one: Arm, other: Arm, name: str) -> float | None:
     return math.log(max(now / before, MIN_RATIO))
 
 
-def effect_of(tally: Tally, before: Effect | None, *, alone: bool = False) -> Effect | None:
+def effect_of(
+    tally: Tally, before: Effect | None, *, alone: bool = False, implied: float | None = None
+) -> Effect | None:
     """The mean effect of the intervals, without what the arms differed by before; None without an interval.
 
     Its variance is that of the intervals about their mean, drawn with the weight of PRIOR_INTERVALS towards
@@ -139,10 +141,12 @@ def effect_of(tally: Tally, before: Effect | None, *, alone: bool = False) -> Ef
 
     Args:
         alone: no controls: all intervals are compared with one that was before them, and scatters like them.
+        implied: variance of one interval of what is no count of requests.
     """
     if not tally.count:
         return None
-    implied = 2 * OVERDISPERSION * tally.count / max(tally.requests, 1.0)
+    if implied is None:
+        implied = 2 * OVERDISPERSION * tally.count / max(tally.requests, 1.0)
     freedom = PRIOR_INTERVALS + tally.count - 1
     each = (PRIOR_INTERVALS * implied + tally.squares) / freedom
     found = Effect(tally.mean, each / tally.count + each * alone)

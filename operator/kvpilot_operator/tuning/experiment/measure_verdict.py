@@ -1,4 +1,4 @@
-"""Verdicts on all other changes: a measure of both arms, interval by interval, and memory as it is.
+"""Verdicts on all other changes: a measure of both arms, interval by interval, memory by its readings.
 
 Each interval of a short window gives one difference of the arms. Their mean and their scatter are sufficient:
 the state keeps them, and sessions, bursts and wandering machines are in the scatter, so nothing is assumed of
@@ -53,6 +53,10 @@ HARM = math.log(1.1)
 
 MIN_INTERVALS = 3
 
+READING, AGREES = 0.02, 3.0
+"""Standard deviation of the log ratio of two memory gauges, and by how many of them a reading may differ from
+the mean. While memory falls or rises further, each begins a new row of readings."""
+
 TIMES = frozenset({SECONDS, WORK})
 """Measures of whole requests. Any other may improve at the cost of the time in work, as a compression level
 that holds more blocks and loads them more slowly, so that is compared beside it."""
@@ -62,7 +66,7 @@ def with_interval(context: Context, change: Change) -> Change:
     """The change with one more interval, once a whole short window has passed since the last one."""
     length = context.policy.pace.short
     last = max(change.tally.at, change.measured_from)  # a push began the measurement anew
-    if context.now - last < length or change.measure == MEMORY:
+    if context.now - last < length:
         return change
     canary, control = arms(context, change, "short")
     found = compared(canary, control, change.measure)
@@ -75,8 +79,12 @@ def with_interval(context: Context, change: Change) -> Change:
         shift = 0.0 if before is None else sign * before.log_ratio
         return tally.with_interval(ratio - shift, least, context.now)
 
+    first = extended(Tally(), found, change.difference_before)
+    if change.measure == MEMORY and abs(first.mean - change.tally.mean) > AGREES * READING:
+        return replace(change, tally=first)
     change = replace(change, tally=extended(change.tally, found, change.difference_before))
-    longer = compared(canary, control, WORK) if change.others and change.measure not in TIMES else None
+    part = change.measure not in {*TIMES, MEMORY}
+    longer = compared(canary, control, WORK) if change.others and part else None
     if longer is None:
         return change
     return replace(change, work=extended(change.work, longer, change.work_before))
@@ -117,8 +125,8 @@ def difference_before(
     wanted, seen = context.policy.objectives, context.measured
     one, other = (arm(seen, "long", uids, wanted, values) for uids in (frozenset({canary}), controls))
     found = compared(one, other, measure)
-    if measure == MEMORY:  # a gauge, which is as it is
-        return None if found is None else Effect(found, 0.0)
+    if measure == MEMORY:  # one reading
+        return None if found is None else Effect(found, READING**2)
     least = min(one.judged, other.judged)
     return None if found is None or least <= 0 else Effect(found, 2 * OVERDISPERSION / least)
 
@@ -161,24 +169,19 @@ def judge_measure(context: Context, change: Change) -> Verdict:
 
 
 def judge_memory(context: Context, change: Change) -> Verdict:
-    """The verdict on memory: the canary's against the controls', once it has had time to fall."""
+    """The verdict on memory: readings of the canary's against the controls' that agree."""
     canary, control = arms(context, change)
     wanted, failed = context.policy.objectives, error_evidence(canary, control)
-    ratio, before = compared(canary, control, MEMORY), change.difference_before
-    fall = None if ratio is None else 1 - math.exp(ratio - (0.0 if before is None else before.log_ratio))
-    evidence = {
-        **format_arms(canary, control),
-        "gain": None if fall is None else round(fall, 4),
-        "predictedGain": round(change.predicted_gain, 4),
-        "predictionError": None if fall is None else round(fall - change.predicted_gain, 4),
-        "harmEValue": float(f"{failed:.3g}"),
-        "unproven": not change.controls,
-    }
+    effect = _effect(change, change.tally, change.difference_before)
+    evidence = _evidence(change, canary, control, effect, failed)
     text = format_effect(change, canary, control, wanted)
     if failed >= HARM_EVIDENCE:
         return Verdict(reasons.HARMFUL, text, evidence)
-    if fall is not None and fall >= GAIN_SHARE * change.predicted_gain:
-        return Verdict(reasons.PROMOTED, text, evidence)
+    if effect is not None and 1 - math.exp(effect.log_ratio) >= GAIN_SHARE * change.predicted_gain:
+        sure = effect.log_ratio + Z95 * math.sqrt(effect.variance) <= BETTER
+        if sure and change.tally.count >= MIN_INTERVALS:
+            return Verdict(reasons.PROMOTED, text, evidence)
+        return Verdict(reasons.INCONCLUSIVE if overdue(context, change) else OPEN, text, evidence)
     if _verified_long(context, change):
         return Verdict(reasons.NO_GAIN, text, evidence)
     return Verdict(OPEN, text, evidence)
@@ -187,7 +190,8 @@ def judge_memory(context: Context, change: Change) -> Verdict:
 def _effect(change: Change, tally: Tally, before: Effect | None) -> Effect | None:
     """What the intervals show; the difference before the change is out of each, its variance comes on top."""
     known = None if before is None else Effect(0.0, before.variance)
-    return effect_of(tally, known, alone=not change.others)
+    implied = READING**2 if change.measure == MEMORY else None
+    return effect_of(tally, known, alone=not change.others, implied=implied)
 
 
 def _verified_long(context: Context, change: Change) -> bool:

@@ -22,7 +22,7 @@ from kvpilot_operator.tuning.experiment.verdict import OPEN, Verdict
 from kvpilot_operator.tuning.observation import Observation
 from kvpilot_operator.tuning.state import Change, Effect, Tally
 
-SHORT_S, VERIFY_S = 10.0, 45.0
+SHORT_S, VERIFY_S, READING_SD = 10.0, 45.0, 0.02
 
 
 def loading(one: float, other: float, **figures: Any) -> Observation:
@@ -123,7 +123,7 @@ def test_difference_before_is_that_of_the_long_window() -> None:
         replica(f"chat-{i}", rate=0.0, gauges=gauges(memory_ratio=m)) for i, m in enumerate((0.6, 0.8, 0.8))
     ]
     assert difference_before(context(seen(*idle)), "memory", "uid-chat-0", others, ()) == Effect(
-        pytest.approx(math.log(0.75)), 0.0
+        pytest.approx(math.log(0.75)), pytest.approx(READING_SD**2)
     )
 
 
@@ -236,38 +236,63 @@ def test_what_was_not_shown_in_time_ends() -> None:
     assert (vague.name, vague.aborted) == ("Inconclusive", False)
 
 
-def memory(
-    one: float, other: float, since: float = 20.0, before: Effect | None = None, **figures: Any
-) -> Verdict:
-    full, less = gauges(memory_ratio=other), gauges(memory_ratio=one)
-    pods = seen(
-        canary(gauges=less, verify=figures, seconds=50.0), *controls(gauges=full, verify={}, seconds=50.0)
+def arms_with(one: float, other: float, **figures: Any) -> Observation:
+    """Both arms with these memory ratios."""
+    return seen(
+        canary(gauges=gauges(memory_ratio=one), verify=figures, seconds=50.0),
+        *controls(gauges=gauges(memory_ratio=other), verify={}, seconds=50.0),
     )
+
+
+def memory(
+    *readings: float, other: float = 0.9, since: float = 30.0, before: Effect | None = None, **figures: Any
+) -> Verdict:
+    """The verdict after readings of the canary, one in each short window, against steady controls."""
     tried = trying(
         since=since, measure="memory", objective="memory", predicted_gain=0.2, difference_before=before
     )
-    return judge_memory(context(pods), tried)
+    for number, ratio in enumerate(readings, 1):
+        now = NOW - since + number * SHORT_S
+        tried = with_interval(replace(context(arms_with(ratio, other)), now=now), tried)
+    return judge_memory(context(arms_with(readings[-1], other, **figures)), tried)
 
 
-def test_memory_is_proven_by_the_gauge() -> None:
-    verdict = memory(0.72, 0.9)
+def test_memory_is_proven_by_readings_that_agree() -> None:
+    verdict = memory(0.72, 0.72, 0.72)
     assert (verdict.name, verdict.effect) == ("Promoted", "memory fell from 90% to 72%")
-    assert (verdict.evidence["gain"], verdict.evidence["predictionError"]) == (0.2, 0.0)
-    assert memory(0.8, 0.9).name == "Promoted", "half of the predicted fall"
+    assert memory(0.72, 0.72).name == OPEN, "two of them"
+    assert memory(0.8, 0.8, 0.8).name == "Promoted", "half of the predicted fall"
+
+
+def test_evidence_of_memory_has_gain_interval_and_error_of_the_prediction() -> None:
+    evidence = memory(0.72, 0.72, 0.72).evidence
+    assert (evidence["gain"], evidence["predictedGain"], evidence["predictionError"]) == (0.2, 0.2, 0.0)
+    assert evidence["gainLow"] < 0.2 < evidence["gainHigh"]
+    assert (evidence["measure"], evidence["intervals"]) == ("memory", 3)
+
+
+def test_readings_that_do_not_agree_prove_nothing() -> None:
+    assert memory(0.86, 0.72, 0.72).name == OPEN, "it fell after the first"
+    assert memory(0.86, 0.72, 0.72, 0.72, since=40.0).name == "Promoted"
+    assert memory(0.72, 0.86, 0.72, since=40.0).name == OPEN
+    swinging = {"since": 4 * VERIFY_S}
+    late = memory(0.72, 0.86, 0.72, 0.86, 0.72, **swinging)
+    assert (late.name, late.aborted) == ("Inconclusive", False)
 
 
 def test_memory_that_differed_before_has_not_fallen() -> None:
-    lower = Effect(math.log(0.8), 0.0)
-    assert memory(0.72, 0.9, before=lower).name == OPEN
-    assert memory(0.72, 0.9, since=VERIFY_S, before=lower).name == "NoGain"
-    assert memory(0.72, 0.9, before=Effect(math.log(1.25), 0.0)).evidence["gain"] == pytest.approx(0.36)
-    assert memory(0.648, 0.9, before=lower).name == "Promoted", "a tenth less than it was"
+    lower = Effect(math.log(0.8), READING_SD**2)
+    assert memory(0.72, 0.72, 0.72, before=lower).name == OPEN
+    assert memory(0.72, 0.72, 0.72, since=VERIFY_S, before=lower).name == "NoGain"
+    more = memory(0.72, 0.72, 0.72, before=Effect(math.log(1.25), READING_SD**2))
+    assert more.evidence["gain"] == pytest.approx(0.36)
+    assert memory(0.648, 0.648, 0.648, before=lower).name == "Promoted", "a tenth less than it was"
 
 
 def test_memory_that_does_not_fall_in_a_verify_time_is_no_gain() -> None:
-    assert memory(0.85, 0.9).name == OPEN
-    assert memory(0.85, 0.9, since=VERIFY_S).name == "NoGain"
+    assert memory(0.85, 0.85, 0.85).name == OPEN
+    assert memory(0.85, 0.85, 0.85, since=VERIFY_S).name == "NoGain"
 
 
 def test_a_cut_that_makes_requests_fail_is_harm() -> None:
-    assert memory(0.72, 0.9, errors=0.2).name == "Harmful"
+    assert memory(0.72, 0.72, 0.72, errors=0.2).name == "Harmful"
