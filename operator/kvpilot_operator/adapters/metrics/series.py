@@ -8,11 +8,14 @@ what a runtime does not export is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from kvpilot_engine.contract import PAGE_TOKENS
 from kvpilot_engine.contract import metrics as names
 from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS, Counts, Gauges, MemoryUse, Sample
+
+N = TypeVar("N", int, float)
 
 SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
 """Metric name as exposed (with ``_bucket``, ``_sum``, ``_total``) and its sorted labels without identity."""
@@ -103,7 +106,7 @@ def sample_from(
 
     Raises:
         IncompleteSeriesError: an essential gauge or counter is missing, or an edge of a histogram, or a value
-            is not finite.
+            is not finite, or a label that holds a number does not.
     """
     counts = {
         window: _counts(increases, replica_seconds.get(window, 0.0), window)
@@ -216,7 +219,7 @@ def _check(values: Mapping[SeriesKey, float], expected: tuple[str, ...], where: 
 
 def _edges(increases: Mapping[SeriesKey, float], name: str, window: str) -> dict[float, float]:
     """Counts at or under each published edge; ``le="1"`` and ``le="1.0"`` are the same edge."""
-    by_edge = {float(labels["le"]): value for labels, value in _of(increases, name)}
+    by_edge = _by_number(increases, name, "le", float)
     if missing := [edge for edge in names.EDGES_S if edge not in by_edge]:
         raise IncompleteSeriesError(
             f"window {window}: {name} lacks the edges {', '.join(map(str, missing))} s"
@@ -233,8 +236,24 @@ def _sum(values: Mapping[SeriesKey, float], name: str) -> float:
 
 
 def _by_rows(values: Mapping[SeriesKey, float], name: str) -> dict[int, float]:
-    by_label = _by_label(values, name, "rows")
-    return {rows: by_label[str(rows)] for rows in sorted(map(int, by_label))}
+    by_rows = _by_number(values, name, "rows", int)
+    if by_rows and min(by_rows) < 1:
+        raise IncompleteSeriesError(f"{name} has a series of {min(by_rows)} rows")
+    return dict(sorted(by_rows.items()))
+
+
+def _by_number(
+    values: Mapping[SeriesKey, float], name: str, label: str, number: Callable[[str], N]
+) -> dict[N, float]:
+    """Values by a label that holds a number; two spellings of one number are one."""
+    totals: dict[N, float] = {}
+    for text, value in _by_label(values, name, label).items():
+        try:
+            key = number(text)
+        except ValueError as error:
+            raise IncompleteSeriesError(f"{name} has {label}={text!r}, which is no number") from error
+        totals[key] = totals.get(key, 0.0) + value
+    return totals
 
 
 def _by_label(values: Mapping[SeriesKey, float], name: str, label: str) -> dict[str, float]:

@@ -187,3 +187,37 @@ def test_what_is_not_finite_is_no_sample(value: float) -> None:
 def test_a_missing_gauge_is_no_sample() -> None:
     with pytest.raises(IncompleteSeriesError, match="no series of kvpilot_memory_ratio"):
         sample(gauges={k: v for k, v in gauges().items() if k[0] != names.MEMORY_RATIO})
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        (key(names.BUCKET_ROWS_TOTAL), r"bucket_rows_total has rows='', which is no number"),
+        (key(names.BUCKET_SECONDS_TOTAL, rows="all"), r"rows='all', which is no number"),
+        (key(names.BUCKET_ROWS_TOTAL, rows="0"), "has a series of 0 rows"),
+        (key(f"{names.REQUEST_SECONDS}_bucket"), r"request_seconds_bucket has le='', which is no number"),
+        (key(f"{names.FIRST_TOKEN_SECONDS}_bucket", le="often"), r"le='often', which is no number"),
+    ],
+)
+def test_a_label_that_should_hold_a_number_and_does_not_is_no_sample(
+    series: SeriesKey, message: str
+) -> None:
+    with pytest.raises(IncompleteSeriesError, match=message):
+        sample(short=increases() | {series: 1.0})
+
+
+@pytest.mark.parametrize("label", [{}, {"rows": "many"}, {"rows": "-1"}])
+def test_a_curve_without_its_rows_is_no_sample(label: dict[str, str]) -> None:
+    with pytest.raises(IncompleteSeriesError, match=names.STEP_CURVE_SECONDS):
+        sample(gauges=gauges() | {key(names.STEP_CURVE_SECONDS, **label): 0.02})
+
+
+def test_two_spellings_of_a_number_are_one() -> None:
+    short = increases() | {
+        key(names.BUCKET_ROWS_TOTAL, rows="8"): 3.0,
+        key(names.BUCKET_ROWS_TOTAL, rows="08"): 2.0,
+        key(f"{names.REQUEST_SECONDS}_bucket", le="0.50"): 4.0,
+    }
+    counts = sample(short=short).windows["short"]
+    assert counts.bucket_rows == {8: 5.0}
+    assert counts.request_within[0.5] == names.EDGES_S.index(0.5) + 4.0
