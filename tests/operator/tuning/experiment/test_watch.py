@@ -17,9 +17,11 @@ from kvpilot_operator.tuning.experiment.watch import watch, watch_of_edit
 from kvpilot_operator.tuning.observation import Observation, Pin, Promoted, Sample
 from kvpilot_operator.tuning.state import (
     BlockedValue,
+    Expected,
     KnobChange,
     OverlayEntry,
     Phase,
+    Prediction,
     Reversal,
     StepRate,
     TuningState,
@@ -64,6 +66,19 @@ def fleet(seconds: float = 20.0, **figures: Any) -> Observation:
 
 def watched(observation: Observation, state: TuningState) -> Draft:
     return watch(context(observation), Draft(state))
+
+
+def test_what_is_taken_back_has_no_effect_to_measure() -> None:
+    used = Prediction("memory", 0.9, 0.85, 0.95)
+    cut, other = (Expected(name, "memory-emergency", "the cut", used, NOW - 9) for name in ("d-0001", "d-0000"))
+    state = replace(watching(), expected=(other, cut))
+    measured, reverted = watched(fleet(row_rate=50.0), state).records
+    assert (measured.id, measured.outcome, reverted.outcome) == ("d-0001", "Measured", "Reverted")
+    assert measured.summary == (
+        "the cut: it was taken back before its effect showed; 90% (85% to 95%) was predicted."
+    )
+    assert watched(fleet(row_rate=50.0), state).state.expected == (other,)
+    assert watched(fleet(row_rate=100.0), state).state.expected == (other, cut)
 
 
 @pytest.mark.parametrize(
