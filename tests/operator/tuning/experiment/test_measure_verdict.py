@@ -245,11 +245,16 @@ def arms_with(one: float, other: float, **figures: Any) -> Observation:
 
 
 def memory(
-    *readings: float, other: float = 0.9, since: float = 30.0, before: Effect | None = None, **figures: Any
+    *readings: float,
+    other: float = 0.9,
+    since: float = 30.0,
+    before: Effect | None = None,
+    predicted: float = 0.2,
+    **figures: Any,
 ) -> Verdict:
     """The verdict after readings of the canary, one in each short window, against steady controls."""
     tried = trying(
-        since=since, measure="memory", objective="memory", predicted_gain=0.2, difference_before=before
+        since=since, measure="memory", objective="memory", predicted_gain=predicted, difference_before=before
     )
     for number, ratio in enumerate(readings, 1):
         now = NOW - since + number * SHORT_S
@@ -262,6 +267,15 @@ def test_memory_is_proven_by_readings_that_agree() -> None:
     assert (verdict.name, verdict.effect) == ("Promoted", "memory fell from 90% to 72%")
     assert memory(0.72, 0.72).name == OPEN, "two of them"
     assert memory(0.8, 0.8, 0.8).name == "Promoted", "half of the predicted fall"
+
+
+@pytest.mark.parametrize("predicted", [0.05, 0.07, 0.1, 0.3])
+def test_a_fall_of_memory_as_small_as_predicted_is_proven(predicted: float) -> None:
+    equal = Effect(0.0, READING_SD**2)
+    fallen, little = ([0.9 * (1 - part * predicted)] * 3 for part in (1.0, 0.6))
+    assert memory(*fallen, before=equal, predicted=predicted).name == "Promoted"
+    late = memory(*little, before=equal, predicted=predicted, since=4 * VERIFY_S)
+    assert late.name == ("Inconclusive" if predicted <= 0.1 else "Promoted"), "it could be none"
 
 
 def test_evidence_of_memory_has_gain_interval_and_error_of_the_prediction() -> None:
