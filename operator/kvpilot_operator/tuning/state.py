@@ -117,9 +117,10 @@ class Scatter:
     at: float = 0.0
 
     def with_cell(self, bad: float, of: float, at: float = 0.0) -> Scatter:
-        """The sums with one more cell; one without requests is none."""
+        """The sums with one more cell; one without requests is none, and no more than all of them failed."""
         if of <= 0:
             return replace(self, at=at)
+        bad = min(max(0.0, bad), of)
         return Scatter(self.count + 1, self.bad + bad, self.of + of, self.squares + bad * bad / of, at)
 
     @property

@@ -74,6 +74,12 @@ def test_scatter_of_failed_requests_is_pearsons() -> None:
     assert scatter(3.0).with_cell(0.0, 0.0).count == 1, "nothing was sent there"
 
 
+def test_a_cell_between_two_windows_holds_no_more_than_all_of_its_requests() -> None:
+    """Prometheus extrapolates increases, so that one window less a shorter one can be any number."""
+    assert scatter(3.0).with_cell(-0.2, 1.0) == scatter(3.0).with_cell(0.0, 1.0)
+    assert scatter(3.0).with_cell(2.5, 0.01) == scatter(3.0).with_cell(0.01, 0.01)
+
+
 @pytest.mark.parametrize(
     ("before", "since", "expected"),
     [
