@@ -201,6 +201,7 @@ class Gauges:
     Attributes:
         host, device: memory by kind; None where the replica has no such memory.
         curve: measured time of a decode step by its rows, s; empty where the runtime has none.
+        marginal_gain: throughput that one more row brings, relative; None if the runtime does not say.
         longest_request_tokens: prompt and answer of the longest request within a day; None if the runtime
             does not say.
         token_bytes: bytes of one token in the pool; 0 while it holds none, None if the runtime does not say.
@@ -209,7 +210,7 @@ class Gauges:
     waiting: float = 0.0
     running: float = 0.0
     memory_ratio: float = 0.0
-    marginal_gain: float = 1.0
+    marginal_gain: float | None = 1.0
     cached_bytes: float = 0.0
     budget_bytes: float = 0.0
     generation: int = 0

@@ -25,12 +25,12 @@ GAUGES: tuple[str, ...] = (
     names.REQUESTS_RUNNING,
     names.MEMORY_RATIO,
     names.MEMORY_LIMIT_BYTES,
-    names.STEP_MARGINAL_GAIN,
     names.CACHE_BYTES,
     names.CACHE_BUDGET_BYTES,
     names.CONFIG_GENERATION,
 )
-"""Gauges of a sample; every engine publishes all of them from its start."""
+"""Gauges of a sample, which every engine must publish. Queue and configuration are part of every decision;
+without its memory, and what the cache has of it, nothing keeps a larger cache from ending an engine."""
 
 COUNTERS: tuple[str, ...] = (
     f"{names.REQUEST_SECONDS}_bucket",
@@ -52,6 +52,7 @@ OPTIONAL_COUNTERS: tuple[str, ...] = (
 )
 OPTIONAL_GAUGES: tuple[str, ...] = (
     names.STEP_CURVE_SECONDS,
+    names.STEP_MARGINAL_GAIN,
     names.LONGEST_REQUEST_TOKENS,
     names.CACHED_PAGES,
 )
@@ -164,14 +165,14 @@ def _gauges(values: Mapping[SeriesKey, float]) -> Gauges:
         running=_sum(values, names.REQUESTS_RUNNING),
         memory_ratio=ratio,
         memory_limit_bytes=max(limits, default=0.0),
-        marginal_gain=_sum(values, names.STEP_MARGINAL_GAIN),
+        marginal_gain=_last(values, names.STEP_MARGINAL_GAIN),
         cached_bytes=_sum(values, names.CACHE_BYTES),
         budget_bytes=_sum(values, names.CACHE_BUDGET_BYTES),
         generation=round(_sum(values, names.CONFIG_GENERATION)),
         host=_memory(values, "host"),
         device=_memory(values, "device"),
         curve=_by_rows(values, names.STEP_CURVE_SECONDS),
-        longest_request_tokens=next((n for _, n in _of(values, names.LONGEST_REQUEST_TOKENS)), None),
+        longest_request_tokens=_last(values, names.LONGEST_REQUEST_TOKENS),
         token_bytes=_token_bytes(values),
     )
 
@@ -233,6 +234,11 @@ def _of(values: Mapping[SeriesKey, float], name: str) -> Iterator[tuple[dict[str
 
 def _sum(values: Mapping[SeriesKey, float], name: str) -> float:
     return sum(value for _, value in _of(values, name))
+
+
+def _last(values: Mapping[SeriesKey, float], name: str) -> float | None:
+    """The value of a gauge without labels; None where it is absent."""
+    return next((value for _, value in _of(values, name)), None)
 
 
 def _by_rows(values: Mapping[SeriesKey, float], name: str) -> dict[int, float]:

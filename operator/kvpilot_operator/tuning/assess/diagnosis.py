@@ -93,13 +93,13 @@ def saturated(observation: Observation, capacity: Capacity | None) -> bool:
 
     Stepping time alone proves nothing: on contended CPUs a step with few rows takes hardly less time than one
     with many rows. Nor does the gain of one more row, where there are many: of r rows it is at most 1 / r.
+    Where a runtime exports no such gain, the curve is enough.
     """
     if capacity is not None and not capacity.flat():
         return False
-    gains = [
-        replica.sample.gauges.marginal_gain for replica in observation.ready if replica.sample is not None
-    ]
-    if not gains or sum(gains) / len(gains) >= SATURATED_GAIN:
+    reported = [r.sample.gauges.marginal_gain for r in observation.ready if r.sample is not None]
+    gains = [gain for gain in reported if gain is not None]
+    if sum(gains) / len(gains) >= SATURATED_GAIN if gains else capacity is None:
         return False
     return all(busy_share(observation.counts(window)) >= SATURATED_BUSY for window in ("short", "long"))
 

@@ -137,13 +137,15 @@ def test_optional_series_are_absent_and_not_zero() -> None:
     without = sample_from({"short": increases()}, gauges(), {"short": 10.0}, 0.5, 10.0)
     assert (without.windows["short"].bucket_rows, without.gauges.curve) == ({}, {})
     assert (without.gauges.longest_request_tokens, without.gauges.token_bytes) == (None, None)
+    assert without.gauges.marginal_gain is None
     held = {
         key(names.LONGEST_REQUEST_TOKENS): 3072.0,
+        key(names.STEP_MARGINAL_GAIN): 0.25,
         key(names.CACHED_PAGES, tier="pool"): 2.0,
         key(names.CACHE_BYTES, tier="pool"): 64.0 * PAGE_TOKENS,
     }
     got = sample_from({}, gauges() | held, {}, 0, 0).gauges
-    assert (got.longest_request_tokens, got.token_bytes) == (3072.0, 32.0)
+    assert (got.longest_request_tokens, got.token_bytes, got.marginal_gain) == (3072.0, 32.0, 0.25)
 
 
 def test_a_window_without_series_is_absent_and_not_zero() -> None:
@@ -199,9 +201,7 @@ def test_a_missing_gauge_is_no_sample() -> None:
         (key(f"{names.FIRST_TOKEN_SECONDS}_bucket", le="often"), r"le='often', which is no number"),
     ],
 )
-def test_a_label_that_should_hold_a_number_and_does_not_is_no_sample(
-    series: SeriesKey, message: str
-) -> None:
+def test_a_label_that_should_hold_a_number_and_does_not_is_no_sample(series: SeriesKey, message: str) -> None:
     with pytest.raises(IncompleteSeriesError, match=message):
         sample(short=increases() | {series: 1.0})
 

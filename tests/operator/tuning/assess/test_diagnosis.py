@@ -56,6 +56,25 @@ def test_many_rows_are_not_full_while_twice_as_many_bring_more(per_row: float, f
     assert context_of(observe(*pods, config=WIDE)).diagnosis.saturated is full
 
 
+@pytest.mark.parametrize(("per_row", "full"), [(0.0001, False), (0.02, True), (None, False)])
+def test_without_the_gain_of_one_more_row_the_curve_says_what_is_full(
+    per_row: float | None, full: bool
+) -> None:
+    known = {} if per_row is None else curve(0.016, per_row)
+    shown, row_rate = gauges(marginal_gain=None, curve=known), 16 / known.get(16, 0.02)
+    pods = three(attained=BAD, stages=QUEUED, busy=0.97, rows=16, row_rate=row_rate, gauges=shown)
+    assert context_of(observe(*pods, config=WIDE)).diagnosis.saturated is full
+    calm = three(attained=BAD, stages=QUEUED, busy=0.5, rows=16, row_rate=row_rate, gauges=shown)
+    assert not context_of(observe(*calm, config=WIDE)).diagnosis.saturated
+
+
+def test_replicas_that_say_the_gain_of_one_more_row_speak_for_the_others() -> None:
+    first, *_ = three(attained=BAD, stages=QUEUED, busy=0.97, gauges=gauges(marginal_gain=None))
+    for gain, full in ((0.05, True), (0.5, False)):
+        telling = three(attained=BAD, stages=QUEUED, busy=0.97, gauges=gauges(marginal_gain=gain))[1:]
+        assert context_of(observe(first, *telling, config=WIDE)).diagnosis.saturated is full
+
+
 @pytest.mark.parametrize(("figures", "stage", "reason", "message"), CASES, ids=[case[2] for case in CASES])
 def test_diagnosis_names_stage_and_reason(
     figures: dict[str, Any], stage: str, reason: str, message: str

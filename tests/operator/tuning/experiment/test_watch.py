@@ -70,7 +70,9 @@ def watched(observation: Observation, state: TuningState) -> Draft:
 
 def test_what_is_taken_back_has_no_effect_to_measure() -> None:
     used = Prediction("memory", 0.9, 0.85, 0.95)
-    cut, other = (Expected(name, "memory-emergency", "the cut", used, NOW - 9) for name in ("d-0001", "d-0000"))
+    cut, other = (
+        Expected(name, "memory-emergency", "the cut", used, NOW - 9) for name in ("d-0001", "d-0000")
+    )
     state = replace(watching(), expected=(other, cut))
     measured, reverted = watched(fleet(row_rate=50.0), state).records
     assert (measured.id, measured.outcome, reverted.outcome) == ("d-0001", "Measured", "Reverted")
