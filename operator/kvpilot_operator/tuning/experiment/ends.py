@@ -142,9 +142,13 @@ def _turns_back(state: TuningState, change: Change, context: Context) -> bool:
     """True if a promotion moves a knob back towards the user's value: it counts as a reversal."""
     leading = change.values[0]
     entry = next((item for item in state.overlay if item.knob == leading.knob), None)
-    if entry is None or isinstance(leading.after, bool) or not isinstance(leading.after, int | float):
-        return entry is not None and not isinstance(leading.after, int | float)
+    if entry is None:
+        return False
     user = entry.based_on if entry.based_on is not None else value({}, leading.knob)
+    if isinstance(leading.after, bool):
+        return bool(leading.after == user)
+    if not isinstance(leading.after, int | float):
+        return True
     if user is None:
         return False
     return bool((entry.value - user) * (leading.after - leading.before) < 0)

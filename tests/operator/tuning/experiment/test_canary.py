@@ -25,6 +25,7 @@ from kvpilot_operator.tuning.context import Draft
 from kvpilot_operator.tuning.decide import converge
 from kvpilot_operator.tuning.decision import Push, WriteConfig
 from kvpilot_operator.tuning.experiment.canary import advance
+from kvpilot_operator.tuning.experiment.ends import finish
 from kvpilot_operator.tuning.observation import Observation, ObservedReplica, Promoted
 from kvpilot_operator.tuning.state import (
     BlockedValue,
@@ -280,6 +281,26 @@ def test_failed_change_is_reverted_and_its_value_blocked(
     assert f"was reverted ({reason})" in draft.records[0].summary
     assert draft.state.reversals == (Reversal("numWorkers", NOW),)
     assert draft.state.blocked_values == (BlockedValue("numWorkers", 4, NOW + DAY_S),)
+
+
+@pytest.mark.parametrize(
+    ("entry", "after", "back"),
+    [
+        (OverlayEntry("enablePrefetch", None, False, "d-0000"), True, True),  # on, as by default
+        (OverlayEntry("enablePrefetch", True, False, "d-0000"), True, True),
+        (OverlayEntry("enablePrefetch", None, True, "d-0000"), False, False),
+        (OverlayEntry("cacheStrategy", "lfu", "fifo", "d-0000"), "adaptive", True),
+        (OverlayEntry("prefetchSize", None, 16, "d-0000"), 8, True),
+        (OverlayEntry("prefetchSize", None, 16, "d-0000"), 32, False),
+    ],
+)
+def test_promotion_towards_the_users_value_spends_flap_budget(
+    entry: OverlayEntry, after: Any, back: bool
+) -> None:
+    changed = (KnobChange(entry.knob, entry.value, after),)
+    state = replace(in_phase(Phase.PROMOTE, values=changed, verdict="Promoted"), overlay=(entry,))
+    ended = finish(context(everywhere()), Draft(state), begun(Draft(state)), overlaid=True).state
+    assert ended.reversals == ((Reversal(entry.knob, NOW),) if back else ())
 
 
 def test_change_that_showed_nothing_makes_way_for_the_next_remedy() -> None:
