@@ -173,7 +173,8 @@ def _fills(change: Change, canary: ObservedReplica) -> bool:
         return False
     if leading.knob == "maxTokens":
         return sample.windows.get("short", NO_COUNTS).evicted_pages == 0
-    return sample.gauges.cached_bytes < FILLED * sample.gauges.budget_bytes
+    held = sample.gauges.host or sample.gauges  # beside a device the pool is no part of the host's
+    return held.cached_bytes < FILLED * held.budget_bytes
 
 
 def _verified(context: Context, draft: Draft, change: Change) -> Draft:

@@ -26,7 +26,7 @@ from kvpilot_operator.tuning.decide import converge
 from kvpilot_operator.tuning.decision import Push, WriteConfig
 from kvpilot_operator.tuning.experiment.canary import advance
 from kvpilot_operator.tuning.experiment.ends import finish
-from kvpilot_operator.tuning.observation import Observation, ObservedReplica, Promoted
+from kvpilot_operator.tuning.observation import MemoryUse, Observation, ObservedReplica, Promoted
 from kvpilot_operator.tuning.state import (
     BlockedValue,
     KnobChange,
@@ -141,6 +141,12 @@ def test_settling_lasts_until_the_backlog_is_gone_with_a_limit(
 
 
 LARGER_POOL, LARGER_TIER = KnobChange("maxTokens", 4096, 6144), KnobChange("hostMemoryMb", 64, 128)
+ON_A_DEVICE = {
+    "cached_bytes": 40_080 * 2**20,
+    "budget_bytes": 40_128 * 2**20,
+    "host": MemoryUse(0.1, 2**40, 80 * 2**20, 128 * 2**20),
+    "device": MemoryUse(0.6, 2**36, 40_000 * 2**20, 40_000 * 2**20),
+}
 HALF_FULL, FULL = ({"cached_bytes": part * 2**20, "budget_bytes": 128 * 2**20} for part in (80.0, 120.0))
 
 
@@ -151,6 +157,7 @@ HALF_FULL, FULL = ({"cached_bytes": part * 2**20, "budget_bytes": 128 * 2**20} f
         (LARGER_POOL, 0.0, FULL, 3 * SETTLE_S, Phase.VERIFY),
         (LARGER_POOL, 1.0, HALF_FULL, SETTLE_S, Phase.VERIFY),  # it evicts, so it is full
         (LARGER_TIER, 1.0, HALF_FULL, SETTLE_S, Phase.SETTLE),
+        (LARGER_TIER, 1.0, ON_A_DEVICE, SETTLE_S, Phase.SETTLE),  # the pool is no part of it
         (LARGER_TIER, 1.0, HALF_FULL, 3 * SETTLE_S, Phase.VERIFY),
         (LARGER_TIER, 1.0, FULL, SETTLE_S, Phase.VERIFY),
         (KnobChange("maxTokens", 6144, 4096), 0.0, FULL, SETTLE_S, Phase.VERIFY),
@@ -158,7 +165,7 @@ HALF_FULL, FULL = ({"cached_bytes": part * 2**20, "budget_bytes": 128 * 2**20} f
     ],
 )
 def test_a_larger_quota_is_filled_before_it_is_judged(
-    value: KnobChange, evicted: float, held: dict[str, float], since: float, phase: Phase
+    value: KnobChange, evicted: float, held: dict[str, Any], since: float, phase: Phase
 ) -> None:
     observation = seen(canary(gauges=gauges(**held), evicted=evicted), *controls())
     state = in_phase(Phase.SETTLE, since=since, values=(value,), measure="hitRate", measured_from=0.0)
