@@ -77,6 +77,15 @@ def test_each_rule_cures_its_breach(
     assert_settled(sim)
 
 
+def test_a_cache_that_is_a_small_part_of_memory_frees_what_it_can() -> None:
+    model = EngineModel(memory=lambda c: 0.74 + 0.12 * min(1.0, (value(c, "maxMemoryMb") or 200) / 200))
+    sim = simulate(WIDE, load=lambda _: 30.0, model=model).run(400)
+    made = [(record.rule, record.outcome) for record in sim.records]
+    assert made == [("memory-relief", "Started"), ("memory-relief", "Promoted")], sim.report()
+    assert "memory fell from 86% to 80%" in sim.records[-1].summary
+    assert_settled(sim)
+
+
 LEAST_FOUR = [{"name": "prefetchSize", "min": 4}]
 
 
