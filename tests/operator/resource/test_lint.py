@@ -229,6 +229,14 @@ ONLY_UP = {"direction": "UpOnly"}
             "compressionRatio: compression-down can never fire: compressionRatio "
             "is 0.52, and the next level 1 is outside of 0.5 to 0.9; wider bounds let it act",
         ),
+        (  # it switches prefetching off only where the size may be lowered no further
+            based({}, {"name": "prefetchSize", "tune": False}),
+            "info: spec.tuning.knobs: prefetch-down can never fire: prefetchSize is excluded from tuning",
+        ),
+        (
+            based({"prefetchSize": 8}, {"name": "prefetchSize", **ONLY_UP}),
+            "warning: spec.tuning.knobs: prefetch-down can never fire: prefetchSize has direction UpOnly",
+        ),
         (
             based({"hostMemoryMb": 0}, {"name": "hostMemoryMb", "tune": False}),
             "info: spec.engine.config."
@@ -253,6 +261,8 @@ def test_a_base_value_that_keeps_a_rule_from_acting_is_named(found: list[str], l
         based({"cacheStrategy": "lfu"}),
         # One of two quotas can still grow.
         based({"maxTokens": 65536}),
+        # Prefetching can be switched off.
+        based({"prefetchSize": 4}, {"name": "prefetchSize", "min": 4, **ONLY_UP}),
         based({"hostMemoryMb": 65536}),
         # Without hits asked for, a quota is still what requests that wait for pages need.
         [line for line in lines({"objectives": {"hitRate": "0%"}}) if "cache-quota-up" in line],

@@ -116,6 +116,9 @@ class _Reach:
             return _by_base((rule.needs,), "is 0 and stays so", up(rule.needs), asked=True)
         moves = rule.moves if rule.any_knob else rule.moves[:1]
         fixed = [self._stuck(move) for move in moves]
+        switches_off = bool(rule.switch) and down(rule.switch)[0] in rule.moves
+        if switches_off and fixed[0] and not self._at_least(moves[0].knob):
+            moves, fixed = moves[:1], fixed[:1]
         if all(fixed):
             message = "; ".join(f"{move.knob} {why}" for move, why in zip(moves, fixed, strict=True))
             excluded = all(not self._policy.bounds[move.knob].tune for move in moves)
@@ -188,6 +191,10 @@ class _Reach:
         edge, limit = ("max", self._limits[move.knob][1]) if rising else ("min", self._limits[move.knob][0])
         wider = "" if limit == (most if rising else least) else f"{edge} {limit:g} or "
         return f"is {format_value(now)}, its {edge}; {wider}a {back} value lets it act"
+
+    def _at_least(self, knob: str) -> bool:
+        """True if a tuned knob stands at its least value: then a rule may switch off what it sizes."""
+        return self._policy.bounds[knob].tune and self._spans[knob][0] <= self._edges(knob)[0]
 
     def _high(self, knob: str) -> float:
         return self._spans[knob][1]
