@@ -44,6 +44,9 @@ CONDITION_TYPES: Mapping[str, str] = {
 STARTING, BELOW_FLOOR = "ReplicasStarting", "ThroughputBelowFloor"
 """Reasons of ``Ready`` while a new resource starts, and of ``SLOMet`` while a breach is critical."""
 
+NOT_EXPORTED = "Not every engine exports "
+"""How the message about absent metrics begins; their names follow."""
+
 MESSAGE_LIMIT = 1024
 _FIGURE = re.compile(r"\d+(\.\d+)?")
 
@@ -173,19 +176,22 @@ def _metrics_trusted(policy: Policy, observation: Observation, decision: Decisio
             return Condition("MetricsTrusted", "False", hold.reason, hold.message)
     if not observation.ready:
         return Condition("MetricsTrusted", "Unknown", "NoReplicaReady", "No replica is ready to be measured.")
-    if decision.partly_trusted:
-        message = f"Fresh but for a few replicas, which are not judged. {decision.partly_trusted}."
-        return Condition("MetricsTrusted", "True", "NearlyAll", message)
     return _fresh(policy, decision)
 
 
 def _fresh(policy: Policy, decision: Decision) -> Condition:
-    if absent := _absent(policy, decision):
-        return Condition("MetricsTrusted", "True", reasons.METRIC_ABSENT, absent)
-    if policy.stretched > 1:
-        message = f"The source scrapes seldom, so all durations are {policy.stretched:.1f} times as long."
-        return Condition("MetricsTrusted", "True", "SlowScrapes", message)
-    return Condition("MetricsTrusted", "True", "Fresh", "Measurements of every ready replica are fresh.")
+    """Measurements are trusted; the first restriction gives the reason, and the message tells them all."""
+    slow = f"The source scrapes seldom, so all durations are {policy.stretched:.1f} times as long."
+    few = f"Fresh but for a few replicas, which are not judged. {decision.partly_trusted}."
+    restrictions = {
+        "NearlyAll": few if decision.partly_trusted else "",
+        reasons.METRIC_ABSENT: _absent(policy, decision),
+        "SlowScrapes": slow if policy.stretched > 1 else "",
+    }
+    found = {reason: message for reason, message in restrictions.items() if message}
+    if not found:
+        return Condition("MetricsTrusted", "True", "Fresh", "Measurements of every ready replica are fresh.")
+    return Condition("MetricsTrusted", "True", next(iter(found)), " ".join(found.values()))
 
 
 def _absent(policy: Policy, decision: Decision) -> str:
@@ -197,8 +203,8 @@ def _absent(policy: Policy, decision: Decision) -> str:
     if not aside:
         return ""
     metrics = sorted({OPTIONAL_COUNTS[item] for missed in aside.values() for item in missed})
-    text = f"Fresh, but not every engine exports {', '.join(metrics)}"
-    return f"{text}. Without it stand aside: {', '.join(aside)}."
+    them = "it" if len(metrics) == 1 else "them"
+    return f"{NOT_EXPORTED}{', '.join(metrics)}. Without {them} stand aside: {', '.join(aside)}."
 
 
 def _outlier(decision: Decision) -> Condition:

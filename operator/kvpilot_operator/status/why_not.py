@@ -16,6 +16,7 @@ from kvpilot_operator.resource.errors import ManifestError
 from kvpilot_operator.resource.model import KVCacheDeployment, field_bounds
 from kvpilot_operator.resource.resolve import policy_of
 from kvpilot_operator.resource.times import moment
+from kvpilot_operator.status.conditions import NOT_EXPORTED
 from kvpilot_operator.status.history import Entry
 from kvpilot_operator.status.model import Status
 from kvpilot_operator.status.overrides import Overrides
@@ -24,7 +25,7 @@ from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.context import format_value
 from kvpilot_operator.tuning.observation import OPTIONAL_COUNTS
 from kvpilot_operator.tuning.policy import KnobBounds, Policy
-from kvpilot_operator.tuning.reasons import COOLDOWN, METRIC_ABSENT, PAUSED, REASONS
+from kvpilot_operator.tuning.reasons import COOLDOWN, PAUSED, REASONS
 from kvpilot_operator.tuning.rules.order import REMEDIES, Remedy
 from kvpilot_operator.tuning.state import PIN
 
@@ -225,9 +226,10 @@ def _last_word(known: Known, remedy: Remedy, name: str) -> str:
     if known.policy is not None and remedy.name in known.policy.disabled_rules:
         return f"Rule {remedy.name} would change it, and spec.tuning.disabledRules leaves it out."
     trusted = known.status.condition("MetricsTrusted")
-    if trusted is not None and trusted.reason == METRIC_ABSENT:
+    if trusted is not None:
+        absent = trusted.message.partition(NOT_EXPORTED)[2]
         for metric in dict.fromkeys(OPTIONAL_COUNTS[item] for item in remedy.reads):
-            if metric in trusted.message:
+            if metric in absent:
                 return f"Rule {remedy.name} stands aside, since not every engine exports {metric}."
     for entry in reversed(known.entries):
         when = moment(entry.at)

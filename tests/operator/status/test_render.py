@@ -256,11 +256,22 @@ def test_metrics_that_engines_do_not_export_are_named_with_what_stands_aside() -
     found = condition(scene.status(), "MetricsTrusted")
     assert (found["status"], found["reason"]) == ("True", "MetricAbsent")
     assert found["message"] == (
-        "Fresh, but not every engine exports kvpilot_codec_seconds_total. Without it stand aside: "
-        "compression-down."
+        "Not every engine exports kvpilot_codec_seconds_total. Without it stand aside: compression-down."
     )
     scene.decision = replace(scene.decision, absent=("preemptions", "first_token_within"))
     assert condition(scene.status(), "MetricsTrusted")["reason"] == "Fresh", "nothing reads them"
+
+
+def test_one_restriction_of_trust_hides_no_other() -> None:
+    scene = Scene()
+    scene.decision = replace(
+        scene.decision, absent=("decode_seconds", "prefetch_used"), partly_trusted="engine-7: silent"
+    )
+    found = condition(scene.status(), "MetricsTrusted")
+    assert (found["status"], found["reason"]) == ("True", "NearlyAll")
+    few, absent = found["message"].split(". Not every engine exports ")
+    assert few == "Fresh but for a few replicas, which are not judged. engine-7: silent"
+    assert absent.startswith("kvpilot_codec_seconds_total, kvpilot_prefetch_blocks_total. Without them stand")
 
 
 def test_a_bad_spec_leaves_the_rest_of_the_status_alone() -> None:

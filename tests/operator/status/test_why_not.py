@@ -82,7 +82,7 @@ def test_value_and_its_origin_come_first() -> None:
 
 
 def test_a_rule_that_lacks_a_metric_says_which() -> None:
-    message = "Fresh, but not every engine exports kvpilot_prefetch_blocks_total. Without it stand aside: x."
+    message = "Not every engine exports kvpilot_prefetch_blocks_total. Without it stand aside: x."
     trusted = {
         "type": "MetricsTrusted",
         "status": "True",
