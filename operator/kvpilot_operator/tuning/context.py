@@ -330,6 +330,11 @@ class Proposal:
     prediction: Prediction | None = None
 
     @property
+    def predicted(self) -> Mapping[str, Any]:
+        """The prediction for the record of an action without arms; empty without one."""
+        return {} if self.prediction is None else self.prediction.evidence
+
+    @property
     def summary(self) -> str:
         """The change in words: ``numWorkers 2 -> 8, batchSize 2 -> 8`` or ``replicas 3 -> 4``."""
         if self.replicas is not None:

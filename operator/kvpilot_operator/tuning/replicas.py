@@ -203,7 +203,6 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
     if any(item.key == key and context.now - item.at < settle for item in draft.state.reported):
         return draft  # asked for a short while ago, and not observed yet
     draft = expect(context, draft, proposal, draft.next_id)
-    predicted = {} if proposal.prediction is None else proposal.prediction.evidence
     return (
         draft.recorded(
             context,
@@ -212,7 +211,7 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
             summary=f"{proposal.sentence}; {proposal.summary}.",
             replicas=proposal.replicas,
             price=price_of(context, proposal),
-            evidence={"why": proposal.message, **predicted},
+            evidence={"why": proposal.message, **proposal.predicted},
         )
         .reporting(context, key)
         .with_state(cooldown_until=context.now + _pause(context, target > asked))

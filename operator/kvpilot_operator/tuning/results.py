@@ -7,10 +7,9 @@ records say what should come of them, and a second record of the same decision s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from kvpilot_operator.tuning.context import Context, Draft
-from kvpilot_operator.tuning.experiment.expectation import unmeasured
+from kvpilot_operator.tuning.experiment.expectation import record_result
 from kvpilot_operator.tuning.experiment.verdict import deadline_of
 from kvpilot_operator.tuning.sizing import use_of
 from kvpilot_operator.tuning.state import IN_USE, Expected
@@ -26,12 +25,13 @@ def measure_results(context: Context, draft: Draft) -> Draft:
 def _measured(context: Context, draft: Draft, item: Expected) -> Draft:
     there = _in_force(context, draft, item)
     since = (item.since or context.now) if there else 0.0
-    others = tuple(other for other in draft.state.expected if other != item)
+    seconds = context.now - item.at
     if there and context.now - since >= _wait_s(context, item) and (found := _now(context, item)) is not None:
-        return _recorded(context, draft, item, found).with_state(expected=others)
+        in_use = item.measure == IN_USE
+        was = f"the replicas were {found:.0%} in use" if in_use else f"memory was at {found:.0%}"
+        return record_result(context, draft, item, f"{was} after {seconds:.0f} s", found)
     if context.now >= deadline_of(context, item.at + context.observation.start_s):
-        seconds = context.now - item.at
-        return unmeasured(context, draft, item, f"its effect could not be measured within {seconds:.0f} s")
+        return record_result(context, draft, item, f"its effect could not be measured within {seconds:.0f} s")
     if since == item.since:
         return draft
     kept = (replace(item, since=since) if other == item else other for other in draft.state.expected)
@@ -56,22 +56,3 @@ def _now(context: Context, item: Expected) -> float | None:
     if item.measure == IN_USE:
         return use_of(context) if len(context.trust.counted) == len(context.everyone) else None
     return context.memory if context.current else None
-
-
-def _recorded(context: Context, draft: Draft, item: Expected, found: float) -> Draft:
-    seconds = context.now - item.at
-    was = f"the replicas were {found:.0%} in use" if item.measure == IN_USE else f"memory was at {found:.0%}"
-    predicted = item.prediction
-    evidence: dict[str, Any] = {
-        **predicted.evidence,
-        "measured": round(found, 4),
-        "predictionError": round(found - predicted.value, 4),
-    }
-    return draft.recorded(
-        context,
-        id=item.id,
-        rule=item.rule,
-        outcome="Measured",
-        summary=f"{item.what}: {was} after {seconds:.0f} s; {predicted.text} was predicted.",
-        evidence=evidence,
-    )

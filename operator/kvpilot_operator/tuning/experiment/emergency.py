@@ -26,7 +26,6 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
         before=(Measure(MEMORY, context.memory, 1.0),),
     )
     draft = expect(context, draft, proposal, change.id)
-    predicted = {} if proposal.prediction is None else proposal.prediction.evidence
     return (
         draft.recorded(
             context,
@@ -37,7 +36,7 @@ def begin_emergency(context: Context, draft: Draft, proposal: Proposal) -> Draft
             changes=change.values,
             generation=change.generation,
             price=price_of(context, proposal),
-            evidence={"verdict": reasons.EMERGENCY, "why": proposal.message, **predicted},
+            evidence={"verdict": reasons.EMERGENCY, "why": proposal.message, **proposal.predicted},
         )
         .reporting(context, proposal.rule)
         .beginning(Phase.EMERGENCY, change)

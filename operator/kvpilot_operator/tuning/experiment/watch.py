@@ -28,7 +28,7 @@ from kvpilot_operator.tuning.experiment.evidence import (
     counts_for,
     error_evidence,
 )
-from kvpilot_operator.tuning.experiment.expectation import unmeasured
+from kvpilot_operator.tuning.experiment.expectation import record_result
 from kvpilot_operator.tuning.experiment.measure_verdict import MIN_INTERVALS
 from kvpilot_operator.tuning.experiment.start import errors_of
 from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, mixture_evidence, overdispersion
@@ -177,7 +177,7 @@ def _take_back(context: Context, draft: Draft, seen: Watch, why: str, evidence: 
     """Restore on all replicas what was before, and block the value."""
     for item in draft.state.expected:
         if item.id == seen.id:
-            draft = unmeasured(context, draft, item, "it was taken back before its effect showed")
+            draft = record_result(context, draft, item, "it was taken back before its effect showed")
     leading, state = seen.values[0], draft.state
     back = tuple(KnobChange(item.knob, item.after, item.before) for item in seen.values)
     proposal = Proposal(seen.rule, back, "", 0.0, why)
