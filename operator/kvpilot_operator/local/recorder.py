@@ -12,7 +12,7 @@ from kvpilot_operator.reconcile.reconciler import Reconciliation
 from kvpilot_operator.tuning.assess.objectives import ceiling, enough, hit_rate, rates
 from kvpilot_operator.tuning.configuration import KNOBS
 from kvpilot_operator.tuning.decision import Objective, Record
-from kvpilot_operator.tuning.observation import Counts
+from kvpilot_operator.tuning.observation import Counts, gauges_of
 from kvpilot_operator.tuning.policy import Objectives
 
 MAX_POINTS = 5000
@@ -116,7 +116,7 @@ def point_of(result: Reconciliation, load_phase: str) -> Point:
     observation = result.observation
     counts = observation.counts("short")
     arrivals, completed = rates(observation, "short") if counts.replica_seconds else (0.0, 0.0)
-    gauges = [replica.sample.gauges for replica in observation.ready if replica.sample is not None]
+    gauges = gauges_of(observation.ready)
     promoted = observation.promoted
     state = result.decision.state
     return Point(

@@ -20,6 +20,7 @@ from kvpilot_operator.tuning.observation import (
     Counts,
     Observation,
     ObservedReplica,
+    gauges_of,
 )
 from kvpilot_operator.tuning.policy import Policy
 from kvpilot_operator.tuning.state import (
@@ -126,13 +127,13 @@ class Context:
         """The highest memory ratio of the current replicas that can be relieved, of all such if none is."""
         current = {replica.uid for replica in self.current}
         alike = self.relievable
-        samples = (replica.sample for replica in [r for r in alike if r.uid in current] or alike)
-        return max((sample.gauges.memory_ratio for sample in samples if sample is not None), default=0.0)
+        judged = [replica for replica in alike if replica.uid in current] or alike
+        return max((item.memory_ratio for item in gauges_of(judged)), default=0.0)
 
     @property
     def waiting(self) -> float:
         """Requests in all admission queues."""
-        return sum(p.sample.gauges.waiting for p in self.ready if p.sample is not None)
+        return sum(item.waiting for item in gauges_of(self.ready))
 
     def offered(self, window: str) -> float:
         """Requests/s that arrive at the deployment in a window.

@@ -432,3 +432,8 @@ class Observation:
             windows = (sample.windows.get(window) for sample in samples if sample is not None)
             self._totals[window, uids] = Counts.total(counts for counts in windows if counts is not None)
         return self._totals[window, uids]
+
+
+def gauges_of(replicas: Iterable[ObservedReplica]) -> list[Gauges]:
+    """The gauges of those that have a sample."""
+    return [replica.sample.gauges for replica in replicas if replica.sample is not None]

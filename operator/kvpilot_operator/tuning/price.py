@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvpilot_engine.contract import knob as catalogued
 from kvpilot_engine.contract.knobs import MIB, Price
 from kvpilot_operator.tuning.context import Context, Proposal
+from kvpilot_operator.tuning.observation import gauges_of
 from kvpilot_operator.tuning.state import KnobChange
 
 TIERS = ("maxTokens", "hostMemoryMb")
@@ -38,12 +39,12 @@ def _bytes(context: Context, change: KnobChange) -> float:
 
 
 def _token_bytes(context: Context) -> float:
-    return max((r.sample.gauges.token_bytes or 0.0 for r in context.ready if r.sample), default=0.0)
+    return max((item.token_bytes or 0.0 for item in gauges_of(context.ready)), default=0.0)
 
 
 def _cached(context: Context) -> float:
     """Bytes that the fullest cache holds."""
-    return max((r.sample.gauges.cached_bytes for r in context.ready if r.sample), default=0.0)
+    return max((item.cached_bytes for item in gauges_of(context.ready)), default=0.0)
 
 
 def _computed(context: Context) -> float:

@@ -11,6 +11,7 @@ from kvpilot_operator.tuning.assess.forecast import expected
 from kvpilot_operator.tuning.assess.guards import flap_budget_spent
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context
+from kvpilot_operator.tuning.observation import Counts, gauges_of
 from kvpilot_operator.tuning.state import IN_USE, Prediction, TuningState
 
 FULL = 0.85 / USE
@@ -33,8 +34,7 @@ def planned_use(state: TuningState) -> float:
 def needed_replicas(context: Context, state: TuningState) -> int:
     """Replicas that 1.15 times the load of the short window needs; the look-back remembers the peaks.
 
-    Without a curve the load per engine is the larger one of stepping time over wall time, and of held worker
-    slots over slots.
+    Without a curve the load per engine is the use that stepping time and worker slots show.
     """
     if context.traffic == "NoTraffic":
         return 0
@@ -43,7 +43,7 @@ def needed_replicas(context: Context, state: TuningState) -> int:
     if capacity is not None:
         one = planned_use(state) * per_replica(context, capacity, workers, workers)
         return math.ceil(context.offered("short") * GROWTH_MARGIN / one - 1e-9)
-    load = max(busy_share(context.long), occupancy(context.long) / workers)
+    load = _use_without_curve(context.long, workers)
     return math.ceil(len(context.ready) * load * GROWTH_MARGIN / USE - 1e-9)
 
 
@@ -63,7 +63,7 @@ def foreseen_replicas(context: Context, state: TuningState, *, knob_first: bool)
     horizon = context.observation.start_s + 2 * pace.tick
     load = _expected(context, state, horizon)
     # The backlog that is left when a new replica serves is worked off in as long again, or a long window.
-    waiting = sum(r.sample.gauges.waiting for r in context.trust.counted if r.sample is not None)
+    waiting = sum(item.waiting for item in gauges_of(context.trust.counted))
     if waiting > serving and not knob_first:
         queues = value(context.config, "maxQueue") * serving  # what does not fit is shed
         left = min(queues, waiting + (load - whole * serving) * horizon)
@@ -94,16 +94,17 @@ def use_now(context: Context) -> float:
 
 
 def use_of(context: Context) -> float | None:
-    """Share of their capacity that the replicas are in use for; None without a measurement.
-
-    Without a curve it is the larger one of stepping time over wall time, and of held worker slots over slots.
-    """
+    """Share of their capacity that the replicas are in use for; None without a measurement."""
     if context.capacity is not None:
         return use_now(context)
     if not context.short.replica_seconds:
         return None
-    workers: int = value(context.config, "numWorkers")
-    return max(busy_share(context.short), occupancy(context.short) / workers)
+    return _use_without_curve(context.short, value(context.config, "numWorkers"))
+
+
+def _use_without_curve(counts: Counts, workers: int) -> float:
+    """The larger one of stepping time over wall time, and of held worker slots over slots."""
+    return max(busy_share(counts), occupancy(counts) / workers)
 
 
 def predicted_use(context: Context, state: TuningState, target: int) -> Prediction | None:

@@ -11,7 +11,7 @@ from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.capacity import Capacity
 from kvpilot_operator.tuning.assess.objectives import backlog_gone, judged_window, shortfall
 from kvpilot_operator.tuning.decision import Diagnosis, Objective, StageShare
-from kvpilot_operator.tuning.observation import Counts, Observation, Signal
+from kvpilot_operator.tuning.observation import Counts, Observation, Signal, gauges_of
 
 WAITS: tuple[Stage, ...] = (Stage.ADMISSION_WAIT, Stage.TIER_LOAD, Stage.BATCH_WAIT, Stage.PREEMPTED)
 """Stages in which a request makes no progress."""
@@ -97,7 +97,7 @@ def saturated(observation: Observation, capacity: Capacity | None) -> bool:
     """
     if capacity is not None and not capacity.flat():
         return False
-    reported = [r.sample.gauges.marginal_gain for r in observation.ready if r.sample is not None]
+    reported = [item.marginal_gain for item in gauges_of(observation.ready)]
     gains = [gain for gain in reported if gain is not None]
     if sum(gains) / len(gains) >= SATURATED_GAIN if gains else capacity is None:
         return False
@@ -136,7 +136,7 @@ def _with_queue(observation: Observation) -> Counts:
     window, so many seconds would have been waited (Little's law). A short queue may be chance.
     """
     counts = observation.counts(judged_window(observation))
-    samples = [r.sample.gauges for r in observation.ready if r.sample is not None]
+    samples = gauges_of(observation.ready)
     waiting, running = (sum(map(attrgetter(name), samples)) for name in ("waiting", "running"))
     if backlog_gone(waiting, len(samples), running / max(1, len(samples))):
         return counts

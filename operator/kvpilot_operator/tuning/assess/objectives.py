@@ -13,7 +13,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from kvpilot_operator.tuning.decision import Objective
-from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation
+from kvpilot_operator.tuning.observation import NO_COUNTS, Counts, Observation, gauges_of
 from kvpilot_operator.tuning.policy import Objectives
 
 MIN_JUDGED = 20
@@ -201,8 +201,6 @@ def _hit_rate(target: float, short: Counts, long: Counts) -> Objective:
 
 def _memory(observation: Observation, target: float, trusted: bool) -> Objective:
     """The worst ready replica; a gauge has one value for both windows."""
-    ratios = [
-        replica.sample.gauges.memory_ratio for replica in observation.ready if replica.sample is not None
-    ]
+    ratios = [item.memory_ratio for item in gauges_of(observation.ready)]
     worst = max(ratios) if ratios and trusted else None
     return _judged("memory", target, worst, worst)

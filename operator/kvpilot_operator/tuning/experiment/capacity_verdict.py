@@ -39,6 +39,7 @@ from kvpilot_operator.tuning.experiment.verdict import (
     met_by,
     overdue,
 )
+from kvpilot_operator.tuning.observation import gauges_of
 from kvpilot_operator.tuning.state import Change, Effect, KnobChange, StepRate
 
 BETTER, WORSE = math.log(1.05), math.log(0.95)
@@ -194,7 +195,7 @@ def _controls_well(context: Context, change: Change) -> bool:
 
 def _queues_short(context: Context, uids: frozenset[str], workers: int) -> bool:
     replicas = [replica for replica in context.ready if replica.uid in uids]
-    waiting = sum(replica.sample.gauges.waiting for replica in replicas if replica.sample is not None)
+    waiting = sum(item.waiting for item in gauges_of(replicas))
     return backlog_gone(waiting, len(replicas), workers)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning.configuration import LIMITS_LENGTH
 from kvpilot_operator.tuning.experiment.statistics import OVERDISPERSION, harm_bound, log_evidence
-from kvpilot_operator.tuning.observation import Counts, Observation
+from kvpilot_operator.tuning.observation import Counts, Observation, gauges_of
 from kvpilot_operator.tuning.policy import Objectives
 from kvpilot_operator.tuning.state import Effect, KnobChange, Measure, Tally
 
@@ -79,11 +79,7 @@ def arm(
 ) -> Arm:
     """The arm that a window shows of some replicas, in an experiment with ``values``."""
     counts = counts_for(values, observation, window, uids)
-    gauges = [
-        replica.sample.gauges
-        for replica in observation.ready
-        if replica.sample is not None and replica.uid in uids
-    ]
+    gauges = gauges_of(replica for replica in observation.ready if replica.uid in uids)
     memory = Measure(MEMORY, sum(gauge.memory_ratio for gauge in gauges), len(gauges))
     measured = {item.name: item for item in (*measures(counts, wanted), memory)}
     return Arm(measured, counts.judged, counts.arrivals)

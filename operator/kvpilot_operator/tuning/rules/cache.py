@@ -12,7 +12,7 @@ from kvpilot_operator.tuning.assess.objectives import ceiling, hit_rate
 from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Found, Proposal
 from kvpilot_operator.tuning.experiment.evidence import CAPACITY, TIER_LOAD
-from kvpilot_operator.tuning.observation import Counts
+from kvpilot_operator.tuning.observation import Counts, gauges_of
 from kvpilot_operator.tuning.rules.bounds import Room, room
 from kvpilot_operator.tuning.rules.prediction import ladder_gain, miss_gain, round_to
 from kvpilot_operator.tuning.state import KnobChange
@@ -239,8 +239,7 @@ def level(context: Context) -> CompressionLevel:
 
 def limit_mib(context: Context) -> float:
     """The smallest memory limit of the replicas, MiB; 0 if it is unknown."""
-    known = [p.sample.gauges.memory_limit_bytes for p in context.ready if p.sample is not None]
-    return min(known, default=0.0) / MIB
+    return min((item.memory_limit_bytes for item in gauges_of(context.ready)), default=0.0) / MIB
 
 
 def _fits(context: Context, extra: float) -> bool:
@@ -289,8 +288,5 @@ def _extra_mib(context: Context, growth: KnobChange) -> float:
     """MiB that a larger quota may take; for tokens an upper bound, as if the whole budget grew."""
     if growth.knob == "hostMemoryMb":
         return float(growth.after - growth.before)
-    budget: float = (
-        max((replica.sample.gauges.budget_bytes for replica in context.ready if replica.sample), default=0.0)
-        / MIB
-    )
+    budget: float = max((item.budget_bytes for item in gauges_of(context.ready)), default=0.0) / MIB
     return budget * (float(growth.after) / float(growth.before) - 1)

@@ -17,7 +17,7 @@ from kvpilot_operator.tuning.configuration import value
 from kvpilot_operator.tuning.context import Context, Draft, Found, Plan, Proposal
 from kvpilot_operator.tuning.experiment.evidence import MEMORY
 from kvpilot_operator.tuning.experiment.watch import RELIEF
-from kvpilot_operator.tuning.observation import Gauges, MemoryUse
+from kvpilot_operator.tuning.observation import Gauges, MemoryUse, gauges_of
 from kvpilot_operator.tuning.rules.bounds import room
 from kvpilot_operator.tuning.rules.cache import MAX_PREDICTED_MEMORY, MIB, compress_to, level
 from kvpilot_operator.tuning.rules.prediction import round_to
@@ -112,7 +112,7 @@ def memory_relief(context: Context, state: TuningState, plan: Plan) -> Found:
 
 def pressure_of(context: Context) -> Pressure | None:
     """The fullest kind of memory of the replicas that can be relieved; None if none reports it by kind."""
-    gauges = [replica.sample.gauges for replica in context.relievable if replica.sample is not None]
+    gauges = gauges_of(context.relievable)
     found = [*_uses("host", gauges), *_uses("device", gauges)]
     return max(found, key=lambda item: item.use.ratio, default=None)
 
@@ -157,7 +157,7 @@ def remember_longest(context: Context, draft: Draft) -> Draft:
 
 def _reported_longest(context: Context) -> int | None:
     """Tokens of the longest request that engines report, whole blocks; None unless every one says so."""
-    reported = [item.longest_request_tokens for item in _gauges(context)]
+    reported = [item.longest_request_tokens for item in gauges_of(context.trust.trusted)]
     known = [item for item in reported if item is not None]
     if not known or len(known) < len(reported):
         return None
@@ -168,10 +168,6 @@ def _longest(context: Context, state: TuningState) -> int | None:
     """Tokens of the longest request of the last day, whole blocks; None where an engine does not say."""
     reported = _reported_longest(context)
     return None if reported is None else max([reported, *(item.tokens for item in state.longest)])
-
-
-def _gauges(context: Context) -> list[Gauges]:
-    return [replica.sample.gauges for replica in context.trust.trusted if replica.sample is not None]
 
 
 def _smaller_pool(context: Context, state: TuningState, pressure: Pressure) -> Found:
@@ -209,7 +205,7 @@ def _smaller_budget(context: Context, state: TuningState, pressure: Pressure) ->
     budget, held, longest = room(context, "maxMemoryMb"), pressure.held, _longest(context, state)
     if longest is None:
         return _LENGTH_UNKNOWN
-    sizes = [item.token_bytes for item in _gauges(context) if item.token_bytes is not None]
+    sizes = [item.token_bytes for item in gauges_of(context.trust.trusted) if item.token_bytes is not None]
     if longest and not sizes:
         return reasons.METRIC_ABSENT, f"no engine exports {names.CACHED_PAGES}"
     if longest and not any(sizes):
