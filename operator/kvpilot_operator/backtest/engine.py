@@ -23,6 +23,7 @@ from typing import Any
 
 from kvpilot_engine.contract import AdminConfig, ApplyReport, ConfigPatch, KVCacheConfig
 from kvpilot_engine.contract.config import QUIET
+from kvpilot_engine.contract.knobs import MIB
 from kvpilot_engine.contract.metrics import EDGES_S, ROW_BUCKETS
 from kvpilot_engine.contract.step_curve import completed, marginal_gain
 from kvpilot_operator.backtest.counters import (
@@ -56,7 +57,6 @@ from kvpilot_operator.backtest.model import EngineModel, SimulatedRequest
 from kvpilot_operator.tuning.configuration import KNOBS, value
 from kvpilot_operator.tuning.observation import Gauges, MemoryUse, Promoted, Sample
 
-MIB = 2**20
 MEMORY_LIMIT_BYTES = 1000 * MIB
 
 FRESH_BUSY_S = 30.0

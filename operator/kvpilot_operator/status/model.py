@@ -65,6 +65,8 @@ Time = Annotated[
     PlainSerializer(to_rfc3339),
     WithJsonSchema({"type": "string", "format": "date-time"}),
 ]
+OptionalTime = Annotated[Time | None, BeforeValidator(lambda time: time or None)]
+"""Absent for 0, which is no time."""
 KnobValue = Annotated[
     Any, BeforeValidator(value_of), PlainSerializer(value_text), WithJsonSchema({"type": "string"})
 ]
@@ -164,9 +166,7 @@ class TallyStatus(_Status):
     mean: Number = Field(0.0, description="Mean of the log ratios.")
     squares: Number = Field(0.0, description="Sum of their squared deviations from the mean.")
     requests: Number = Field(0.0, description="Judged requests of the smaller arm.")
-    at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="End of the last interval."
-    )
+    at: OptionalTime = Field(None, description="End of the last interval.")
 
 
 class ScatterStatus(_Status):
@@ -176,9 +176,7 @@ class ScatterStatus(_Status):
     bad: Number = Field(0.0, description="Failed requests.")
     of: Number = Field(0.0, description="Requests.")
     squares: Number = Field(0.0, description="Sum of failed^2 / requests over the cells.")
-    at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="End of the last interval."
-    )
+    at: OptionalTime = Field(None, description="End of the last interval.")
 
 
 class WatchStatus(_Status):
@@ -240,9 +238,7 @@ class ChangeStatus(_Status):
     measure: str = Field("", description="What the arms are compared by.")
     ratio: Number = Field(0.0, description=RATIO)
     seed: int = Field(0, description="Seed of the draw of canary and controls.")
-    measured_from: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="Since when measurements show the candidate."
-    )
+    measured_from: OptionalTime = Field(None, description="Since when measurements show the candidate.")
     widened: tuple[ReplicaRefStatus, ...] = Field(
         (), description="Controls that run the candidate, beside the canary."
     )
@@ -270,15 +266,9 @@ class ChangeStatus(_Status):
     scatter: ScatterStatus = Field(
         default_factory=ScatterStatus, description="Faults of the candidate's replicas by interval."
     )
-    crossed_at: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="When the arms of two replicas were swapped."
-    )
-    deadline: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="When its verification ends without a verdict."
-    )
-    unseen_since: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="Since when its replicas cannot be observed."
-    )
+    crossed_at: OptionalTime = Field(None, description="When the arms of two replicas were swapped.")
+    deadline: OptionalTime = Field(None, description="When its verification ends without a verdict.")
+    unseen_since: OptionalTime = Field(None, description="Since when its replicas cannot be observed.")
 
 
 class PendingStatus(_Status):
@@ -294,9 +284,7 @@ class PendingStatus(_Status):
     since: Time = Field(description="When it was proposed.")
     expires: Time = Field(description="When it is withdrawn unless it was approved.")
     ratio: Number = Field(0.0, description=RATIO)
-    lapsing_since: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="Since when its rule no longer proposes it."
-    )
+    lapsing_since: OptionalTime = Field(None, description="Since when its rule no longer proposes it.")
     approved_by: str = Field("", description="Who approved it, until its number of replicas is seen.")
 
 
@@ -322,9 +310,7 @@ class LongestRequestStatus(_Status):
     """The longest request that an engine reported; no cut of the cache makes it too large."""
 
     tokens: int = Field(description="Its prompt and answer, whole blocks.")
-    until: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="When it is forgotten; absent while an engine reports it."
-    )
+    until: OptionalTime = Field(None, description="When it is forgotten; absent while an engine reports it.")
 
 
 class PredictionStatus(_Status):
@@ -345,9 +331,7 @@ class ExpectedStatus(_Status):
     prediction: PredictionStatus = Field(description="What should come of it.")
     at: Time = Field(description="When it was made.")
     replicas: int = Field(0, description="Number of replicas that it asked for; 0 for knobs.")
-    since: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="Since when it is in force."
-    )
+    since: OptionalTime = Field(None, description="Since when it is in force.")
 
 
 class HoldStatus(_Status):
@@ -402,9 +386,7 @@ class TuningStatus(_Status):
     last_generation: int = Field(0, description="Last generation given to a configuration; never decreases.")
     next_decision: int = Field(1, description="Number of the next decision.")
     change: ChangeStatus | None = Field(None, description="The change in flight.")
-    cooldown_until: Annotated[Time | None, BeforeValidator(lambda time: time or None)] = Field(
-        None, description="No new change before this time."
-    )
+    cooldown_until: OptionalTime = Field(None, description="No new change before this time.")
     holds: tuple[HoldStatus, ...] = Field(
         (), max_length=MAX_HOLDS, description="Why no change is made; the first counts most."
     )

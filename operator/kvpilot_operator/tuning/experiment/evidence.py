@@ -59,9 +59,9 @@ class Arm:
 
 
 def counts_for(
-    values: Sequence[KnobChange], observation: Observation, window: str, uids: frozenset[str]
+    values: Sequence[KnobChange], observation: Observation, window: str, uids: frozenset[str] | None = None
 ) -> Counts:
-    """Counts of some replicas, as far as a change of ``values`` can alter them.
+    """Counts of all ready replicas, or of those of ``uids``, as far as a change of ``values`` can alter them.
 
     Requests that are too large belong to it only if it changes how large they may be: else they are those of
     one client, whom a sticky router sends to one arm.

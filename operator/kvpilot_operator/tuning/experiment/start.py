@@ -88,8 +88,7 @@ def _drawn(
 
 def errors_of(context: Context, values: Sequence[KnobChange]) -> Measure:
     """Requests of the long window that failed by a fault of the engine, of those that were not shed."""
-    uids = frozenset(replica.uid for replica in context.ready)
-    counts = counts_for(values, context.measured, "long", uids)
+    counts = counts_for(values, context.measured, "long")
     return Measure(FAULTS, counts.errors, counts.admitted)
 
 

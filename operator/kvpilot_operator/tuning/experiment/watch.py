@@ -97,8 +97,7 @@ def watch_of_edit(context: Context, decision: str, changed: tuple[KnobChange, ..
     if errors.share is None:
         return None
     since = context.now + pace.tick + pace.scrape  # no scrape before the engines ran it counts
-    uids = frozenset(replica.uid for replica in context.ready)
-    short, long = (counts_for(changed, context.measured, window, uids) for window in ("short", "long"))
+    short, long = (counts_for(changed, context.measured, window) for window in ("short", "long"))
     rates = [arrival_rate(context.measured, window) / len(context.ready) for window in ("short", "long")]
     scatter = Scatter().with_cell(short.failed, short.judged)
     return Watch(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from kvpilot_engine.contract import KnobClass
 from kvpilot_engine.contract import knob as catalogued
+from kvpilot_engine.contract.knobs import MIB
 from kvpilot_engine.contract.wording import counted
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY
@@ -57,7 +58,7 @@ def overspent(context: Context, state: TuningState, proposal: Proposal) -> tuple
         return None
     if _sum(state, "cacheLost") < limit:
         return None
-    return reasons.CACHE_BUDGET, f"pushes dropped {limit / 2**20:.0f} MiB of cache in a day"
+    return reasons.CACHE_BUDGET, f"pushes dropped {limit / MIB:.0f} MiB of cache in a day"
 
 
 def _sum(state: TuningState, what: Literal["restarts", "cacheLost"]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvpilot_engine.contract import BLOCK_TOKENS, compression_level
 from kvpilot_engine.contract.config import CacheStrategy
-from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, GROWTH, QUOTA_GROWTH, CompressionLevel
+from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, GROWTH, MIB, QUOTA_GROWTH, CompressionLevel
 from kvpilot_engine.contract.metrics import Stage
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.diagnosis import share, waits_for_pages
@@ -31,7 +31,6 @@ MAX_MEASURED_MEMORY, MAX_PREDICTED_MEMORY = 0.75, 0.9
 """Fractions of the memory objective. A change that needs memory is made below the first where its effect on
 memory is unknown, else if it predicts at most the second."""
 
-MIB = 1 << 20
 
 STRATEGY_GAIN = 0.25
 """Share of the distance to an infinite cache that a better eviction policy is assumed to win."""

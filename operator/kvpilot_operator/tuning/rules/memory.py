@@ -9,7 +9,7 @@ from typing import Literal
 
 from kvpilot_engine.contract import BLOCK_TOKENS
 from kvpilot_engine.contract import metrics as names
-from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, CompressionLevel
+from kvpilot_engine.contract.knobs import COMPRESSION_LEVELS, MIB, CompressionLevel
 from kvpilot_operator.tuning import reasons
 from kvpilot_operator.tuning.assess.guards import DAY, is_blocked
 from kvpilot_operator.tuning.assess.objectives import hit_rate, judged_window
@@ -19,7 +19,7 @@ from kvpilot_operator.tuning.experiment.evidence import MEMORY
 from kvpilot_operator.tuning.experiment.watch import RELIEF
 from kvpilot_operator.tuning.observation import Gauges, MemoryUse, gauges_of
 from kvpilot_operator.tuning.rules.bounds import room
-from kvpilot_operator.tuning.rules.cache import MAX_PREDICTED_MEMORY, MIB, compress_to, level
+from kvpilot_operator.tuning.rules.cache import MAX_PREDICTED_MEMORY, compress_to, level
 from kvpilot_operator.tuning.rules.prediction import round_to
 from kvpilot_operator.tuning.state import (
     MAX_LONGEST,
