@@ -182,9 +182,14 @@ def count_for(wanted: float) -> int:
 
 
 def _time_of(curve: Mapping[int, float], rows: float) -> float:
-    """The curve at ``rows``: linear between its points, and on with the last slope beyond them."""
+    """The curve at ``rows``: linear between its points, and on beyond them.
+
+    It goes on with the slope of its last two points, or of the whole curve where that is steeper: points are
+    measured at different times, and one of a faster moment would promise that more rows cost nothing.
+    """
     known = list(curve)
     if rows <= known[-1] or len(known) == 1:
         return time_of(curve, rows)
-    low, high = known[-2:]
-    return curve[low] + (curve[high] - curve[low]) * (rows - low) / (high - low)
+    high = known[-1]
+    slope = max((curve[high] - curve[low]) / (high - low) for low in (known[0], known[-2]))
+    return curve[high] + max(0.0, slope) * (rows - high)

@@ -127,6 +127,14 @@ def test_curve_goes_on_with_its_last_slope() -> None:
     assert Capacity(1.0, 1.0, 0.0, {4: 0.02}).step_s(64) == pytest.approx(0.02), "one point says no slope"
 
 
+def test_last_point_of_a_faster_moment_promises_no_free_rows() -> None:
+    # Measured on a shared machine: the step with the most rows was measured while it ran faster.
+    measured_apart = {1: 0.0063, 8: 0.0102, 16: 0.0138, 32: 0.0194, 64: 0.0115}
+    engine = Capacity(64.0, 48.0, 0.002, measured_apart)
+    assert engine.step_s(96) - 2 * 0.002 == pytest.approx(0.0115 + 32 * (0.0115 - 0.0063) / 63)
+    assert engine.rate(96) < 2 * engine.rate(48)
+
+
 @pytest.mark.parametrize(
     ("latency", "seconds"),
     [
