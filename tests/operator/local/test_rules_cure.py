@@ -235,7 +235,8 @@ async def test_saturated_device_gets_another_replica_without_a_knob_change(tmp_p
     config = {"numWorkers": 24, "batchSize": 24, "maxTokens": 16384}
     # With room for more, the forecast would add a replica before the breach.
     deployment = Deployment(tmp_path, manifest_of(config, scaling={"min": 1, "max": 1}))
-    traffic = Traffic(prompt_tokens=32, output_tokens=64)
+    # Long prompts, whose work grows with every row; steps of decoding alone may gain by more rows than these.
+    traffic = Traffic(prompt_tokens=256, output_tokens=16)
     at_once = 48  # as many as the rows of two replicas
     async with deployment.running() as client:
         # For a long window, so that the evidence of saturation is complete.
