@@ -3,6 +3,7 @@
 Each run is ``kvpilot up MANIFEST --load chat --check`` in an empty directory. The cure lasts from the first
 reconcile that sees a breached latency objective to the first one after the promotion that sees all met
 and the backlog gone. The p95 is that of all requests of the run, those before and during the breach included.
+``--keep DIRECTORY`` keeps the directory of each run that misses a target: its state, records and logs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,27 +27,27 @@ COMMAND = Path(sys.executable).parent / "kvpilot"
 TARGET_MEDIAN_S, TARGET_P95_S, TARGET_RUN_P95_S = 45.0, 75.0, 5.0
 
 
-def one_run(manifest: Path) -> dict[str, Any]:
-    """Figures of one run; ``cure_s`` is infinite if a knob did not cure the breach.
+def one_run(manifest: Path, directory: Path) -> dict[str, Any]:
+    """Figures of one run in an empty directory; ``cure_s`` is infinite if a knob did not cure the breach.
 
     Raises:
         CannotRunError: the run ended without figures.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        ended = subprocess.run(
-            [
-                *(str(COMMAND), "up", str(manifest)),
-                *("--load", "chat", "--check", "--json", "figures.json"),
-            ],
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        file = Path(directory) / "figures.json"
-        if not file.exists():
-            raise CannotRunError(ended.stderr.strip() or f"kvpilot up ended with status {ended.returncode}")
-        figures = json.loads(file.read_text())
+    ended = subprocess.run(
+        [
+            *(str(COMMAND), "up", str(manifest)),
+            *("--load", "chat", "--check", "--json", "figures.json"),
+        ],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (directory / "output.txt").write_text(ended.stdout + ended.stderr)
+    file = directory / "figures.json"
+    if not file.exists():
+        raise CannotRunError(ended.stderr.strip() or f"kvpilot up ended with status {ended.returncode}")
+    figures = json.loads(file.read_text())
     steps = {step["name"]: step for step in figures["check"]["steps"]}
     breach, again = steps["breach"]["at"], steps.get("met again", {}).get("at")
     return {
@@ -62,10 +64,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--manifest", type=Path, default=QUICKSTART)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--output", type=Path, default=results.DIRECTORY)
+    parser.add_argument("--keep", type=Path, help="directory for those of the runs that miss a target")
     options = parser.parse_args(argv)
     runs = []
     for number in range(1, options.runs + 1):
-        run = one_run(options.manifest.resolve())
+        with tempfile.TemporaryDirectory() as directory:
+            run = one_run(options.manifest.resolve(), Path(directory))
+            if options.keep and (run["cure_s"] > TARGET_P95_S or run["run_p95_s"] > TARGET_RUN_P95_S):
+                shutil.copytree(directory, options.keep / f"run-{number}", ignore_dangling_symlinks=True)
         runs.append(run)
         print(f"{number:3} of {options.runs}: {run}", flush=True)
     cures, run_p95s = [run["cure_s"] for run in runs], [run["run_p95_s"] for run in runs]
