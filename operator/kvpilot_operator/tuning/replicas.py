@@ -24,7 +24,6 @@ from kvpilot_operator.tuning.permission.modes import carry_out
 from kvpilot_operator.tuning.policy import Scaling
 from kvpilot_operator.tuning.price import price_of
 from kvpilot_operator.tuning.sizing import (
-    FULL,
     SCALED_IN,
     SCALED_OUT,
     foreseen_replicas,
@@ -50,9 +49,9 @@ RECYCLED = "outlier-recycle"
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
 
-MIN_USE, STRAINED = 0.5, 12
-"""Where requests wait although the curve shows room, replicas are planned for at least this use, for so many
-look-backs."""
+RELIEF, MIN_USE, STRAINED = USE * USE, 0.4, 12
+"""Where requests wait although the curve shows room, replicas are planned for this part of their present use,
+but at least for that one, for so many look-backs."""
 
 STEPS_PER_LOOK_BACK = 3
 """Scale-ins within one look-back, at most."""
@@ -120,7 +119,7 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
         return reasons.NOT_AT_FAULT, "no objective is breached that requests feel"
     if context.draining:
         return reasons.DRAINING, "the backlog is draining"
-    ratio, strained = _overflow(context), 0.0
+    ratio, queued, strained = _overflow(context), False, 0.0
     if context.diagnosis.saturated:
         why = _saturation(context)
     elif not _out_of_knobs(context, state, plan):
@@ -128,13 +127,16 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
     elif ratio > OVERFLOW:
         why = f"arrivals are {ratio:.2f} times completions and no knob promises relief"
     elif context.diagnosis.stage in {Stage.ADMISSION_WAIT, Stage.BATCH_WAIT, Stage.PREEMPTED}:
-        why = f"{context.diagnosis.message}, and no knob promises relief"
-        strained = _strained(context)
+        why, queued = f"{context.diagnosis.message}, and no knob promises relief", True
     else:
         return reasons.NOT_AT_FAULT, "completions keep up with arrivals and requests wait for no slot"
     # Sized by what the short window shows and compared with what is asked for: newer replicas are credited.
     ready = len(context.everyone) - sum(1 for replica in context.everyone if _is_new(context, replica))
-    target = min(math.ceil(ready * ratio / USE - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
+    wanted = ratio / USE
+    if use := _strained(context) if queued else 0.0:
+        strained = max(MIN_USE, RELIEF * use)
+        wanted = max(wanted, use / strained)
+    target = min(math.ceil(ready * wanted - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
     if target <= seen.desired_replicas:
         return reasons.REPLICAS_PENDING, "what the replicas that were asked for bring does not show yet"
     return replace(_tuned(context, state, "replicas-up", target, why), strained=strained)
@@ -143,17 +145,20 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
 def _strained(context: Context) -> float:
     """Share of the capacity that is in use while requests wait; 0 where that does not show.
 
-    In a rise the mean is too low; and what ends within a short window after a backlog has waited in it.
+    In a rise the mean is too low; and what ends within a short window after a backlog has waited in it, which
+    the replicas had that are older than others.
     """
-    drained = all(not _is_new(context, replica, windows=2) for replica in context.everyone)
-    shown = not context.overloaded and (drained or context.trust.all_new)
-    return use_now(context) if shown else 0.0
+    ages = [item.sample.coverage_s for item in context.everyone if item.sample is not None]
+    short = context.policy.pace.short
+    drained = all(age >= 2 * short for age in ages)
+    at_once = context.trust.all_new and max(ages) - min(ages) < short / 2
+    return use_now(context) if not context.overloaded and (drained or at_once) else 0.0
 
 
-def _is_new(context: Context, replica: ObservedReplica, windows: int = 1) -> bool:
-    """True if it has served for less than so many short windows."""
+def _is_new(context: Context, replica: ObservedReplica) -> bool:
+    """True if it has served for less than a short window."""
     sample = replica.sample
-    return sample is not None and sample.coverage_s < windows * context.policy.pace.short
+    return sample is not None and sample.coverage_s < context.policy.pace.short
 
 
 def _saturation(context: Context) -> str:
@@ -219,10 +224,10 @@ def scale(context: Context, draft: Draft, proposal: Proposal) -> Draft:
 
 
 def _with_strain(context: Context, draft: Draft, use: float) -> Draft:
-    """Plan the replicas with less use for a while, so that the next ones are asked for at ``use``."""
+    """Plan the replicas for no more than this use for a while."""
     if not use:
         return draft
-    use = max(MIN_USE, min(planned_use(draft.state), use / FULL))
+    use = min(planned_use(draft.state), use)
     return draft.with_state(strain=Strain(use, context.now + STRAINED * context.policy.pace.idle))
 
 

@@ -24,7 +24,7 @@ from kvpilot_operator.tuning.decide import decide
 from kvpilot_operator.tuning.decision import Decision, Scale
 from kvpilot_operator.tuning.observation import Boost, Observation, ObservedReplica
 from kvpilot_operator.tuning.policy import Scaling
-from kvpilot_operator.tuning.sizing import FULL, needed_replicas
+from kvpilot_operator.tuning.sizing import needed_replicas
 from kvpilot_operator.tuning.state import ReplicaMark, Strain, TuningState
 
 KNOWN = TuningState(last_generation=1)
@@ -130,11 +130,11 @@ def test_a_replica_that_the_short_window_does_not_show_is_credited(
 
 def test_requests_that_wait_in_spite_of_room_are_remembered() -> None:
     first = context(observe(*three(**WAITING), config=WIDE), **FIXED)
-    assert scaled(first) == [(4, "replicas-up")]
+    used = 80.0 / 124.4  # requests/s of each replica, over what one completes with 16 rows
+    assert scaled(first) == [(5, "replicas-up")], "3 / 0.64"
     strain = first.state.strain
     assert strain is not None
-    used = 80.0 / 124.4  # requests/s of each replica, over what one completes with 16 rows
-    assert strain == Strain(pytest.approx(used / FULL, abs=0.01), NOW + 12 * 60)
+    assert strain == Strain(pytest.approx(0.64 * used, abs=0.01), NOW + 12 * 60)
     calm = observe(*three(**{**WAITING, "attained": GOOD, "gauges": gauges(curve=curve())}), config=WIDE)
     assert scaled(context(calm)) == [], "the curve shows room"
     strained = replace(KNOWN, strain=Strain(0.5, NOW + 1))
@@ -154,12 +154,30 @@ def test_a_load_that_rises_teaches_no_strain() -> None:
     assert (scaled(decision), decision.state.strain) == ([(5, "replicas-up")], None)
 
 
-@pytest.mark.parametrize(("seconds", "learned"), [(19.0, False), (20.0, True)])
-def test_a_backlog_that_a_new_replica_has_worked_off_teaches_no_strain(seconds: float, learned: bool) -> None:
+@pytest.mark.parametrize(("seconds", "asked", "learned"), [(19.0, 5, False), (20.0, 7, True)])
+def test_a_backlog_that_a_new_replica_has_worked_off_teaches_no_strain(
+    seconds: float, asked: int, learned: bool
+) -> None:
     pods = (*three(**WAITING), new(seconds, replica("chat-3", **WAITING)))
     decision = context(observe(*pods, config=WIDE), scaling=Scaling(1, 9), **FIXED)
-    assert scaled(decision) == [(5, "replicas-up")]
+    assert scaled(decision) == [(asked, "replicas-up")]
     assert (decision.state.strain is not None) is learned
+
+
+@pytest.mark.parametrize(("later", "asked", "learned"), [(4.0, 7, True), (5.0, 5, False)])
+def test_a_deployment_that_began_at_once_shows_its_strain_in_its_first_window(
+    later: float, asked: int, learned: bool
+) -> None:
+    pods = (*(new(15.0, item) for item in three(**WAITING)), new(15.0 - later, replica("chat-3", **WAITING)))
+    decision = context(observe(*pods, config=WIDE), scaling=Scaling(1, 9), **FIXED)
+    assert scaled(decision) == [(asked, "replicas-up")]
+    assert (decision.state.strain is not None) is learned
+
+
+def test_replicas_are_never_planned_for_less_than_two_fifths() -> None:
+    rare = three(**{**WAITING, "rate": 70.0})
+    strain = context(observe(*rare, config=WIDE), **FIXED).state.strain
+    assert strain == Strain(0.4, NOW + 12 * 60)
 
 
 @pytest.mark.parametrize(("waiting", "asked"), [(1.0, []), (9.0, [(5, "replicas-up")])])
