@@ -36,6 +36,9 @@ FILLED = 0.9
 LIFE_LIMIT = 8
 """An experiment that cannot be observed is given up so many verify times after its start."""
 
+FIRST_PUSH = 1.5
+"""A candidate that runs its change within so many ticks took the first push."""
+
 PUSH_LIMIT = 4
 """Engines have so many settle times to take a configuration."""
 
@@ -139,12 +142,20 @@ def _pushed(context: Context, draft: Draft, change: Change) -> Draft:
     if not behind:
         # A step rate has no memory, so there is nothing to settle; once widened, only harm is looked for.
         if change.measure == CAPACITY or change.widened:
-            return enter(context, draft, replace(change, measured_from=context.now), Phase.VERIFY)
+            since = context.now if change.widened else _pushed_at(context, change)
+            return enter(context, draft, replace(change, measured_from=since), Phase.VERIFY)
         return enter(context, draft, change, Phase.SETTLE)
     if context.now - change.phase_since > PUSH_LIMIT * context.policy.pace.settle:
         message = f"{', '.join(behind)} did not take the configuration"
         return abort(context, draft, reasons.PUSH_FAILED, message)
     return draft
+
+
+def _pushed_at(context: Context, change: Change) -> float:
+    """When the candidate began to run the change, s since the epoch: with the decision, if the first push
+    took; what it worked in the moment before can only hide a part of the gain."""
+    at_once = context.now - change.phase_since < FIRST_PUSH * context.policy.pace.tick
+    return change.phase_since if at_once else context.now
 
 
 def _settled(context: Context, draft: Draft, change: Change) -> Draft:
