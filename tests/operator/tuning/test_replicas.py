@@ -175,8 +175,8 @@ def test_a_deployment_that_began_at_once_shows_its_strain_in_its_first_window(
 
 
 def test_replicas_are_never_planned_for_less_than_two_fifths() -> None:
-    rare = three(**{**WAITING, "rate": 70.0})
-    strain = context(observe(*rare, config=WIDE), **FIXED).state.strain
+    few = {**WAITING, "rows": 4, "row_rate": 4 / curve()[4]}
+    strain = context(observe(*three(**few), config=WIDE), **FIXED).state.strain
     assert strain == Strain(0.4, NOW + 12 * 60)
 
 

@@ -89,12 +89,12 @@ def test_loss_of_a_replica_that_is_no_control_aborts_nothing() -> None:
 def test_capacity_is_compared_as_soon_as_the_canary_runs_the_candidate() -> None:
     waiting = seen(sent_back(canary()), *controls())
     assert step(waiting, in_phase(Phase.CANARY)).state.phase is Phase.CANARY
-    draft = step(seen(canary(), *controls()), in_phase(Phase.CANARY, since=3.0, measured_from=0.0))
-    assert (draft.state.phase, begun(draft).measured_from) == (Phase.VERIFY, NOW - 3.0)
+    draft = step(seen(canary(), *controls()), in_phase(Phase.CANARY, since=2.0, measured_from=0.0))
+    assert (draft.state.phase, begun(draft).measured_from) == (Phase.VERIFY, NOW - 2.0)
 
 
 def test_capacity_is_compared_from_now_on_where_the_push_took_a_second_try() -> None:
-    draft = step(seen(canary(), *controls()), in_phase(Phase.CANARY, since=6.0, measured_from=0.0))
+    draft = step(seen(canary(), *controls()), in_phase(Phase.CANARY, since=4.0, measured_from=0.0))
     assert (draft.state.phase, begun(draft).measured_from) == (Phase.VERIFY, NOW)
 
 
