@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 from kvpilot_operator.backtest.model import SimulatedRequest
@@ -26,6 +27,8 @@ SIGMA = 0.4
 
 SESSIONS = 1000
 """Sessions of a recording, which counts none."""
+
+_ARRIVAL = attrgetter("at")
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,18 @@ def replayed(
 ) -> Iterator[SimulatedRequest]:
     """``scale`` requests in the mean for each recorded one, within SPREAD_S of it, for ``seconds``."""
     draw = random.Random(f"{seed} replay").random
-    due: defaultdict[int, list[tuple[float, int, RecordedRequest]]] = defaultdict(list)  # by second
+    due: defaultdict[int, list[SimulatedRequest]] = defaultdict(list)  # by second
     made = second = 0
     for item in trace:
-        if item.at >= seconds:
+        start, prompt, cached, out, session = item.at, item.prompt, item.cached, item.out, item.session * 1009
+        if start >= seconds:
             break
-        while second + 1 <= item.at:
-            yield from _requests(due.pop(second, []))
+        while second + 1 <= start:
+            yield from sorted(due.pop(second, ()), key=_ARRIVAL)
             second += 1
         for _ in range(int(scale) + (draw() < scale % 1.0)):
-            at = item.at + SPREAD_S * draw() if scale > 1.0 else item.at
-            due[int(at)].append((at, made, item))
+            at = start + SPREAD_S * draw() if scale > 1.0 else start
+            due[int(at)].append(SimulatedRequest(at, prompt, cached, out, session + made % 1009))
             made += 1
     for second in sorted(due):
-        yield from (request for request in _requests(due[second]) if request.at < seconds)
-
-
-def _requests(copies: list[tuple[float, int, RecordedRequest]]) -> list[SimulatedRequest]:
-    """The requests of copies, by the time at which they come."""
-    copies.sort()
-    return [
-        SimulatedRequest(at, item.prompt, item.cached, item.out, item.session * 1009 + number % 1009)
-        for at, number, item in copies
-    ]
+        yield from (request for request in sorted(due[second], key=_ARRIVAL) if request.at < seconds)
