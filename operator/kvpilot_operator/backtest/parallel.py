@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
@@ -25,8 +27,21 @@ def in_parallel(work: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[
         prepare()
         yield from map(work, jobs)
         return
-    with ProcessPoolExecutor(cores, initializer=prepare) as pool:
+    with ProcessPoolExecutor(cores, initializer=_prepare_worker) as pool:
         yield from pool.map(work, jobs)
+
+
+def _prepare_worker() -> None:
+    """Prepare a process of the pool, which ends with its parent: a killed parent tells it nothing."""
+    prepare()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def prepare() -> None:
