@@ -49,7 +49,7 @@ RECYCLED = "outlier-recycle"
 OVERFLOW = 1.05
 """Arrivals exceed completions by this factor in both windows: the queue grows or requests are shed."""
 
-RELIEF, MIN_USE, STRAINED = USE * USE, 0.4, 12
+STRAIN_PART, MIN_USE, STRAINED = USE * USE, 0.4, 12
 """Where requests wait although the curve shows room, replicas are planned for this part of their present use,
 but at least for that one, for so many look-backs."""
 
@@ -119,7 +119,7 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
         return reasons.NOT_AT_FAULT, "no objective is breached that requests feel"
     if context.draining:
         return reasons.DRAINING, "the backlog is draining"
-    ratio, queued, strained = _overflow(context), False, 0.0
+    ratio, use, strained = _overflow(context), 0.0, 0.0
     if context.diagnosis.saturated:
         why = _saturation(context)
     elif not _out_of_knobs(context, state, plan):
@@ -127,14 +127,15 @@ def _relieved(context: Context, state: TuningState, plan: Plan, scaling: Scaling
     elif ratio > OVERFLOW:
         why = f"arrivals are {ratio:.2f} times completions and no knob promises relief"
     elif context.diagnosis.stage in {Stage.ADMISSION_WAIT, Stage.BATCH_WAIT, Stage.PREEMPTED}:
-        why, queued = f"{context.diagnosis.message}, and no knob promises relief", True
+        why = f"{context.diagnosis.message}, and no knob promises relief"
+        use = _strained(context)
     else:
         return reasons.NOT_AT_FAULT, "completions keep up with arrivals and requests wait for no slot"
     # Sized by what the short window shows and compared with what is asked for: newer replicas are credited.
     ready = len(context.everyone) - sum(1 for replica in context.everyone if _is_new(context, replica))
     wanted = ratio / USE
-    if use := _strained(context) if queued else 0.0:
-        strained = max(MIN_USE, RELIEF * use)
+    if use:
+        strained = max(MIN_USE, STRAIN_PART * use)
         wanted = max(wanted, use / strained)
     target = min(math.ceil(ready * wanted - 1e-9), max(2 * ready, ready + 4), scaling.maximum)
     if target <= seen.desired_replicas:
