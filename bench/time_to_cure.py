@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as directory:
             run = one_run(options.manifest.resolve(), Path(directory))
             if options.keep and (run["cure_s"] > TARGET_P95_S or run["run_p95_s"] > TARGET_RUN_P95_S):
-                shutil.copytree(directory, options.keep / f"run-{number}", ignore_dangling_symlinks=True)
+                shutil.copytree(directory, options.keep / f"run-{number}", dirs_exist_ok=True)
         runs.append(run)
         print(f"{number:3} of {options.runs}: {run}", flush=True)
     cures, run_p95s = [run["cure_s"] for run in runs], [run["run_p95_s"] for run in runs]
